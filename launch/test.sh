@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv (the first time) and runs them on the CPU; --help explains.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+. launch/lib.sh
+
+usage() {
+    cat <<'END'
+usage: bash launch/test.sh [--torch] [--tpu] [pytest arguments]
+
+Installs the base and pytest into .venv (once) and runs the tests on the CPU: the whole suite, or what the pytest
+arguments choose, with paths seen from the repository root:
+    bash launch/test.sh tests/test_storage.py -k whole
+    bash launch/test.sh -m 'not slow'
+
+--torch   also installs PyTorch for the tests that compare with it (on Linux 5 GB;
+          PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the small one)
+--tpu     also installs libtpu for the tests that compile for TPUs; no TPU is needed
+
+PYTHON=/path/to/python3.11   the interpreter that makes .venv
+JAX_PLATFORMS=cuda           where the tests run (default: cpu)
+END
+}
+
+gb=3
+extras=(test)
+arguments=()
+for argument in "$@"; do
+    case $argument in
+        -h | --help) usage; exit ;;
+        --torch) extras+=(torch); gb=8 ;;
+        --tpu) extras+=(tpu) ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+set_up "$gb" "${extras[@]}"
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+exec .venv/bin/python -m pytest ${arguments[@]+"${arguments[@]}"} # bash 3.2 calls an empty array unset

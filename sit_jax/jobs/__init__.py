@@ -1,0 +1,1 @@
+"""One job each: a function of (config, workdir) that main starts."""

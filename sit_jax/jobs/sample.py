@@ -1,0 +1,118 @@
+"""`--mode sample`: images from a run's newest checkpoint, as single PNGs and one sheet."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from sit_jax import rng, sharding, storage, train_state
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.config import Config
+from sit_jax.errors import check
+from sit_jax.image_io import ImageWriter, encode_png, sheet, to_uint8
+from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.sampling import ode
+from sit_jax.sampling.guidance import guide
+from sit_jax.transport.prediction import velocity_field
+
+Sampler = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
+
+
+def make_sampler(setup: Setup) -> Sampler:
+    """`(params, indices_b, labels_b) -> images_bhwc` in [-1, 1], the whole trajectory compiled once.
+
+    Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with.
+    """
+    options = setup.config.sample
+
+    def run(params, indices_b, labels_b):
+        def predict(y_b):
+            return lambda x, t_b: setup.network(params, x, t_b, y_b)
+
+        null_b = jnp.full_like(labels_b, setup.null_label)
+        guided = guide(predict(labels_b), predict(null_b), options.cfg_scale, options.cfg_channels)
+        velocity = velocity_field(guided, setup.path, setup.config.transport.prediction)
+        x_bhwc = rng.normal_by_index(options.seed, "sample", indices_b, setup.input_shape)
+        x_bhwc = jax.lax.with_sharding_constraint(x_bhwc, sharding.batch_sharding(setup.mesh))
+        x_bhwc = ode.solve(
+            velocity,
+            x_bhwc,
+            setup.sample_interval,
+            solver=options.solver,
+            steps=options.steps,
+            atol=options.atol,
+            rtol=options.rtol,
+        )
+        return setup.codec.decode(x_bhwc)
+
+    compiled = jax.jit(run, out_shardings=sharding.batch_sharding(setup.mesh))
+
+    def sampler(params, indices_b, labels_b):
+        with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
+            return compiled(params, *sharding.put_batch(setup.mesh, (indices_b, labels_b)))
+
+    return sampler
+
+
+def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
+    """The label of each sample index, int32: the chosen labels in turn, or the classes in turn."""
+    labels = np.asarray(setup.config.sample.labels or range(setup.config.data.classes), np.int32)
+    return labels[indices % len(labels)]
+
+
+def sample_images(setup: Setup, sampler: Sampler, params: Any, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (indices, uint8 images) a batch at a time; the last batch is padded to the others' shape, and cut again."""
+    size = setup.config.sample.batch
+    for start in range(0, len(indices), size):
+        chunk = indices[start : start + size]
+        padded = np.pad(chunk, (0, size - len(chunk)), mode="edge").astype(np.int32)
+        images = sampler(params, padded, labels_of(setup, padded))
+        yield chunk, to_uint8(np.asarray(images))[: len(chunk)]
+
+
+def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:
+    return sheet(images, setup.config.sample.columns, scale=setup.config.sample.scale)
+
+
+def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
+    """The newest checkpoint's step, and its EMA or raw parameters as sample.weights says. `UserError` if there is none."""
+    which = {"ema": "ema", "raw": "params"}[setup.config.sample.weights]
+    folder = workdir / "checkpoints"
+    check(folder.exists(), f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
+    target = getattr(train_state.abstract(setup.init_params, setup.optimizer, setup.mesh), which)
+    with Checkpoints(folder, [which]) as checkpoints:
+        step = checkpoints.latest_step()
+        check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")
+        return step, checkpoints.restore(step, {which: target})[which]
+
+
+def run(config: Config, workdir: epath.Path) -> None:
+    """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; images that are there are not made again."""
+    setup = set_up(config)
+    step, params = restore_weights(setup, workdir)
+    settings = {"step": step, **dataclasses.asdict(config.sample), **dataclasses.asdict(config.transport)}
+    for key in ("count", "batch", "columns", "scale"):  # these change no image
+        del settings[key]
+    text = json.dumps(settings, indent=2)
+    name = f"step{step}-{config.sample.weights}-{config.sample.solver}-cfg{config.sample.cfg_scale:g}-seed{config.sample.seed}"
+    folder = workdir / "samples" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    storage.write_text(folder / "settings.json", text + "\n")
+    writer = ImageWriter(folder)
+    missing = np.asarray(writer.missing(config.sample.count))
+    print(f"sampling {len(missing)} of {config.sample.count} images from step {step} into {folder}", flush=True)
+    with tqdm(total=len(missing), unit="image", disable=None) as bar:
+        for indices, images in sample_images(setup, make_sampler(setup), params, missing):
+            for index, image in zip(indices, images, strict=True):
+                writer.write(int(index), image)
+            bar.update(len(indices))
+    shown = [writer.read(index) for index in range(min(config.sample.count, config.log.sheet_count))]
+    storage.write_bytes(folder / "sheet.png", encode_png(make_sheet(setup, np.stack(shown))))
+    print(f"sheet: {folder / 'sheet.png'}")

@@ -1,0 +1,130 @@
+"""From a config to the objects that every job is made of."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sit_jax import optimizer, rng, sharding
+from sit_jax.config import Config
+from sit_jax.errors import check
+from sit_jax.latents import CODECS, Codec
+from sit_jax.models.sit import SiT
+from sit_jax.models.sizes import Size, forward_flops, size_by_name
+from sit_jax.train_step import Objective
+from sit_jax.transport.interval import ode_interval, train_interval
+from sit_jax.transport.paths import Path, path_by_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A config and what follows from it on this machine's devices. Making one allocates nothing."""
+
+    config: Config
+    mesh: Mesh
+
+    @functools.cached_property
+    def size(self) -> Size:
+        model = self.config.model
+        return size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
+
+    @property
+    def codec(self) -> Codec:
+        return CODECS[self.config.latents.codec]
+
+    @property
+    def path(self) -> Path:
+        return path_by_name(self.config.transport.path)
+
+    @property
+    def null_label(self) -> int:
+        return self.config.data.classes
+
+    @functools.cached_property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of what the network sees."""
+        data = self.config.data
+        return self.codec.shape((data.image_size, data.image_size, data.channels))
+
+    @functools.cached_property
+    def model(self) -> SiT:
+        model, dtype = self.config.model, jnp.dtype(self.config.precision.compute)
+        gather, shard = sharding.model_hooks(self.mesh, dtype)
+        height, _, channels = self.input_shape
+        return SiT(
+            size=self.size,
+            input_size=height,
+            channels=channels,
+            classes=self.config.data.classes,
+            learn_sigma=model.learn_sigma,
+            remat=model.remat,
+            dtype=dtype,
+            gather=gather,
+            shard=shard,
+        )
+
+    def init_params(self) -> Any:
+        """Fresh parameters, a function of the seed alone."""
+        x, one = jnp.zeros((1, *self.input_shape)), jnp.zeros((1,))
+        plain = self.model.clone(shard=lambda x: x)  # one example cannot be split over devices
+        return plain.init(rng.key(self.config.seed, "params"), x, one, one.astype(jnp.int32))["params"]
+
+    def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
+        return self.model.apply({"params": params}, x_bhwc, t_b, y_b)
+
+    @property
+    def objective(self) -> Objective:
+        transport = self.config.transport
+        return Objective(
+            path=self.path,
+            prediction=transport.prediction,
+            weight=transport.loss_weight,
+            interval=train_interval(self.path, transport.prediction, transport.train_eps),
+            times=transport.times,
+            times_mean=transport.times_mean,
+            times_std=transport.times_std,
+            label_dropout=self.config.train.label_dropout,
+            null_label=self.null_label,
+        )
+
+    @property
+    def sample_interval(self) -> tuple[float, float]:
+        transport = self.config.transport
+        return ode_interval(self.path, transport.prediction, transport.sample_eps)
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        o = self.config.optimizer
+        return optimizer.learning_rate(o.schedule, o.learning_rate, o.warmup_steps, self.config.train.steps)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        o = self.config.optimizer
+        return optimizer.adamw(
+            self.schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+        )
+
+    @property
+    def train_flops(self) -> int:
+        """Model FLOPs of one image in a training step: forward, and twice that backward."""
+        height, _, channels = self.input_shape
+        return 3 * forward_flops(self.size, height, channels, self.config.model.learn_sigma)
+
+
+def set_up(config: Config) -> Setup:
+    """`UserError` if the config does not fit this machine's devices."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shards = sharding.batch_shards(mesh)
+    for key, size in (
+        ("train.batch / train.accumulation", config.train.batch // config.train.accumulation),
+        ("sample.batch", config.sample.batch),
+    ):
+        check(
+            size % shards == 0,
+            f"{key} = {size} is not divisible by the {shards} devices it is split over; make it a multiple of {shards}",
+        )
+    return Setup(config, mesh)

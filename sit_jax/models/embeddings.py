@@ -1,0 +1,48 @@
+"""Embeddings of time, position and patches."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def time_features(t_b: jax.Array, dim: int = 256, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoids of t, float32 [b, dim]: dim//2 cosines, then the sines, frequencies max_period^(-k/(dim//2)).
+
+    t enters as it is, in [0, 1]: the released weights were trained so. An odd dim ends with a zero.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles_bk = t_b.astype(jnp.float32)[:, None] * frequencies
+    return jnp.pad(jnp.concatenate([jnp.cos(angles_bk), jnp.sin(angles_bk)], axis=-1), ((0, 0), (0, dim % 2)))
+
+
+def position_embedding(width: int, grid: int) -> np.ndarray:
+    """Fixed 2-D sinusoids, float32 [grid*grid, width], tokens in row-major order, computed in float64.
+
+    The first half of the channels encodes the column, the second the row; within each, sines then cosines.
+    """
+    row, column = np.divmod(np.arange(grid * grid, dtype=np.float64), grid)
+    return np.concatenate([_sincos(width // 2, column), _sincos(width // 2, row)], axis=1).astype(np.float32)
+
+
+def _sincos(dim: int, position: np.ndarray) -> np.ndarray:
+    frequencies = 1.0 / 10_000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2))
+    angles = np.outer(position, frequencies)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def patchify(x_bhwc: jax.Array, patch: int) -> jax.Array:
+    """[b, h, w, c] -> tokens [b, t, patch*patch*c], features in the order (row, column, channel), channel fastest."""
+    b, h, w, c = x_bhwc.shape
+    x = x_bhwc.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
+
+
+def unpatchify(x_btf: jax.Array, patch: int, channels: int) -> jax.Array:
+    """The inverse of `patchify` for a square image: [b, t, patch*patch*c] -> [b, h, w, c]."""
+    b, t, _ = x_btf.shape
+    grid = math.isqrt(t)
+    x = x_btf.reshape(b, grid, grid, patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, grid * patch, grid * patch, channels)

@@ -1,0 +1,49 @@
+"""What a training run carries from step to step: nothing else is stored, and nothing of it is random."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sit_jax import sharding
+
+
+CHECKPOINT_ITEMS = ("params", "ema", "opt_state")  # the step is the checkpoint's own number
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array  # int32: steps taken
+    params: Any
+    ema: Any  # like params
+    opt_state: Any
+
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {name: getattr(self, name) for name in CHECKPOINT_ITEMS}
+
+
+def init(init_params: Callable[[], Any], optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; the EMA starts as the parameters."""
+    params = init_params()
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def abstract(init_params: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state, with no memory behind them: the target of a restore."""
+    shapes = jax.eval_shape(lambda: init(init_params, optimizer))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        sharding.state_shardings(mesh, shapes),
+    )
+
+
+def create(init_params: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first step, born sharded: no device ever holds all of it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(init_params, optimizer, mesh))
+    return jax.jit(lambda: init(init_params, optimizer), out_shardings=shardings)()

@@ -1,0 +1,98 @@
+"""Paths x_t = alpha_t x1 + sigma_t x0 from noise x0 to data x1 (paper, section 2.2; Table 1)."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sit_jax.errors import unknown_name
+
+Coefficient = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """The four functions of time that every conversion derives from; `d_` is the derivative in t. Shapes pass through."""
+
+    name: str
+    alpha: Coefficient
+    d_alpha: Coefficient
+    sigma: Coefficient
+    d_sigma: Coefficient
+    noise_remains_at_0: bool  # alpha(0) > 0: the interval may start at t=0 whatever the network predicts
+
+
+def _linear() -> Path:
+    return Path("Linear", lambda t: t, jnp.ones_like, lambda t: 1 - t, lambda t: -jnp.ones_like(t), False)
+
+
+def _gvp() -> Path:
+    half_pi = math.pi / 2
+    return Path(
+        "GVP",
+        alpha=lambda t: jnp.sin(half_pi * t),
+        d_alpha=lambda t: half_pi * jnp.cos(half_pi * t),
+        sigma=lambda t: jnp.cos(half_pi * t),
+        d_sigma=lambda t: -half_pi * jnp.sin(half_pi * t),
+        noise_remains_at_0=False,
+    )
+
+
+def _vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
+    """The variance-preserving diffusion of Song et al. (arXiv 2011.13456, eq. 33) with its time reversed."""
+
+    def log_alpha(t):
+        return -((1 - t) ** 2) * (beta_max - beta_min) / 4 - (1 - t) * beta_min / 2
+
+    def d_log_alpha(t):
+        return (1 - t) * (beta_max - beta_min) / 2 + beta_min / 2
+
+    def alpha(t):
+        return jnp.exp(log_alpha(t))
+
+    def sigma(t):
+        # expm1: 1 - exp(2 log alpha) would lose every digit near t=1.
+        return jnp.sqrt(-jnp.expm1(2 * log_alpha(t)))
+
+    return Path(
+        "VP",
+        alpha=alpha,
+        d_alpha=lambda t: alpha(t) * d_log_alpha(t),
+        sigma=sigma,
+        d_sigma=lambda t: -(alpha(t) ** 2) * d_log_alpha(t) / sigma(t),
+        noise_remains_at_0=True,
+    )
+
+
+PATHS = {path.name: path for path in (_linear(), _gvp(), _vp())}
+
+
+def path_by_name(name: str) -> Path:
+    """One of Linear, GVP, VP; `UserError` otherwise."""
+    if name not in PATHS:
+        raise unknown_name("path", name, PATHS)
+    return PATHS[name]
+
+
+def over(t_b: jax.Array, x: jax.Array) -> jax.Array:
+    """t_b with trailing axes of size 1, so that it broadcasts against x [b, ...]; a scalar t is left alone."""
+    return t_b.reshape(t_b.shape + (1,) * (x.ndim - t_b.ndim)) if t_b.ndim else t_b
+
+
+def interpolate(path: Path, x1: jax.Array, x0: jax.Array, t_b: jax.Array) -> jax.Array:
+    """x_t = alpha x1 + sigma x0 (paper eq. 1). x1 data and x0 noise [b, ...], t_b [b]."""
+    t = over(t_b, x1)
+    return path.alpha(t) * x1 + path.sigma(t) * x0
+
+
+def target_velocity(path: Path, x1: jax.Array, x0: jax.Array, t_b: jax.Array) -> jax.Array:
+    """u_t = alpha' x1 + sigma' x0, the velocity of `interpolate` (paper eq. 3)."""
+    t = over(t_b, x1)
+    return path.d_alpha(t) * x1 + path.d_sigma(t) * x0
+
+
+def drift_variance(path: Path, t: jax.Array) -> jax.Array:
+    """(alpha'/alpha) sigma^2 - sigma sigma': what multiplies the score in the velocity (paper eq. 6). Infinite where alpha=0."""
+    return path.d_alpha(t) / path.alpha(t) * path.sigma(t) ** 2 - path.sigma(t) * path.d_sigma(t)

@@ -1,0 +1,61 @@
+"""What a network's output means, and the velocity and score that follow from it.
+
+With x = alpha x1 + sigma x0 and v = alpha' x1 + sigma' x0 (both conditional means given x), any one of velocity, score and
+noise gives the others by solving two linear equations (paper eqs. 6 and 7). The score is -noise/sigma.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from sit_jax.errors import unknown_name
+from sit_jax.transport.paths import Path, over
+
+PREDICTIONS = ("velocity", "score", "noise")
+Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, ...], t_b [b]) -> like x
+
+
+def check_prediction(name: str) -> None:
+    """`UserError` unless it is velocity, score or noise."""
+    if name not in PREDICTIONS:
+        raise unknown_name("prediction", name, PREDICTIONS)
+
+
+def to_noise(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array) -> jax.Array:
+    """E[x0 | x] from the network's output at (x, t)."""
+    check_prediction(prediction)
+    t = over(t_b, x)
+    if prediction == "noise":
+        return output
+    if prediction == "score":
+        return -path.sigma(t) * output
+    # Cramer's rule: never divides by alpha or sigma, so it holds at both ends of time.
+    determinant = path.alpha(t) * path.d_sigma(t) - path.sigma(t) * path.d_alpha(t)
+    return (path.alpha(t) * output - path.d_alpha(t) * x) / determinant
+
+
+def to_score(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array) -> jax.Array:
+    """grad log p_t(x) from the network's output. Infinite where sigma=0, unless the network predicts it."""
+    if prediction == "score":
+        return output
+    return -to_noise(path, prediction, output, x, t_b) / path.sigma(over(t_b, x))
+
+
+def to_velocity(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array) -> jax.Array:
+    """The drift of the probability-flow ODE from the network's output. Infinite where alpha=0, unless the network predicts it."""
+    if prediction == "velocity":
+        return output
+    t = over(t_b, x)
+    noise = to_noise(path, prediction, output, x, t_b)
+    data = (x - path.sigma(t) * noise) / path.alpha(t)
+    return path.d_alpha(t) * data + path.d_sigma(t) * noise
+
+
+def velocity_field(predict: Predict, path: Path, prediction: str) -> Predict:
+    """The network as a velocity: (x, t_b) -> drift of the probability-flow ODE."""
+    return lambda x, t_b: to_velocity(path, prediction, predict(x, t_b), x, t_b)
+
+
+def score_field(predict: Predict, path: Path, prediction: str) -> Predict:
+    """The network as a score: (x, t_b) -> grad log p_t(x)."""
+    return lambda x, t_b: to_score(path, prediction, predict(x, t_b), x, t_b)

@@ -1,0 +1,66 @@
+"""The crop equals the PyTorch reference's bit for bit, the scaling to rounding; the flip is a fair coin."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sit_jax.data import transforms
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+ARRAYS = np.load(GOLDEN / "crop.npz")
+CASES = json.loads((GOLDEN / "crop.golden.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_decoded_crop_and_normalised_equal_the_reference(case):
+    image = transforms.decode_rgb(ARRAYS[case["file"]].tobytes())
+    np.testing.assert_array_equal(np.asarray(image), ARRAYS[case["rgb"]])
+    for size, expected in case["outputs"].items():
+        crop = transforms.center_crop(image, int(size))
+        assert crop.dtype == np.uint8
+        np.testing.assert_array_equal(crop, ARRAYS[expected["crop"]])
+        normalised = transforms.normalise(crop)
+        assert normalised.dtype == np.float32
+        # The reference rounds x/255 before it takes 0.5 off: 2**-25 at most, doubled by its last division.
+        reference = ARRAYS[expected["normalised_chw"]].transpose(1, 2, 0)
+        np.testing.assert_allclose(normalised, reference, rtol=0, atol=2**-24)
+
+
+def test_an_image_of_exactly_twice_the_size_is_halved_by_the_box_filter():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    means = pixels.reshape(16, 2, 16, 2, 3).mean((1, 3))
+    np.testing.assert_allclose(transforms.center_crop(Image.fromarray(pixels), 16), means, atol=1)
+
+
+def test_normalise_in_jit_stays_in_range_and_agrees_with_numpy():
+    levels = np.arange(256, dtype=np.uint8)
+    on_device = jax.jit(transforms.normalise)(levels)
+    assert on_device.dtype == np.float32
+    np.testing.assert_allclose(on_device, transforms.normalise(levels), rtol=0, atol=2**-23)
+    assert on_device[0] == -1 and on_device[255] == 1
+    np.testing.assert_array_equal(on_device, -on_device[::-1])
+
+
+def test_bytes_that_are_no_image_give_the_same_error_each_time():
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not an image") as error:
+            transforms.decode_rgb(b"\xff\xd8 no jpeg")
+        messages.add(str(error.value))
+    assert len(messages) == 1
+
+
+def test_flip_mirrors_the_columns_half_of_the_time():
+    image = np.arange(2 * 3 * 1, dtype=np.uint8).reshape(2, 3, 1)
+    rng = np.random.default_rng(0)
+    flipped = 0
+    for _ in range(1000):
+        result = transforms.flip(rng, image)
+        mirrored = np.array_equal(result, image[:, ::-1])
+        assert mirrored or np.array_equal(result, image)
+        flipped += mirrored
+    assert abs(flipped - 500) < 80  # five standard deviations

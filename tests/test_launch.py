@@ -1,0 +1,202 @@
+"""launch/: the scripts' decisions, on a machine that holds only a stand-in for Python; nothing is installed."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BASH = shutil.which("bash")
+
+# Runs `-c` code in the real Python after $PREAMBLE, which may bend the truth; makes a venv of itself; notes the rest.
+STAND_IN = f"""#!{BASH}
+case "$1 $2" in
+    "-c "*) exec "{sys.executable}" -c "import sys; sys.modules['pip'] = sys.modules['ensurepip'] = sys; ${{PREAMBLE:-}}
+$2" ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    *) printf '%s\\n' "${{JAX_PLATFORMS:-unset}}: $*" >>"$CALLS"; [ "${{FAILS:-}}" != "$2" ] ;;
+esac
+"""
+
+
+class Machine:
+    """A copy of the scripts in a folder with a space, and a PATH with a few tools and perhaps a `python3`."""
+
+    def __init__(self, folder, *, python=True):
+        self.root, self.bin, self.calls_file = folder / "a tree", folder / "bin", folder / "calls"
+        shutil.copytree(ROOT / "launch", self.root / "launch")
+        for name in ("requirements.txt", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root)
+        self.decoy = folder / "decoy"  # in CDPATH: where a careless `cd launch/..` would end
+        (self.decoy / "launch").mkdir(parents=True)
+        self.bin.mkdir()
+        for tool in ("cat", "cksum", "cp", "dirname", "mkdir", "rm", "touch"):
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        if python:
+            self.stand_in(self.bin / "python3")
+
+    def stand_in(self, path):
+        path.write_text(STAND_IN)
+        path.chmod(0o755)
+
+    def run(self, script, *arguments, cwd=None, **environment):
+        return subprocess.run(
+            [BASH, os.path.relpath(self.root / "launch" / script, cwd or self.root), *arguments],
+            env={"PATH": str(self.bin), "CALLS": str(self.calls_file), "CDPATH": str(self.decoy), **environment},
+            cwd=cwd or self.root,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self):
+        """What Python was asked to run since the last look."""
+        calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.unlink(missing_ok=True)
+        return calls
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def refusal(result):
+    """The one line of a script that stopped because something is missing."""
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("== ")]
+    assert line.startswith("error: ")
+    return line
+
+
+PIP = "unset: -m pip install --quiet --disable-pip-version-check -e "
+
+
+@pytest.mark.parametrize(
+    "script", [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"], ids=lambda p: p.name
+)
+def test_bash_can_parse(script):
+    subprocess.run([BASH, "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("script", ["test.sh", "quickstart.sh"])
+def test_help_explains_and_does_nothing(machine, script):
+    result = machine.run(script, "--help", cwd=machine.root / "launch")
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: bash launch/{script}")
+    assert not machine.calls() and not (machine.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("script", ["test.sh", "quickstart.sh"])
+def test_no_python_is_said_plainly(tmp_path, script):
+    line = refusal(Machine(tmp_path, python=False).run(script))
+    assert "Python 3.11 or newer is needed, found none of: python3.13 python3.12 python3.11 python3" in line
+
+
+def test_an_old_python_is_said_plainly(machine):
+    assert "found python3, which is 3.9" in refusal(machine.run("test.sh", PREAMBLE="sys.version_info = (3, 9, 18)"))
+
+
+def test_a_missing_venv_module_names_the_package(machine):
+    line = refusal(machine.run("test.sh", PREAMBLE="sys.modules['ensurepip'] = None; sys.version_info = (3, 12, 1)"))
+    assert "sudo apt install python3.12-venv" in line
+
+
+def test_a_full_disk_is_said_plainly(machine):
+    line = refusal(
+        machine.run("test.sh", PREAMBLE="import shutil; shutil.disk_usage = lambda _: sys; sys.free = 2.9e9")
+    )
+    assert "less than 3 GB are free" in line and not machine.calls()
+
+
+def test_python_is_chosen_in_order_and_by_hand(machine, tmp_path):
+    (machine.bin / "python3.13").write_text(f"#!{BASH}\necho 'pyenv: python3.13: command not found' >&2; exit 127\n")
+    (machine.bin / "python3.13").chmod(0o755)
+    machine.stand_in(machine.bin / "python3.12")
+    assert "making .venv with python3.12\n" in machine.run("test.sh").stderr
+    shutil.rmtree(machine.root / ".venv")
+    mine = tmp_path / "my python"
+    machine.stand_in(mine)
+    assert f"making .venv with {mine}\n" in machine.run("test.sh", PYTHON=str(mine)).stderr
+    shutil.rmtree(machine.root / ".venv")
+    assert "found none of: /nowhere" in refusal(machine.run("test.sh", PYTHON="/nowhere"))
+
+
+def test_packages_are_installed_once_and_again_when_something_changed(machine):
+    assert machine.run("test.sh").returncode == 0
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+    assert machine.run("test.sh").returncode == 0
+    assert machine.calls() == ["cpu: -m pytest"]
+    machine.run("test.sh", "--torch", "--tpu")
+    assert machine.calls() == [PIP + ".[test,torch,tpu]", "cpu: -m pytest"]
+    machine.run("test.sh")
+    assert machine.calls() == ["cpu: -m pytest"]
+    with open(machine.root / "requirements.txt", "a") as file:
+        file.write("more\n")
+    machine.run("test.sh")
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+    # The editable installation knows its folder by an absolute path.
+    machine.root = machine.root.rename(machine.root.with_name("moved"))
+    machine.run("test.sh")
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+
+
+def test_an_installation_that_failed_is_said_plainly_and_redone(machine):
+    machine.run("test.sh")
+    machine.calls()
+    requirements = machine.root / "requirements.txt"
+    before = requirements.read_text()
+    requirements.write_text(before + "more\n")
+    assert "check the network or proxy" in refusal(machine.run("test.sh", FAILS="pip"))
+    requirements.write_text(before)  # what is in .venv now nobody knows, although the stamp of old would match
+    machine.calls()
+    assert machine.run("test.sh").returncode == 0
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+
+
+def test_a_broken_venv_of_ours_is_made_anew(machine):
+    machine.run("test.sh")
+    machine.calls()
+    (machine.root / ".venv" / "bin" / "python").unlink()
+    assert machine.run("test.sh").returncode == 0
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+
+
+def test_a_broken_venv_of_somebody_else_is_left_alone(machine):
+    theirs = machine.root / ".venv" / "precious"
+    theirs.parent.mkdir()
+    theirs.touch()
+    assert "was not made here; remove or rename it" in refusal(machine.run("test.sh"))
+    assert theirs.exists()
+
+
+def test_pytest_gets_its_arguments_and_its_status_is_kept(machine):
+    result = machine.run("test.sh", "-m", "not slow", "--tpu", "tests/x.py", FAILS="pytest", JAX_PLATFORMS="cuda")
+    assert result.returncode == 1
+    assert machine.calls()[-1] == "cuda: -m pytest -m not slow tests/x.py"
+
+
+def test_the_quickstart_trains_then_draws_where_the_caller_said(machine, tmp_path):
+    result = machine.run("quickstart.sh", "my run", cwd=tmp_path)
+    workdir = tmp_path / "my run"
+    assert result.returncode == 0 and f'--workdir "{workdir}"' in result.stdout
+    assert machine.calls() == [
+        PIP + ".",
+        f"unset: -m sit_jax.main --config configs/digits.py --workdir {workdir}",
+        f"unset: tests/benchmarks/digits_quality.py --workdir {workdir}",
+    ]
+    machine.run("quickstart.sh", "gs://bucket/run", cwd=tmp_path)
+    assert machine.calls()[0].endswith("--workdir gs://bucket/run")
+
+
+def test_the_quickstart_stops_when_training_fails(machine):
+    assert machine.run("quickstart.sh", FAILS="sit_jax.main").returncode != 0
+    assert machine.calls()[-1].endswith("--workdir runs/digits")
+
+
+def test_the_quickstart_refuses_an_option_it_does_not_know(machine):
+    result = machine.run("quickstart.sh", "--steps=3")
+    assert result.returncode == 2 and "usage:" in result.stderr and not machine.calls()

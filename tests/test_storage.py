@@ -1,0 +1,64 @@
+"""storage: a file is the old one or the new one, whatever happens on the way."""
+
+import os
+import pathlib
+
+import pytest
+
+from sit_jax import storage
+from sit_jax.errors import UserError
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "a file.txt"
+    storage.write_text(path, "old and longer")
+    storage.write_text(path, "néw")
+    assert path.read_bytes() == "néw".encode()
+    assert os.listdir(tmp_path) == ["a file.txt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_keeps_the_old_file_whole(tmp_path, monkeypatch, call):
+    path = tmp_path / "state.json"
+    storage.write_bytes(path, b"old")
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, disk_full)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_file_is_complete_on_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    calls = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def replace(source, target):
+        calls.append(("replace", pathlib.Path(source).read_bytes()))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_size)), real_fsync(fd)))
+    monkeypatch.setattr(os, "replace", replace)
+    storage.write_bytes(tmp_path / "x", b"12345")
+    assert calls == [("fsync", 5), ("replace", b"12345")]
+
+
+def test_make_workdir_makes_parents_and_leaves_no_probe(tmp_path):
+    made = storage.make_workdir(tmp_path / "a" / "b")
+    assert made.is_dir() and os.listdir(made) == []
+    storage.make_workdir(made)
+
+
+def test_a_workdir_that_cannot_be_written_is_the_users_mistake(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"--workdir '.*file/run' cannot be written \(.+\); give a folder") as caught:
+        storage.make_workdir(tmp_path / "file" / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_remote_paths_are_known_by_their_scheme():
+    assert storage.is_remote("gs://bucket/run")
+    assert not storage.is_remote("/home/me/run") and not storage.is_remote("runs/gs")
