@@ -13,8 +13,8 @@ arguments choose, with paths seen from the repository root:
     bash launch/test.sh tests/test_storage.py -k whole
     bash launch/test.sh -m 'not slow'
 
---torch   also installs PyTorch for the tests that compare with it (on Linux 5 GB;
-          PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the small one)
+--torch   also installs PyTorch for the tests that compare with it (on Linux 5 GB; a CPU build that
+          is in .venv already is kept)
 --tpu     also installs libtpu for the tests that compile for TPUs; no TPU is needed
 
 PYTHON=/path/to/python3.11   the interpreter that makes .venv

@@ -153,7 +153,10 @@ class Config:
 
 
 # What may differ between a run's start and its continuation: none of these changes the function that is being learned.
-CHANGEABLE = ("train.steps", "data.path", "data.workers", "sample.", "checkpoint.", "log.", "mesh.", "optimizer.learning_rate")
+CHANGEABLE = (
+    "train.steps", "data.path", "data.workers", "data.skip_unreadable", "optimizer.learning_rate", "transport.sample_eps",
+    "sample.", "checkpoint.", "log.", "mesh.",
+)  # fmt: skip
 
 
 def default() -> ml_collections.ConfigDict:
@@ -193,6 +196,11 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def validate(config: Config) -> None:
     """`UserError` for a name that is in no table or a value that cannot be."""
     model, transport, data, train, sample = config.model, config.transport, config.data, config.train, config.sample
+    for key in _POSITIVE:
+        value = _get(config, key)
+        check(value is None or value > 0, f"{key} is {value}; expected more than 0")
+    for key in _NOT_NEGATIVE:
+        check(_get(config, key) >= 0, f"{key} is {_get(config, key)}; expected 0 or more")
     size = sizes.size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
     _one_of("model.remat", model.remat, sit.REMAT_POLICIES)
     paths.path_by_name(transport.path)
@@ -211,11 +219,8 @@ def validate(config: Config) -> None:
     _one_of("precision.compute", config.precision.compute, ("float32", "bfloat16"))
     if config.precision.matmul is not None:
         _one_of("precision.matmul", config.precision.matmul, ("default", "high", "highest"))
-    for key in _POSITIVE:
-        value = _get(config, key)
-        check(value is None or value > 0, f"{key} is {value}; expected more than 0")
-    for key in _NOT_NEGATIVE:
-        check(_get(config, key) >= 0, f"{key} is {_get(config, key)}; expected 0 or more")
+    for key in ("seed", "sample.seed"):
+        check(_get(config, key) < 2**32, f"{key} is {_get(config, key)}; expected less than 2**32, as jax keeps 32 bits of it")
     for key in ("train.label_dropout", "train.ema_decay", "optimizer.b1", "optimizer.b2"):
         check(0 <= _get(config, key) <= 1, f"{key} is {_get(config, key)}; expected a number from 0 to 1")
     check(
@@ -261,9 +266,11 @@ def _run_file(path: str, argument: str | None) -> dict:
 
 def _read_json(path: str) -> dict:
     try:
-        return json.loads(epath.Path(path).read_text())
+        values = json.loads(epath.Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a recorded config ({error}); give --config") from error
+    check(isinstance(values, dict), f"{path} cannot be read as a recorded config (it holds no settings); give --config")
+    return values
 
 
 def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -293,10 +300,10 @@ def _parse(key: str, text: str) -> Any:
     known = dict(_fields(Config))
     if key not in known:
         raise unknown_name("config key", key, known)
+    if known[key] is str or (known[key] == str | None and text.lower() != "none"):
+        return text
     if text.lower() in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[text.lower()]
-    if known[key] in (str, str | None):
-        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -5,10 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from absl import flags as absl_flags
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import report, storage
+from sit_jax import report
 from sit_jax.errors import UserError, check, unknown_name
 from sit_jax.jobs import sample, train
 
@@ -29,14 +30,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument("--mode", default="train", help=f"what to do: {', '.join(JOBS)} (default: train)")
     parser.error = _refuse
     flags, rest = parser.parse_known_args(argv)
+    check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
     if flags.mode not in JOBS:
         raise unknown_name("mode", flags.mode, JOBS)
     overrides = []
     while rest:
-        flag, _, text = rest.pop(0).partition("=")
+        flag, equals, text = rest.pop(0).partition("=")
         check(flag.startswith("--config."), f"unknown flag {flag!r}; see python -m sit_jax.main --help")
-        check(text or rest, f"{flag} has no value; expected {flag}=VALUE")
-        overrides.append((flag.removeprefix("--config."), text or rest.pop(0)))
+        if not equals and rest and not rest[0].startswith("--config."):
+            text = rest.pop(0)
+        check(text, f"{flag} has no value; expected {flag}=VALUE")
+        overrides.append((flag.removeprefix("--config."), text))
     return flags, overrides
 
 
@@ -64,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags, overrides = parse(sys.argv[1:] if argv is None else argv)
         config = load_config(flags, overrides)
         use_compilation_cache()
+        absl_flags.FLAGS.mark_as_parsed()  # grain's reader processes look flags up
         print(report.devices_line(), flush=True)
         if warning := report.unused_accelerator_warning():
             print(warning, file=sys.stderr)
-        JOBS[flags.mode](config, storage.make_workdir(flags.workdir))
+        JOBS[flags.mode](config, epath.Path(flags.workdir))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

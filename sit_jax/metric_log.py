@@ -14,7 +14,6 @@ import uuid
 from typing import Protocol
 
 import numpy as np
-import tensorboardX
 import tqdm
 from absl import logging
 from etils import epath
@@ -131,6 +130,8 @@ class _TensorBoard:
     """An event file per start of the run; purge_step hides what older files hold of the steps that are done again."""
 
     def __init__(self, folder: epath.Path, start_step: int):
+        import tensorboardX  # here, as it imports torch where that is installed
+
         # By default two minutes of events wait in memory; a kill would lose them, and a resumed run does not redo them.
         self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=1)
 

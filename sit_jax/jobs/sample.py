@@ -87,7 +87,7 @@ def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
     folder = workdir / "checkpoints"
     check(folder.exists(), f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
     target = getattr(train_state.abstract(setup.init_params, setup.optimizer, setup.mesh), which)
-    with Checkpoints(folder, [which]) as checkpoints:
+    with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
         step = checkpoints.latest_step()
         check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")
         return step, checkpoints.restore(step, {which: target})[which]
@@ -103,9 +103,8 @@ def run(config: Config, workdir: epath.Path) -> None:
     text = json.dumps(settings, indent=2)
     name = f"step{step}-{config.sample.weights}-{config.sample.solver}-cfg{config.sample.cfg_scale:g}-seed{config.sample.seed}"
     folder = workdir / "samples" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    writer = ImageWriter(storage.make_workdir(folder))
     storage.write_text(folder / "settings.json", text + "\n")
-    writer = ImageWriter(folder)
     missing = np.asarray(writer.missing(config.sample.count))
     print(f"sampling {len(missing)} of {config.sample.count} images from step {step} into {folder}", flush=True)
     with tqdm(total=len(missing), unit="image", disable=None) as bar:

@@ -60,8 +60,8 @@ def abstract_state(setup: Setup) -> TrainState:
     return train_state.abstract(setup.init_params, setup.optimizer, setup.mesh)
 
 
-def open_batches(setup: Setup, start: int) -> Iterator[dict[str, jax.Array]]:
-    """Batches start, start + 1, ... on the devices, fetched ahead."""
+def open_source(setup: Setup) -> sources.Source:
+    """The config's data. `UserError` if it is not there or has other classes."""
     data = setup.config.data
     source = sources.open_source(
         data.source, path=data.path, image_size=data.image_size, channels=data.channels, split=data.split
@@ -71,6 +71,12 @@ def open_batches(setup: Setup, start: int) -> Iterator[dict[str, jax.Array]]:
         found == data.classes,
         f"data.classes is {data.classes}, but the {data.source} source has {found} classes; set data.classes={found}",
     )
+    return source
+
+
+def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[dict[str, jax.Array]]:
+    """Batches start, start + 1, ... on the devices, fetched ahead."""
+    data = setup.config.data
     dataset = pipeline.batches(
         source,
         seed=setup.config.seed,
@@ -150,6 +156,8 @@ class Watcher:
 def run(config: Config, workdir: epath.Path) -> None:
     """Trains to train.steps. What is in the workdir is continued; a finished run says so and ends."""
     setup, steps = set_up(config), config.train.steps
+    source = open_source(setup)
+    storage.make_workdir(workdir)  # not sooner: a mistake in what is above leaves no folder behind
     keep = config.checkpoint.keep_last, config.checkpoint.keep_every
     items = train_state.CHECKPOINT_ITEMS
     with contextlib.ExitStack() as stack:
@@ -158,7 +166,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         if start >= steps:
             print(f"{workdir} is already at step {start} of {steps}; raise train.steps to train on")
             return
-        batches = open_batches(setup, start)
+        batches = open_batches(setup, source, start)
         storage.write_text(workdir / "config.json", config_lib.to_json(config))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)

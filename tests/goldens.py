@@ -1,0 +1,54 @@
+"""The golden arrays of the PyTorch reference, in our layouts. tests/golden/README.md says what they are."""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+
+from convert.names import params_from_torch
+from convert.torch_file import read_torch_file
+from sit_jax.models.sit import SiT
+from sit_jax.models.sizes import Size
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+HEADS, CLASSES = 4, 10
+
+
+@functools.cache
+def load(name: str) -> tuple[dict, np.lib.npyio.NpzFile]:
+    """(manifest, arrays) of a fixture."""
+    return json.loads((FOLDER / f"{name}.golden.json").read_text()), np.load(FOLDER / f"{name}.npz")
+
+
+def cases(name: str, kind: str) -> list[dict]:
+    found = [case for case in load(name)[0]["cases"] if case["kind"] == kind]
+    assert found, f"{name} has no case of kind {kind}"
+    return found
+
+
+@functools.cache
+def params(file: str, entry: str | None):
+    content = read_torch_file(str(FOLDER / file))
+    return params_from_torch(content[entry] if entry else content, HEADS)
+
+
+@functools.cache
+def model(learn_sigma: bool) -> SiT:
+    return SiT(Size(depth=3, width=48, heads=HEADS, patch=2), 8, 4, CLASSES, learn_sigma=learn_sigma)
+
+
+def bare():
+    """The model and weights that every fixture but `model` and `train` uses."""
+    return model(True), params("sit_bare.pt", None)
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, -3, -1)
+
+
+def relative_error(ours, theirs) -> float:
+    """Largest difference over the largest value: float32 rounding is relative to the size of what is summed."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -1,0 +1,281 @@
+"""config: values go through files, flags and JSON unchanged, and each mistake is one line that says what was expected."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import pytest
+
+from sit_jax import config as config_lib
+from sit_jax.config import Config, load
+from sit_jax.errors import UserError
+
+DIGITS = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits.py")
+HEAD = "from sit_jax.config import default\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a config file around the body of its get_config, and gives its path."""
+
+    def write(*body, arguments="", name="c.py"):
+        lines = ["config = default()", *body, "return config"]
+        (tmp_path / name).write_text(HEAD + f"def get_config({arguments}):\n" + "".join(f"    {line}\n" for line in lines))
+        return str(tmp_path / name)
+
+    return write
+
+
+def refusal(spec, **overrides):
+    """The message that refuses it; overrides are written model__depth="3"."""
+    with pytest.raises(UserError) as caught:
+        load(spec, [(key.replace("__", "."), text) for key, text in overrides.items()])
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+def test_the_defaults_come_back_from_a_file(file):
+    assert load(file()) == Config()
+
+
+def test_a_files_values_are_kept(file):
+    config = load(file("config.model.update(name='SiT-XL/2', depth=3)", "config.sample.labels = [1, 2]", "config.seed = 7"))
+    want = dataclasses.replace(
+        Config(),
+        seed=7,
+        model=dataclasses.replace(Config().model, name="SiT-XL/2", depth=3),
+        sample=dataclasses.replace(Config().sample, labels=(1, 2)),
+    )
+    assert config == want
+
+
+def test_json_comes_back_as_it_was(tmp_path):
+    config = load(DIGITS, [("sample.labels", "3,1,4"), ("optimizer.clip_norm", "1"), ("precision.matmul", "high")])
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    assert load(str(tmp_path / "config.json")) == config
+    assert config != load(DIGITS)
+    assert load(str(tmp_path / "config.json"), [("seed", "5")]).seed == 5
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train.steps", "12", 12),
+        ("train.steps", "400_000", 400_000),
+        ("optimizer.learning_rate", "2e-3", 0.002),
+        ("optimizer.weight_decay", "1", 1.0),
+        ("data.flip", "True", True),
+        ("data.flip", "true", True),
+        ("log.tensorboard", "False", False),
+        ("model.name", "SiT-B/4", "SiT-B/4"),
+        ("model.remat", "none", "none"),
+        ("data.path", "/data/123", "/data/123"),
+        ("data.path", "123", "123"),
+        ("data.path", "true", "true"),
+        ("data.path", "None", None),
+        ("optimizer.clip_norm", "none", None),
+        ("optimizer.clip_norm", "1", 1.0),
+        ("model.depth", "2", 2),
+        ("model.depth", "None", None),
+        ("sample.labels", "3,1,4", (3, 1, 4)),
+        ("sample.labels", "[3, 1]", (3, 1)),
+        ("sample.labels", "7", (7,)),
+        ("sample.labels", "()", ()),
+    ],
+)
+def test_an_override_becomes_the_value_it_stands_for(key, text, value):
+    got = config_lib.flatten(load(DIGITS, [(key, text)]))[key]
+    assert got == value and type(got) is type(value)
+
+
+def test_every_setting_can_be_given_as_a_flag_with_the_value_that_it_has():
+    """`none` is a word for some settings and no value for others."""
+    config = load(DIGITS)
+    texts = [(key, str(value)) for key, value in config_lib.flatten(config).items()]
+    assert len(texts) > 60
+    assert load(DIGITS, texts) == config
+
+
+def test_the_last_override_wins():
+    assert load(DIGITS, [("seed", "1"), ("seed", "2")]).seed == 2
+
+
+def test_a_file_may_take_an_argument(file):
+    spec = file("config.model.name = size or 'SiT-S/8'", arguments="size=None")
+    assert load(f"{spec}:SiT-B/8").model.name == "SiT-B/8"
+    assert load(spec).model.name == "SiT-S/8"
+    assert re.search(r"c\.py cannot be used as a config: TypeError: .*argument", refusal(file() + ":x"))
+
+
+BAD = [
+    # key=text of the flags, and what the message must hold
+    (dict(model__name="SiT-S/3"), "unknown model 'SiT-S/3'; did you mean 'SiT-S/"),
+    (dict(model__depth="0"), "model depth is 0; expected at least 1"),
+    (dict(model__heads="-1"), "model heads is -1; expected at least 1"),
+    (dict(model__heads="3"), "model width 128 is not divisible by its 3 heads; choose a multiple"),
+    (dict(model__width="6", model__heads="2"), "model width 6 is not divisible by 4"),
+    (dict(model__remat="half"), "unknown model.remat 'half'; known: 'none', 'dots', 'full'"),
+    (dict(transport__path="Liner"), "unknown path 'Liner'; did you mean 'Linear'?"),
+    (dict(transport__prediction="velocty"), "unknown prediction 'velocty'; did you mean 'velocity'?"),
+    (dict(transport__loss_weight="snr"), "unknown loss weight 'snr'; known: 'none', 'velocity', 'likelihood'"),
+    (dict(transport__loss_weight="velocity"), "'velocity' does nothing to a velocity prediction; use 'none', or prediction"),
+    (dict(transport__train_eps="0"), "transport.train_eps is 0.0; expected a number inside (0, 0.5)"),
+    (dict(transport__train_eps="0.5"), "transport.train_eps is 0.5; expected a number inside (0, 0.5)"),
+    (dict(transport__sample_eps="-0.1"), "transport.sample_eps is -0.1; expected a number inside (0, 0.5)"),
+    (dict(transport__sample_eps="0.7"), "transport.sample_eps is 0.7; expected a number inside (0, 0.5)"),
+    (dict(transport__times="logitnormal"), "unknown transport.times 'logitnormal'; did you mean 'logit-normal'?"),
+    (dict(data__source="digit"), "unknown data.source 'digit'; did you mean 'digits'?"),
+    (dict(latents__codec="pixel"), "unknown latents.codec 'pixel'; did you mean 'pixels'?"),
+    (dict(model__patch="3"), "input size 8 is not divisible by the patch size 3; change data.image_size or"),
+    (dict(optimizer__schedule="cosin"), "unknown optimizer.schedule 'cosin'; did you mean 'cosine'?"),
+    (dict(sample__weights="emas"), "unknown sample.weights 'emas'; did you mean 'ema'? known: 'ema', 'raw'"),
+    (dict(sample__solver="dopri"), "unknown sample.solver 'dopri'; did you mean 'dopri5'?"),
+    (dict(sample__cfg_scale="0.99"), "cfg scale is 0.99; expected 1 (no guidance) or more"),
+    (dict(precision__compute="bf16"), "unknown precision.compute 'bf16'; did you mean 'bfloat16'?"),
+    (dict(precision__matmul="max"), "unknown precision.matmul 'max'; known: 'default', 'high', 'highest'"),
+    (dict(train__batch="10", train__accumulation="4"), "train.batch 10 is not divisible by train.accumulation 4; change"),
+    (dict(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9 (data.classes)"),
+    (dict(sample__labels="-1"), "sample.labels holds -1; expected 0 to 9 (data.classes)"),
+    (dict(mesh__data="0"), "mesh.data is 0; expected 1 or more, or -1"),
+    (dict(mesh__tensor="-2"), "mesh.tensor is -2; expected 1 or more, or -1"),
+    (dict(mesh__fsdp="-1"), "more than one -1; leave at most one axis"),
+    (dict(train__label_dropout="1.1"), "train.label_dropout is 1.1; expected a number from 0 to 1"),
+    (dict(train__ema_decay="-0.1"), "train.ema_decay is -0.1; expected a number from 0 to 1"),
+    (dict(optimizer__b1="2"), "optimizer.b1 is 2.0; expected a number from 0 to 1"),
+    (dict(optimizer__b2="1.5"), "optimizer.b2 is 1.5; expected a number from 0 to 1"),
+    (dict(seed="4294967296"), "seed is 4294967296; expected less than 2**32"),
+    (dict(sample__seed="4294967296"), "sample.seed is 4294967296; expected less than 2**32"),
+    # keys and types
+    (dict(train__stpes="3"), "unknown config key 'train.stpes'; did you mean 'train.steps'"),
+    (dict(steps="3"), "unknown config key 'steps'; did you mean"),
+    (dict(train="3"), "unknown config key 'train'"),
+    (dict(train__steps="many"), "train.steps is 'many'; expected a whole number"),
+    (dict(train__steps="1.5"), "train.steps is 1.5; expected a whole number"),
+    (dict(train__steps="True"), "train.steps is True; expected a whole number"),
+    (dict(train__steps="none"), "train.steps is None; expected a whole number"),
+    (dict(optimizer__learning_rate="fast"), "optimizer.learning_rate is 'fast'; expected a number"),
+    (dict(optimizer__learning_rate="nan"), "optimizer.learning_rate is 'nan'; expected a number"),
+    (dict(optimizer__clip_norm="'1'"), "optimizer.clip_norm is '1'; expected a number"),
+    (dict(data__flip="1"), "data.flip is 1; expected True or False"),
+    (dict(data__flip="yes"), "data.flip is 'yes'; expected True or False"),
+    (dict(sample__labels="a,b"), "sample.labels is 'a,b'; expected a list of whole numbers such as 3,1,4"),
+    (dict(sample__labels="1,2.5"), "sample.labels is (1, 2.5); expected a list of whole numbers"),
+    (dict(sample__labels="none"), "sample.labels is None; expected a list of whole numbers"),
+]
+POSITIVE = """data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
+    optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.atol sample.rtol sample.count sample.batch
+    sample.columns sample.scale sample.cfg_channels checkpoint.every checkpoint.keep_last checkpoint.keep_every
+    log.every log.sheet_count""".split()
+NOT_NEGATIVE = "seed data.workers optimizer.warmup_steps optimizer.weight_decay sample.seed log.sheet_every".split()
+
+
+@pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_bad_value_is_one_line_with_value_and_expectation(overrides, words):
+    assert words in refusal(DIGITS, **overrides)
+
+
+@pytest.mark.parametrize("text", ["0", "-3"])
+@pytest.mark.parametrize("key", POSITIVE)
+def test_counts_and_scales_are_more_than_0(key, text):
+    assert re.fullmatch(rf"{key} is {text}(\.0)?; expected more than 0", refusal(DIGITS, **{key: text}))
+
+
+@pytest.mark.parametrize("key", NOT_NEGATIVE)
+def test_some_numbers_may_be_0_and_not_less(key):
+    assert re.fullmatch(rf"{key} is -1(\.0)?; expected 0 or more", refusal(DIGITS, **{key: "-1"}))
+    assert config_lib.flatten(load(DIGITS, [(key, "0")]))[key] == 0
+
+
+def test_values_at_the_border_are_good():
+    good = {"transport.train_eps": "0.499", "sample.cfg_scale": "1", "sample.labels": "0,9", "train.label_dropout": "0",
+            "train.ema_decay": "1", "train.accumulation": "128", "seed": "4294967295"}  # fmt: skip
+    load(DIGITS, list(good.items()))
+    load(DIGITS, [("transport.prediction", "noise"), ("transport.loss_weight", "velocity")])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("config.train.stepz = 3", "unknown config key 'train.stepz'; did you mean 'train.steps'"),
+        ("config.trian = 3", "unknown config key 'trian'"),
+        ("config.model.update(dept=3)", "unknown config key 'model.dept'; did you mean 'model.depth'"),
+        ("config.train.steps = '3'", "train.steps is '3'; expected a whole number"),
+        ("config.train.steps = 3.0", "train.steps is 3.0; expected a whole number"),
+        ("config.optimizer.learning_rate = float('nan')", "optimizer.learning_rate is nan; expected more than 0"),
+        ("config.model = 'SiT-S/2'", "model is 'SiT-S/2'; expected the model settings"),
+        ("del config.train.steps", "config key train.steps is missing; start from sit_jax.config.default()"),
+        ("config.transport.path = 'linear'", "unknown path 'linear'; did you mean 'Linear'?"),
+        ("1 / 0", "c.py cannot be used as a config: ZeroDivisionError: division by zero"),
+        ("raise ValueError('two\\nlines')", "c.py cannot be used as a config: ValueError: two lines"),
+        ("import no_such_module", "c.py cannot be used as a config: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("config = None", "c.py cannot be used as a config: AttributeError"),
+        ("x = (", "c.py cannot be used as a config: SyntaxError"),
+    ],
+)
+def test_a_mistake_inside_a_config_file_is_one_line(file, line, words):
+    assert words in refusal(file(line))
+
+
+def test_a_file_that_is_no_config_is_one_line(tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    assert re.search(r"empty\.py cannot be used as a config: .*get_config", refusal(str(tmp_path / "empty.py")))
+    message = refusal(str(tmp_path / "none.py"))
+    assert "none.py' does not exist; expected a file such as configs/digits.py" in message
+    assert "variant.py' does not exist" in refusal(str(tmp_path / "variant.py:x"))
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 1', "[]", "5"])
+def test_a_damaged_recorded_config_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    assert "config.json cannot be read as a recorded config (" in refusal(str(tmp_path / "config.json"))
+
+
+def test_a_recorded_config_with_a_setting_missing_names_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    assert "config key model is missing" in refusal(str(tmp_path / "config.json"))
+
+
+def test_a_missing_recorded_config_is_one_line(tmp_path):
+    assert "other.json cannot be read as a recorded config" in refusal(str(tmp_path / "other.json"))
+
+
+def test_a_recorded_config_is_checked_as_a_file_is(tmp_path):
+    values = json.loads(config_lib.to_json(Config()))
+    values["train"]["steps"] = -1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert refusal(str(tmp_path / "config.json")) == "train.steps is -1; expected more than 0"
+
+
+def test_changes_name_what_a_run_may_not_change():
+    old = load(DIGITS)
+    other = {"model.depth": "3", "transport.path": "GVP", "train.batch": "64", "optimizer.schedule": "constant", "seed": "1"}
+    found = config_lib.changes(old, load(DIGITS, list(other.items())))
+    assert found == {
+        "seed": (0, 1),
+        "model.depth": (4, 3),
+        "transport.path": ("Linear", "GVP"),
+        "train.batch": (128, 64),
+        "optimizer.schedule": ("cosine", "constant"),
+    }
+    assert config_lib.changes(old, old) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("train.steps", "9"), ("data.path", "/elsewhere"), ("data.workers", "3"), ("data.skip_unreadable", "True"),
+        ("sample.cfg_scale", "4"), ("transport.sample_eps", "0.01"), ("checkpoint.every", "7"), ("log.every", "3"),
+        ("mesh.fsdp", "2"), ("optimizer.learning_rate", "1"),
+    ],
+)  # fmt: skip
+def test_changes_leave_out_what_a_run_may_change(key, text):
+    old, new = load(DIGITS), load(DIGITS, [(key, text)])
+    assert config_lib.flatten(old)[key] != config_lib.flatten(new)[key]
+    assert config_lib.changes(old, new) == {}

@@ -1,0 +1,143 @@
+"""Imports point down only, and no heavy framework comes along: DESIGN.md, section 1, read off the syntax trees."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+LEVELS = {
+    0: "transport sampling rng ema metrics storage errors",
+    1: "models latents data optimizer sharding checkpoint image_io metric_log report",
+    2: "train_state train_step",
+    3: "jobs config convert",
+    4: "main",
+}
+LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
+# What a part may import of its own level. `errors` is everybody's; the rest of level 0 and all of level 1 stand alone.
+BESIDE = {
+    "transport": {"errors"},
+    "sampling": {"transport", "errors"},
+    "metrics": {"errors"},
+    "storage": {"errors"},
+    "train_step": {"train_state"},
+    "jobs": {"config"},
+    "convert": {"config", "jobs"},
+}
+
+
+def modules(*folders):
+    """(dotted name, path) of every module below the folders."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imported(source, package):
+    """Dotted names of everything a module imports, at its top or inside functions; `package` is what `.` means there."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def part_of(name):
+    """sit_jax.models.sit -> models, convert.names -> convert; None for what is not ours."""
+    top, *rest = name.split(".")
+    return {"sit_jax": rest[0] if rest else "", "convert": "convert", "configs": "configs"}.get(top)
+
+
+def violations(name, source, package):
+    """What a module imports of the project and must not."""
+    part = part_of(name)
+    assert part in LEVEL_OF, f"{name} has no level in DESIGN.md, section 1; give it one there and in LEVELS"
+    for target in imported(source, package):
+        other = part_of(target)
+        if other is None or other == part:
+            continue
+        if LEVEL_OF.get(other, 9) >= LEVEL_OF[part] and other not in BESIDE.get(part, ()):
+            yield f"{name} imports {target}"
+
+
+def test_imports_point_down():
+    found = []
+    for name, path in modules("sit_jax", "convert"):
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        if name == "sit_jax":
+            assert not [t for t in imported(path.read_text(), package) if part_of(t)], "sit_jax/__init__.py imports parts"
+        else:
+            found += violations(name, path.read_text(), package)
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("sit_jax.transport.paths", "from sit_jax.sampling import ode"),
+        ("sit_jax.sampling.ode", "from sit_jax import rng"),
+        ("sit_jax.storage", "from sit_jax.image_io import sheet"),
+        ("sit_jax.models.sit", "from sit_jax import config as c"),
+        ("sit_jax.models.sit", "import sit_jax.sharding"),
+        ("sit_jax.models.sit", "from .. import latents"),
+        ("sit_jax.models.sit", "from ..data import pipeline"),
+        ("sit_jax.data.sources", "def f():\n    from sit_jax.jobs import train"),
+        ("sit_jax.train_state", "from sit_jax import train_step"),
+        ("sit_jax.config", "from sit_jax.jobs.setup import set_up"),
+        ("sit_jax.jobs.train", "from convert import names"),
+        ("sit_jax.jobs.train", "import sit_jax.main"),
+        ("sit_jax.config", "import configs.digits"),
+        ("convert.names", "from sit_jax import main"),
+    ],
+)
+def test_the_check_sees_an_import_that_points_up_or_sideways(name, line):
+    assert len(list(violations(name, line, name.rpartition(".")[0]))) == 1
+
+
+def test_the_check_lets_imports_that_point_down_pass():
+    source = "import jax\nfrom sit_jax import rng, storage\nfrom sit_jax.errors import check\nfrom . import sizes\nfrom .sizes import Size"
+    assert not list(violations("sit_jax.models.sit", source, "sit_jax.models"))
+    assert not list(violations("sit_jax.jobs.train", "from sit_jax.config import Config", "sit_jax.jobs"))
+
+
+def test_a_part_without_a_level_is_noticed():
+    with pytest.raises(AssertionError, match="sit_jax.utils has no level"):
+        list(violations("sit_jax.utils", "", "sit_jax"))
+
+
+def test_configs_import_the_config_module_alone():
+    for name, path in modules("configs"):
+        ours = {target for target in imported(path.read_text(), "configs") if part_of(target) is not None}
+        assert {part_of(target) for target in ours} <= {"config"}, f"{name} imports {ours}"
+
+
+def test_torch_and_tensorflow_stay_outside():
+    scripts = [("", path) for path in [*ROOT.glob("*.py"), *(ROOT / "launch").rglob("*.py")]]
+    for name, path in [*modules("sit_jax", "configs"), *scripts]:
+        tops = {target.split(".")[0] for target in imported(path.read_text(), name or "launch")}
+        assert not tops & {"torch", "torchvision", "tensorflow"}, path
+    for _, path in modules("convert"):
+        assert "tensorflow" not in {target.split(".")[0] for target in imported(path.read_text(), "convert")}, path
+
+
+def test_importing_main_loads_neither_tensorflow_nor_torch(tmp_path):
+    """Not through a dependency either, where they are installed: stand-ins on the path take the import that would be."""
+    for name in ("tensorflow", "torch"):
+        (tmp_path / f"{name}.py").write_text("__version__ = '0'\n")
+    code = (
+        "import sys, sit_jax.main; print([m for m in ('tensorflow', 'torch') if m in sys.modules]);"
+        "import torch; print(torch.__version__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["[]", "0"], done.stdout + done.stderr

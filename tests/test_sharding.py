@@ -1,0 +1,75 @@
+"""One rule table, and the same training on every mesh."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sit_jax import sharding
+from sit_jax.errors import UserError
+from tests import goldens
+
+
+def train_on_meshes(devices: int) -> dict:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
+    result = subprocess.run([sys.executable, "tests/train_on_meshes.py"], capture_output=True, text=True, env=env, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return train_on_meshes(1) | train_on_meshes(8)
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "all three", "accumulated"])
+def test_eight_devices_train_and_sample_as_one(runs, mesh):
+    one, eight = runs["single"], runs[mesh]
+    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)  # float32 sums in another order
+    assert one["losses"][-1] < one["losses"][0]
+    # The weights differ by rounding after six steps, which may flip an image's last bit here and there.
+    difference = np.abs(np.subtract(eight["images"], one["images"]))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02
+
+
+def test_moments_are_born_sharded(runs):
+    layers, width, hidden = runs["data"]["whole"]
+    assert runs["data"]["shard"] == [layers, width, hidden]
+    assert runs["fsdp"]["shard"] == [layers, width // 8, hidden]
+    assert runs["all three"]["shard"] == [layers, width // 2, hidden // 2]
+
+
+class Mesh8:  # spec() asks a mesh for its shape alone
+    shape = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_every_matrix_has_a_rule():
+    """Whatever is as large as a matrix is split; what is left whole is small."""
+    flat = jax.tree_util.tree_leaves_with_path(goldens.params("sit_bare.pt", None))
+    for path, leaf in flat:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = sharding.spec(f"opt_state/0/mu/{name}", leaf.shape, Mesh8)
+        if name.endswith(("kernel", "embedding")):
+            assert "fsdp" in spec, name
+    assert sharding.spec("params/blocks/attn/qkv/kernel", (3, 48, 3, 4, 12), Mesh8) == P(None, "fsdp", None, "tensor", None)
+    assert sharding.spec("params/final_layer/adaLN_modulation/kernel", (48, 96), Mesh8) == P("fsdp", None)
+    assert sharding.spec("opt_state/0/count", (), Mesh8) == P()
+
+
+def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
+    assert sharding.spec("params/blocks/mlp/fc1/kernel", (3, 47, 188), Mesh8) == P(None, None, "tensor")
+
+
+def test_bad_meshes():
+    with pytest.raises(UserError, match="mesh.fsdp is 0; expected 1 or more, or -1"):
+        sharding.check_axes(1, 0, 1)
+    with pytest.raises(UserError, match="more than one -1"):
+        sharding.check_axes(-1, -1, 1)
+    with pytest.raises(UserError, match="does not use 1 devices; their product must be 1"):
+        sharding.make_mesh(3, 1, 1)

@@ -1,0 +1,44 @@
+"""Run by test_sharding.py in a process of its own: trains and samples on every mesh of its devices, and prints JSON."""
+
+import json
+
+import jax
+import numpy as np
+
+from sit_jax import config as config_lib
+from sit_jax import train_state
+from sit_jax.jobs import sample, train
+from sit_jax.jobs.setup import set_up
+
+TINY = [
+    ("model.depth", "2"), ("model.width", "32"), ("model.heads", "4"), ("train.batch", "32"), ("train.steps", "6"),
+    ("sample.batch", "16"), ("sample.steps", "4"), ("optimizer.schedule", "constant"),
+]  # fmt: skip
+
+
+def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
+    mesh = [("mesh.data", str(data)), ("mesh.fsdp", str(fsdp)), ("mesh.tensor", str(tensor))]
+    config = config_lib.load("configs/digits.py", TINY + mesh + [("train.accumulation", str(accumulation))])
+    setup = set_up(config)
+    state = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
+    step, batches, losses = train.make_train_step(setup), train.open_batches(setup, train.open_source(setup), 0), []
+    for _ in range(config.train.steps):
+        state, metrics = step(state, next(batches))
+        losses.append(float(metrics["loss"]))
+    kernel = state.opt_state[0].mu["blocks"]["mlp"]["fc1"]["kernel"]
+    (_, images), *_ = sample.sample_images(setup, sample.make_sampler(setup), state.params, np.arange(16))
+    return {
+        "losses": losses,
+        "shard": list(kernel.addressable_shards[0].data.shape),
+        "whole": list(kernel.shape),
+        "images": images.astype(int).ravel().tolist(),
+    }
+
+
+if __name__ == "__main__":
+    if jax.device_count() == 1:
+        found = {"single": run(1, 1, 1)}
+    else:
+        meshes = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all three": (2, 2, 2)}
+        found = {name: run(*mesh) for name, mesh in meshes.items()} | {"accumulated": run(4, 2, 1, accumulation=2)}
+    print(json.dumps(found))
