@@ -88,7 +88,7 @@ def update(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new_state = TrainState(state.step + 1, params, ema.update(state.ema, params, ema_decay), opt_state)
-    return new_state, {"loss": value, "grad_norm": optax.global_norm(grads)}
+    return new_state, {"loss": value, "grad_norm": optax.tree.norm(grads)}
 
 
 def _mean_over_microbatches(value_and_grad: Callable, params: Any, examples: Examples, n: int) -> Any:

@@ -139,7 +139,7 @@ def test_clipping_bounds_the_update_and_reports_the_gradient_before_it():
     tx = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
     state = train_state.init(lambda: jax.tree.map(jnp.asarray, start), tx)
     after, metrics = updater(True, objective(), tx)(state, examples)
-    moved = optax.global_norm(jax.tree.map(jnp.subtract, after.params, state.params))
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after.params, state.params))
     assert float(metrics["grad_norm"]) > 0.1 and float(moved) == pytest.approx(0.01, rel=1e-3)
     assert isinstance(adamw(clip_norm=0.01).init(start)[0], optax.EmptyState)
 
