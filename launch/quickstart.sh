@@ -36,9 +36,9 @@ Done; the path of the sample sheet is printed above. What next, from $PWD:
   other labels, more guidance:
     .venv/bin/python -m sit_jax.main --workdir "$workdir" --mode sample \\
         --config.sample.labels=3,8 --config.sample.cfg_scale=4
-  your own folder of class folders of images:
-    .venv/bin/python -m sit_jax.main --config configs/digits.py --workdir runs/mine --config.data.source=folder \\
-        --config.data.path=/path/to/images --config.data.image_size=32 --config.data.channels=3 --config.data.classes=2
+  your own folder of class folders of images (here 64x64, two classes):
+    .venv/bin/python -m sit_jax.main --config configs/folder.py --workdir runs/mine \\
+        --config.data.path=/path/to/images --config.data.classes=2
   the tests:
     bash launch/test.sh
 END

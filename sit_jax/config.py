@@ -154,8 +154,8 @@ class Config:
 
 # What may differ between a run's start and its continuation: none of these changes the function that is being learned.
 CHANGEABLE = (
-    "train.steps", "data.path", "data.workers", "data.skip_unreadable", "optimizer.learning_rate", "transport.sample_eps",
-    "sample.", "checkpoint.", "log.", "mesh.",
+    "train.steps", "data.path", "data.workers", "data.skip_unreadable", "optimizer.learning_rate",
+    "transport.sample_eps", "sample.", "checkpoint.", "log.", "mesh.",
 )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def validate(config: Config) -> None:
     if config.precision.matmul is not None:
         _one_of("precision.matmul", config.precision.matmul, ("default", "high", "highest"))
     for key in ("seed", "sample.seed"):
-        check(_get(config, key) < 2**32, f"{key} is {_get(config, key)}; expected less than 2**32, as jax keeps 32 bits of it")
+        check(_get(config, key) < 2**32, f"{key} is {_get(config, key)}; expected less than 2**32")
     for key in ("train.label_dropout", "train.ema_decay", "optimizer.b1", "optimizer.b2"):
         check(0 <= _get(config, key) <= 1, f"{key} is {_get(config, key)}; expected a number from 0 to 1")
     check(

@@ -1,4 +1,4 @@
-"""config: values go through files, flags and JSON unchanged, and each mistake is one line that says what was expected."""
+"""config: values go through files, flags and JSON unchanged, and each mistake is one line with what was expected."""
 
 import dataclasses
 import json
@@ -20,8 +20,8 @@ def file(tmp_path):
     """Writes a config file around the body of its get_config, and gives its path."""
 
     def write(*body, arguments="", name="c.py"):
-        lines = ["config = default()", *body, "return config"]
-        (tmp_path / name).write_text(HEAD + f"def get_config({arguments}):\n" + "".join(f"    {line}\n" for line in lines))
+        indented = "".join(f"    {line}\n" for line in ["config = default()", *body, "return config"])
+        (tmp_path / name).write_text(f"{HEAD}def get_config({arguments}):\n{indented}")
         return str(tmp_path / name)
 
     return write
@@ -41,14 +41,14 @@ def test_the_defaults_come_back_from_a_file(file):
 
 
 def test_a_files_values_are_kept(file):
-    config = load(file("config.model.update(name='SiT-XL/2', depth=3)", "config.sample.labels = [1, 2]", "config.seed = 7"))
+    body = "config.model.update(name='SiT-XL/2', depth=3)", "config.sample.labels = [1, 2]", "config.seed = 7"
     want = dataclasses.replace(
         Config(),
         seed=7,
         model=dataclasses.replace(Config().model, name="SiT-XL/2", depth=3),
         sample=dataclasses.replace(Config().sample, labels=(1, 2)),
     )
-    assert config == want
+    assert load(file(*body)) == want
 
 
 def test_json_comes_back_as_it_was(tmp_path):
@@ -125,7 +125,7 @@ BAD = [
     (dict(transport__path="Liner"), "unknown path 'Liner'; did you mean 'Linear'?"),
     (dict(transport__prediction="velocty"), "unknown prediction 'velocty'; did you mean 'velocity'?"),
     (dict(transport__loss_weight="snr"), "unknown loss weight 'snr'; known: 'none', 'velocity', 'likelihood'"),
-    (dict(transport__loss_weight="velocity"), "'velocity' does nothing to a velocity prediction; use 'none', or prediction"),
+    (dict(transport__loss_weight="velocity"), "'velocity' does nothing to a velocity prediction; use 'none', or"),
     (dict(transport__train_eps="0"), "transport.train_eps is 0.0; expected a number inside (0, 0.5)"),
     (dict(transport__train_eps="0.5"), "transport.train_eps is 0.5; expected a number inside (0, 0.5)"),
     (dict(transport__sample_eps="-0.1"), "transport.sample_eps is -0.1; expected a number inside (0, 0.5)"),
@@ -140,7 +140,7 @@ BAD = [
     (dict(sample__cfg_scale="0.99"), "cfg scale is 0.99; expected 1 (no guidance) or more"),
     (dict(precision__compute="bf16"), "unknown precision.compute 'bf16'; did you mean 'bfloat16'?"),
     (dict(precision__matmul="max"), "unknown precision.matmul 'max'; known: 'default', 'high', 'highest'"),
-    (dict(train__batch="10", train__accumulation="4"), "train.batch 10 is not divisible by train.accumulation 4; change"),
+    (dict(train__batch="10", train__accumulation="4"), "train.batch 10 is not divisible by train.accumulation 4;"),
     (dict(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9 (data.classes)"),
     (dict(sample__labels="-1"), "sample.labels holds -1; expected 0 to 9 (data.classes)"),
     (dict(mesh__data="0"), "mesh.data is 0; expected 1 or more, or -1"),
@@ -169,7 +169,8 @@ BAD = [
     (dict(sample__labels="1,2.5"), "sample.labels is (1, 2.5); expected a list of whole numbers"),
     (dict(sample__labels="none"), "sample.labels is None; expected a list of whole numbers"),
 ]
-POSITIVE = """data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
+POSITIVE = """
+    data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
     optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.atol sample.rtol sample.count sample.batch
     sample.columns sample.scale sample.cfg_channels checkpoint.every checkpoint.keep_last checkpoint.keep_every
     log.every log.sheet_count""".split()
@@ -214,7 +215,7 @@ def test_values_at_the_border_are_good():
         ("config.transport.path = 'linear'", "unknown path 'linear'; did you mean 'Linear'?"),
         ("1 / 0", "c.py cannot be used as a config: ZeroDivisionError: division by zero"),
         ("raise ValueError('two\\nlines')", "c.py cannot be used as a config: ValueError: two lines"),
-        ("import no_such_module", "c.py cannot be used as a config: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("import no_such_module", "c.py cannot be used as a config: ModuleNotFoundError: No module named 'no_such"),
         ("config = None", "c.py cannot be used as a config: AttributeError"),
         ("x = (", "c.py cannot be used as a config: SyntaxError"),
     ],
@@ -255,14 +256,13 @@ def test_a_recorded_config_is_checked_as_a_file_is(tmp_path):
 
 def test_changes_name_what_a_run_may_not_change():
     old = load(DIGITS)
-    other = {"model.depth": "3", "transport.path": "GVP", "train.batch": "64", "optimizer.schedule": "constant", "seed": "1"}
+    other = {"model.depth": "3", "transport.path": "GVP", "train.batch": "64", "seed": "1"}
     found = config_lib.changes(old, load(DIGITS, list(other.items())))
     assert found == {
         "seed": (0, 1),
         "model.depth": (4, 3),
         "transport.path": ("Linear", "GVP"),
         "train.batch": (128, 64),
-        "optimizer.schedule": ("cosine", "constant"),
     }
     assert config_lib.changes(old, old) == {}
 

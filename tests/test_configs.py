@@ -22,7 +22,8 @@ TINY = ONE_DEVICE | {
     "data.source": "digits", "data.path": "none", "data.split": "train", "data.workers": "0",
     "data.image_size": "8", "data.channels": "1", "data.classes": "10", "latents.codec": "pixels",
     "train.steps": "2", "train.batch": "8", "train.accumulation": "1",
-    "log.every": "1", "log.sheet_every": "0", "log.tensorboard": "False", "log.wandb_project": "none", "checkpoint.every": "2",
+    "log.every": "1", "log.sheet_every": "0", "log.tensorboard": "False", "log.wandb_project": "none",
+    "checkpoint.every": "2",
 }  # fmt: skip
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

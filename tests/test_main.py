@@ -1,4 +1,4 @@
-"""main: a tiny run from its first step to its samples, and every mistake as one line that leaves all files as they were."""
+"""main: a tiny run from its first step to its samples, every mistake as one line that leaves all files as they were."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from sit_jax import config as config_lib
-from sit_jax import main, report
+from sit_jax import main, report, sharding
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -31,7 +31,8 @@ def flags(**settings):
 TINY = [
     "--config", DIGITS,
     *flags(
-        model__depth=1, model__width=16, model__heads=2, train__batch=8, train__steps=4, optimizer__learning_rate=0.02, train__ema_decay=0.5,
+        model__depth=1, model__width=16, model__heads=2, train__batch=8, train__steps=4,
+        optimizer__learning_rate=0.02, train__ema_decay=0.5,
         checkpoint__every=2, log__every=1, log__sheet_every=2, log__sheet_count=8,
         sample__steps=2, sample__count=8, sample__batch=8, sample__columns=5, sample__scale=3,
     ),
@@ -41,7 +42,7 @@ FOLDER = flags(data__source="folder", data__split="all", data__channels=3, data_
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet_machine(tmp_path_factory):
-    """Programs are compiled once for all tests here, not into the user's cache; no warning of an accelerator left alone."""
+    """Programs are compiled once for all tests here, not into the user's cache; no accelerator is missed."""
     settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
                 "jax_persistent_cache_min_compile_time_secs": 0.1}  # fmt: skip
     before = {name: getattr(jax.config, name) for name in settings}
@@ -131,7 +132,8 @@ def test_a_run_leaves_its_config_log_checkpoints_and_sheets(trained):
     assert (config.train.steps, config.model.width, config.optimizer.schedule) == (4, 16, "cosine")
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
     for row in rows(workdir):
-        assert all(math.isfinite(row[name]) and row[name] > 0 for name in ("loss", "grad_norm", "images_per_s", "flops_per_s"))
+        numbers = [row[name] for name in ("loss", "grad_norm", "images_per_s", "flops_per_s")]
+        assert all(math.isfinite(number) and number > 0 for number in numbers)
     wanted = 0.01 * (1 + np.cos(np.pi * np.arange(4) / 4))  # half a cosine, from step 0
     np.testing.assert_allclose([row["learning_rate"] for row in rows(workdir)], wanted, rtol=1e-5)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
@@ -194,7 +196,8 @@ def test_a_lost_sample_is_made_again_as_it_was(sampled):
 @pytest.mark.parametrize("change", [{"weights": "raw"}, {"solver": "dopri5"}])
 def test_other_settings_make_other_samples_beside_the_first(sampled, tmp_path, change):
     workdir, folder = pathlib.Path(shutil.copytree(sampled[0], tmp_path / "run")), sampled[1]
-    succeed("--workdir", workdir, "--mode", "sample", *flags(**{f"sample__{key}": text for key, text in change.items()}))
+    settings = [f"--config.sample.{key}={text}" for key, text in change.items()]
+    succeed("--workdir", workdir, "--mode", "sample", *settings)
     (other,) = [path for path in (workdir / "samples").iterdir() if path.name != folder.name]
     images, first = pictures(other), pictures(folder)
     assert images.keys() == first.keys()
@@ -296,7 +299,8 @@ def test_a_workdir_without_a_run_needs_a_config(tmp_path, mode):
 @pytest.mark.parametrize("below", ["file", "file/run", "file/runs/new"])
 def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, below):
     (tmp_path / "file").write_text("mine")
-    assert re.search(rf"--workdir '.*{below}' cannot be written \(.+\); give a folder", refusal(*TINY, "--workdir", tmp_path / below))
+    message = refusal(*TINY, "--workdir", tmp_path / below)
+    assert re.search(rf"--workdir '.*{below}' cannot be written \(.+\); give a folder", message)
     assert snapshot(tmp_path) == {"file": b"mine"}
 
 
@@ -313,7 +317,7 @@ def write_images(folder, *names):
         ([], "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder"),
         (["a.png", "b.png"], "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder"),
         (["a/0.png", "b/0.bmp"], "data.path='{data}' has 1 class folders without images"),
-        (["a/0.png", "b/0.png", "c/0.png"], "data.classes is 2, but the folder source has 3 classes; set data.classes=3"),
+        (["a/0.png", "b/0.png", "c/0.png"], "data.classes is 2, but the folder source has 3 classes; set"),
     ],
 )
 def test_a_bad_data_folder_is_one_line_and_makes_nothing(tmp_path, there, words):
@@ -328,7 +332,8 @@ def test_a_bad_data_folder_is_one_line_and_makes_nothing(tmp_path, there, words)
 
 
 def test_an_empty_data_path_is_one_line(tmp_path):
-    assert "data.path is empty, but data.source='folder' needs a folder" in refusal(*TINY, *FOLDER, "--workdir", tmp_path / "new")
+    message = refusal(*TINY, *FOLDER, "--workdir", tmp_path / "new")
+    assert "data.path is empty, but data.source='folder' needs a folder" in message
     assert snapshot(tmp_path) == {}
 
 
@@ -350,19 +355,29 @@ def test_an_unreadable_image_is_named_and_may_be_skipped(tmp_path):
 
 def test_a_batch_that_devices_cannot_share_is_one_line(tmp_path):
     """In a process of its own, for its three devices: also the exit status and all of stderr are as they should be."""
-    for batches, words in (
-        ({}, "train.batch / train.accumulation = 8 is not divisible by the 3 devices it is split over; make it a multiple of 3"),
+    done = subprocess.run(
+        [sys.executable, "-m", "sit_jax.main", *TINY, "--workdir", str(tmp_path / "new")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+             "XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    words = "train.batch / train.accumulation = 8 is not divisible by the 3 devices it is split over; make"
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {words}.*\n", done.stderr)
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
         ({"train__batch": 9}, "sample.batch = 8 is not divisible by the 3 devices"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "sit_jax.main", *TINY, *flags(**batches), "--workdir", str(tmp_path / "new")],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                 "XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
-            cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert re.fullmatch(rf"error: {re.escape(words)}.*\n", done.stderr)
-        assert snapshot(tmp_path) == {}
+        ({"train__batch": 18, "train__accumulation": 9}, "train.batch / train.accumulation = 2 is not divisible by"),
+    ],
+)
+def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settings, words):
+    monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 3)
+    assert words in refusal(*TINY, *flags(**settings), "--workdir", tmp_path / "new")
+    assert snapshot(tmp_path) == {}
 
 
 # What does not, where a run is: every file stays as it was
@@ -376,7 +391,7 @@ def test_a_batch_that_devices_cannot_share_is_one_line(tmp_path):
         (flags(sample__labels="10"), "sample.labels holds 10; expected 0 to 9"),
         (flags(sample__cfg_scale=0), "cfg scale is 0.0; expected 1 (no guidance) or more"),
         (flags(train__steps=-6), "train.steps is -6; expected more than 0"),
-        (flags(model__depth=2), "model.depth is 2, but the run in '{workdir}' has 1; keep it, or use another --workdir"),
+        (flags(model__depth=2), "model.depth is 2, but the run in '{workdir}' has 1; keep it, or"),
         (flags(transport__path="GVP"), "transport.path is 'GVP', but the run in '{workdir}' has 'Linear'; keep it, or"),
         (["--config", DIGITS], "model.depth is 4, but the run in '{workdir}' has 1; keep it, or use another --workdir"),
         (flags(mesh__data=3, train__steps=6), "mesh data x fsdp x tensor = 3 x 1 x 1 does not use"),
@@ -405,7 +420,8 @@ def test_a_checkpoint_of_another_model_is_one_line(run_copy, arguments, item):
     (run_copy / "config.json").write_text(json.dumps(values))
     before = snapshot(run_copy)
     message = refusal("--workdir", run_copy, *arguments)
-    assert re.search(rf"checkpoint 4: {item} is of another model: blocks/\S+ has shape \(1, .*\) there and \(2, .*\) in this", message)
+    mismatch = r"blocks/\S+ has shape \(1, .*\) there and \(2, .*\) in this config"
+    assert re.search(rf"checkpoint 4: {item} is of another model: {mismatch}", message)
     assert "use the config it was trained with, or another --workdir" in message
     assert snapshot(run_copy) == before
 
@@ -418,7 +434,7 @@ def test_a_run_without_checkpoints_cannot_be_sampled(run_copy):
 
     (run_copy / "checkpoints").mkdir()
     before = snapshot(run_copy)
-    assert "holds no whole checkpoint; train first, with --mode train" in refusal("--workdir", run_copy, "--mode", "sample")
+    assert "holds no whole checkpoint; train first" in refusal("--workdir", run_copy, "--mode", "sample")
     assert snapshot(run_copy) == before
 
 

@@ -21,10 +21,11 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
     config = config_lib.load("configs/digits.py", TINY + mesh + [("train.accumulation", str(accumulation))])
     setup = set_up(config)
     state = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
-    step, batches, losses = train.make_train_step(setup), train.open_batches(setup, train.open_source(setup), 0), []
-    for _ in range(config.train.steps):
-        state, metrics = step(state, next(batches))
-        losses.append(float(metrics["loss"]))
+    step, losses = train.make_train_step(setup), []
+    with train.open_batches(setup, train.open_source(setup), 0) as batches:
+        for _ in range(config.train.steps):
+            state, metrics = step(state, next(batches))
+            losses.append(float(metrics["loss"]))
     kernel = state.opt_state[0].mu["blocks"]["mlp"]["fc1"]["kernel"]
     (_, images), *_ = sample.sample_images(setup, sample.make_sampler(setup), state.params, np.arange(16))
     return {

@@ -74,8 +74,9 @@ def open_source(setup: Setup) -> sources.Source:
     return source
 
 
-def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[dict[str, jax.Array]]:
-    """Batches start, start + 1, ... on the devices, fetched ahead."""
+@contextlib.contextmanager
+def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
+    """Batches start, start + 1, ... on the devices, fetched ahead; leaving ends the readers."""
     data = setup.config.data
     dataset = pipeline.batches(
         source,
@@ -86,8 +87,8 @@ def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[d
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    host_batches = pipeline.iterate(dataset, start, workers=data.workers)
-    return pipeline.prefetch_to_device(host_batches, lambda batch: sharding.put_batch(setup.mesh, batch))
+    with contextlib.closing(pipeline.iterate(dataset, start, workers=data.workers)) as batches:
+        yield pipeline.prefetch_to_device(batches, lambda batch: sharding.put_batch(setup.mesh, batch))
 
 
 def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState]:
@@ -166,7 +167,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         if start >= steps:
             print(f"{workdir} is already at step {start} of {steps}; raise train.steps to train on")
             return
-        batches = open_batches(setup, source, start)
+        batches = stack.enter_context(open_batches(setup, source, start))
         storage.write_text(workdir / "config.json", config_lib.to_json(config))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)

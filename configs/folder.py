@@ -1,0 +1,20 @@
+"""Your own images: a folder of class folders of JPEG, PNG or WebP files, centre-cropped to 64x64, in pixel space.
+
+    python -m sit_jax.main --config configs/folder.py --workdir runs/mine --config.data.path=PATH --config.data.classes=N
+
+SiT-S/4 (33 M parameters, 256 tokens) with the paper's optimizer settings. Meant for one GPU; on a CPU make it smaller:
+--config.model.depth=4 --config.model.width=192 --config.train.batch=32.
+"""
+
+from sit_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.model.update(name="SiT-S/4")
+    config.data.update(source="folder", image_size=64, channels=3, classes=2, flip=True)
+    config.train.update(steps=100_000, batch=256)
+    config.sample.update(solver="heun", steps=25, cfg_scale=1.5, cfg_channels=None, scale=2)
+    config.checkpoint.update(every=5_000)
+    config.log.update(every=100, sheet_every=5_000)
+    return config
