@@ -270,7 +270,13 @@ def _read_json(path: str) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a recorded config ({error}); give --config") from error
     check(isinstance(values, dict), f"{path} cannot be read as a recorded config (it holds no settings); give --config")
-    return values
+    return _over(dataclasses.asdict(Config()), values)
+
+
+def _over(defaults: dict, values: dict) -> dict:
+    """values, with the settings that are newer than the file at their defaults."""
+    both = defaults | values
+    return {k: _over(defaults[k], v) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v for k, v in both.items()}
 
 
 def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

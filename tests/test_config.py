@@ -238,9 +238,10 @@ def test_a_damaged_recorded_config_is_one_line(tmp_path, text):
     assert "config.json cannot be read as a recorded config (" in refusal(str(tmp_path / "config.json"))
 
 
-def test_a_recorded_config_with_a_setting_missing_names_it(tmp_path):
-    (tmp_path / "config.json").write_text('{"seed": 0}')
-    assert "config key model is missing" in refusal(str(tmp_path / "config.json"))
+def test_a_setting_newer_than_a_recorded_config_has_its_default(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 3, "model": {"depth": 2}}')
+    config = config_lib.load(str(tmp_path / "config.json"))
+    assert (config.seed, config.model.depth, config.model.name) == (3, 2, Config().model.name)
 
 
 def test_a_missing_recorded_config_is_one_line(tmp_path):

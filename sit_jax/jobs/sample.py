@@ -73,8 +73,14 @@ def sample_images(setup: Setup, sampler: Sampler, params: Any, indices: np.ndarr
     for start in range(0, len(indices), size):
         chunk = indices[start : start + size]
         padded = np.pad(chunk, (0, size - len(chunk)), mode="edge").astype(np.int32)
-        images = sampler(params, padded, labels_of(setup, padded))
-        yield chunk, to_uint8(np.asarray(images))[: len(chunk)]
+        images = np.asarray(sampler(params, padded, labels_of(setup, padded)))[: len(chunk)]
+        bad = chunk[~np.isfinite(images).all(axis=(1, 2, 3))]
+        check(
+            not len(bad),
+            f"samples {bad[:8].tolist()} are not finite; use more steps, looser tolerances or a lower cfg scale, "
+            "or look whether training diverged",
+        )
+        yield chunk, to_uint8(images)
 
 
 def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:

@@ -1,6 +1,8 @@
 """`--mode train`: trains, or continues, the run in a workdir."""
 
 import contextlib
+import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +18,7 @@ from sit_jax import report, sharding, storage, train_state, train_step
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import Config
 from sit_jax.data import pipeline, sources, transforms
-from sit_jax.errors import check
+from sit_jax.errors import UserError, check
 from sit_jax.image_io import encode_png
 from sit_jax.jobs import sample
 from sit_jax.jobs.setup import Setup, set_up
@@ -168,9 +170,7 @@ def run(config: Config, workdir: epath.Path) -> None:
             print(f"{workdir} is already at step {start} of {steps}; raise train.steps to train on")
             return
         batches = stack.enter_context(open_batches(setup, source, start))
-        storage.write_text(workdir / "config.json", config_lib.to_json(config))
-        print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-        print(f"training from step {start} to {steps}", flush=True)
+        batches = itertools.chain([next(batches)], batches)  # unreadable data stops here, before anything is written
         log = stack.enter_context(
             MetricLog(
                 workdir,
@@ -181,6 +181,9 @@ def run(config: Config, workdir: epath.Path) -> None:
                 run_name=workdir.name,
             )
         )
+        storage.write_text(workdir / "config.json", config_lib.to_json(config))
+        print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+        print(f"training from step {start} to {steps}", flush=True)
         watcher = Watcher(setup, log, stack.enter_context(Progress(start, steps)))
         _train(setup, workdir, state, batches, range(start + 1, steps + 1), checkpoints, log, watcher)
         print(f"trained to step {steps}; sample with: python -m sit_jax.main --mode sample --workdir {workdir}")
@@ -207,7 +210,11 @@ def _train(setup, workdir, state, batches, steps, checkpoints, log, watcher) -> 
 
 def _draw_sheet(setup: Setup, workdir: epath.Path, sampler: sample.Sampler, params: Any, step: int, log: MetricLog) -> None:
     indices = np.arange(setup.config.log.sheet_count)
-    images = np.concatenate([images for _, images in sample.sample_images(setup, sampler, params, indices)])
+    try:
+        images = np.concatenate([images for _, images in sample.sample_images(setup, sampler, params, indices)])
+    except UserError as error:  # a young model under strong guidance may have no finite sample: no reason to stop
+        print(f"no sheet at step {step}: {error}", file=sys.stderr)
+        return
     image = sample.make_sheet(setup, images)
     log.image(step, "samples", image)
     folder = workdir / "sheets"

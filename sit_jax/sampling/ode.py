@@ -39,7 +39,7 @@ def solve(
     """x carried from interval[0] to interval[1] (backwards if that is smaller), like x_bhwc.
 
     euler and heun take `steps` equal steps. dopri5 chooses its steps by `atol` and `rtol` for every sample alone, so a sample
-    does not depend on its neighbours. `UserError` for an unknown solver.
+    does not depend on its neighbours. NaN where the solver gave up. `UserError` for an unknown solver.
     """
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
@@ -109,5 +109,6 @@ def _final(drift, solver, interval, dt0, x, controller, max_steps):
         y0=x,
         stepsize_controller=controller,
         max_steps=max_steps,
+        throw=False,  # a host callback, which would keep the program out of the compilation cache
     )
-    return solution.ys[0]
+    return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[0], jnp.nan)
