@@ -1,6 +1,6 @@
 """Class-conditional 8x8 digits, from the set that ships inside scikit-learn: the two-minute demonstration.
 
-    python -m sit_jax.main --config configs/digits.py --workdir runs/digits
+python -m sit_jax.main --config configs/digits.py --workdir runs/digits
 """
 
 from sit_jax.config import default

@@ -1,6 +1,7 @@
 """Your own images: a folder of class folders of JPEG, PNG or WebP files, centre-cropped to 64x64, in pixel space.
 
-    python -m sit_jax.main --config configs/folder.py --workdir runs/mine --config.data.path=PATH --config.data.classes=N
+    python -m sit_jax.main --config configs/folder.py --workdir runs/mine --config.data.path=PATH
+    --config.data.classes=N
 
 SiT-S/4 (33 M parameters, 256 tokens) with the paper's optimizer settings. Meant for one GPU; on a CPU make it smaller:
 --config.model.depth=4 --config.model.width=192 --config.train.batch=32.

@@ -36,7 +36,8 @@ def _layer(torch_name: str, ours: str) -> dict[str, tuple[str, Callable]]:
     return {f"{torch_name}.weight": (f"{ours}/kernel", _linear), f"{torch_name}.bias": (f"{ours}/bias", _same)}
 
 
-# torch name -> (our path, torch layout -> ours). "blocks.N." stands for every block; ours are stacked on a leading axis.
+# torch name -> (our path, torch layout -> ours). "blocks.N." stands for every block; ours are stacked on a leading
+# axis.
 TABLE: dict[str, tuple[str, Callable]] = {
     "pos_embed": ("pos_embed", _position),
     "x_embedder.proj.weight": ("x_embedder/kernel", _patches),
@@ -56,9 +57,16 @@ TABLE: dict[str, tuple[str, Callable]] = {
 
 
 def params_from_torch(state_dict: Mapping[str, np.ndarray], heads: int) -> dict:
-    """The parameter tree of a state dict (name -> array). `UserError` names the tensors that are missing or not ours."""
+    """The parameter tree of a state dict (name -> array).
+
+    `UserError` names the tensors that are missing or not ours.
+    """
     depth = 1 + max((int(m[1]) for name in state_dict if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)
-    expected = [n for name in TABLE for n in ([name.replace(".N.", f".{i}.") for i in range(depth)] if ".N." in name else [name])]
+    expected = [
+        n
+        for name in TABLE
+        for n in ([name.replace(".N.", f".{i}.") for i in range(depth)] if ".N." in name else [name])
+    ]
     missing, extra = sorted(set(expected) - set(state_dict)), sorted(set(state_dict) - set(expected))
     if missing or extra or not depth:
         raise UserError(f"not a SiT state dict: missing {missing or 'nothing'}, unexpected {extra or 'nothing'}")

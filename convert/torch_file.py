@@ -1,7 +1,7 @@
 """Reads the tensors of a torch.save file without torch, and without running anything that is in it.
 
-Such a file is a zip: `data.pkl` holds the structure, `data/KEY` the raw storages. The unpickler below knows the handful of names
-that a checkpoint is made of and refuses every other, so a hostile file cannot call anything.
+Such a file is a zip: `data.pkl` holds the structure, `data/KEY` the raw storages. The unpickler below knows the
+handful of names that a checkpoint is made of and refuses every other, so a hostile file cannot call anything.
 """
 
 import argparse
@@ -30,7 +30,9 @@ _STORAGES = {
 
 
 def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_) -> np.ndarray:
-    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, [s * storage.itemsize for s in strides], writeable=False)
+    view = np.lib.stride_tricks.as_strided(
+        storage[offset:], shape, [s * storage.itemsize for s in strides], writeable=False
+    )
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else -1
     if offset < 0 or min(strides, default=0) < 0 or last >= len(storage):
         raise pickle.UnpicklingError(f"a tensor of shape {shape} reaches past its storage of {len(storage)} elements")
@@ -72,4 +74,6 @@ def read_torch_file(path: str) -> Any:
                 raise pickle.UnpicklingError("it holds no data.pkl")
             return _Unpickler(archive, names[0].removesuffix("/data.pkl")).load()
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is no readable PyTorch checkpoint ({error}); expected a file written by torch.save") from error
+        raise UserError(
+            f"{path} is no readable PyTorch checkpoint ({error}); expected a file written by torch.save"
+        ) from error

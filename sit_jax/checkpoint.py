@@ -20,7 +20,10 @@ class Checkpoints:
     def __init__(
         self, folder: epath.PathLike, items: Sequence[str], keep_last: int | None = None, keep_every: int | None = None
     ):
-        """`items` are the names that steps hold. With `keep_last`, older steps go, but for multiples of `keep_every`."""
+        """`items` are the names that steps hold.
+
+        With `keep_last`, older steps go, but for multiples of `keep_every`.
+        """
         options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every)
         handlers = {name: ocp.StandardCheckpointHandler() for name in items} | {"config": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(epath.Path(folder).resolve(), options=options, item_handlers=handlers)
@@ -45,7 +48,10 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """The named items of a step, laid out as the abstract trees say. `UserError` if the arrays are another model's."""
+        """The named items of a step, laid out as the abstract trees say.
+
+        `UserError` if the arrays are another model's.
+        """
         stored = self._manager.item_metadata(step)
         for name, target in targets.items():
             _check_same_arrays(f"checkpoint {step}: {name}", stored[name], target)
@@ -59,8 +65,8 @@ def _check_same_arrays(what: str, stored: Any, target: Any) -> None:
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
             raise UserError(
-                f"{what} is of another model: {name} has shape {have.get(name)} there and {want.get(name)} in this config; "
-                "use the config it was trained with, or another --workdir"
+                f"{what} is of another model: {name} has shape {have.get(name)} there and {want.get(name)} in this "
+                "config; use the config it was trained with, or another --workdir"
             )
 
 

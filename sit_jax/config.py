@@ -1,7 +1,8 @@
 """Every setting there is, with its default, and the only reader of ConfigDict.
 
-A config file starts from `default()`, changes values and returns it from `get_config()`. `load` turns it, with the command
-line's overrides, into the frozen dataclasses below, and refuses a key that is not here, a wrong type and an impossible value.
+A config file starts from `default()`, changes values and returns it from `get_config()`. `load` turns it, with the
+command line's overrides, into the frozen dataclasses below, and refuses a key that is not here, a wrong type and an
+impossible value.
 """
 
 import ast
@@ -125,7 +126,9 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    compute: str = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax and loss stay float32
+    compute: str = (
+        "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax and loss stay float32
+    )
     matmul: str | None = None  # default | high | highest; None: default when training, highest when sampling
 
 
@@ -160,7 +163,10 @@ CHANGEABLE = (
 
 
 def default() -> ml_collections.ConfigDict:
-    """All settings at their defaults. Types and names are checked by `load`, where the message can say what was expected."""
+    """All settings at their defaults.
+
+    Types and names are checked by `load`, where the message can say what was expected.
+    """
     return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
 
 
@@ -228,15 +234,18 @@ def validate(config: Config) -> None:
         f"train.batch {train.batch} is not divisible by train.accumulation {train.accumulation}; change either",
     )
     for label in sample.labels:
-        check(0 <= label < data.classes, f"sample.labels holds {label}; expected 0 to {data.classes - 1} (data.classes)")
+        check(
+            0 <= label < data.classes, f"sample.labels holds {label}; expected 0 to {data.classes - 1} (data.classes)"
+        )
     sharding.check_axes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
-_POSITIVE = (
-    "data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate "
-    "optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.atol sample.rtol sample.count sample.batch "
-    "sample.columns sample.scale sample.cfg_channels checkpoint.every checkpoint.keep_last checkpoint.keep_every log.every log.sheet_count"
-).split()
+_POSITIVE = """
+    data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
+    optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.atol sample.rtol sample.count sample.batch
+    sample.columns sample.scale sample.cfg_channels checkpoint.every checkpoint.keep_last checkpoint.keep_every
+    log.every log.sheet_count
+""".split()
 _NOT_NEGATIVE = "seed data.workers optimizer.warmup_steps optimizer.weight_decay sample.seed log.sheet_every".split()
 
 
@@ -276,7 +285,10 @@ def _read_json(path: str) -> dict:
 def _over(defaults: dict, values: dict) -> dict:
     """values, with the settings that are newer than the file at their defaults."""
     both = defaults | values
-    return {k: _over(defaults[k], v) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v for k, v in both.items()}
+    return {
+        k: _over(defaults[k], v) if isinstance(v, dict) and isinstance(defaults.get(k), dict) else v
+        for k, v in both.items()
+    }
 
 
 def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -345,6 +357,8 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
         raise UserError(f"{key} is {value!r}; expected a list of whole numbers such as 3,1,4")
     if kind is float and type(value) is int:
         return float(value)
-    wanted = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(kind, f"the {key} settings")
+    wanted = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(
+        kind, f"the {key} settings"
+    )
     check(type(value) is kind, f"{key} is {value!r}; expected {wanted}")
     return value

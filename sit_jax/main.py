@@ -25,7 +25,9 @@ _EPILOG = "Every setting of sit_jax/config.py is a flag: --config.train.steps=10
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """The flags, and the (key, text) overrides given as --config.KEY=TEXT or --config.KEY TEXT."""
     parser = argparse.ArgumentParser("sit_jax", usage=_USAGE, description=__doc__, epilog=_EPILOG, allow_abbrev=False)
-    parser.add_argument("--config", help="config file: configs/X.py, or configs/X.py:variant; default: the workdir's own")
+    parser.add_argument(
+        "--config", help="config file: configs/X.py, or configs/X.py:variant; default: the workdir's own"
+    )
     parser.add_argument("--workdir", required=True, help="folder (local or gs://) of checkpoints, logs and samples")
     parser.add_argument("--mode", default="train", help=f"what to do: {', '.join(JOBS)} (default: train)")
     parser.error = _refuse
@@ -58,7 +60,9 @@ def load_config(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]])
     config = config_lib.load(flags.config or str(recorded), overrides)
     if recorded.exists():
         for key, (old, new) in config_lib.changes(config_lib.load(str(recorded)), config).items():
-            raise UserError(f"{key} is {new!r}, but the run in {flags.workdir!r} has {old!r}; keep it, or use another --workdir")
+            raise UserError(
+                f"{key} is {new!r}, but the run in {flags.workdir!r} has {old!r}; keep it, or use another --workdir"
+            )
     return config
 
 

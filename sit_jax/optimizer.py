@@ -9,7 +9,7 @@ SCHEDULES = ("constant", "cosine")
 
 
 def learning_rate(name: str, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then the peak for good, or half a cosine down to 0 at `total_steps`."""
+    """Linear warm-up from 0 over `warmup_steps`, then the peak for good, or half a cosine to 0 at `total_steps`."""
     if name not in SCHEDULES:
         raise unknown_name("optimizer.schedule", name, SCHEDULES)
     after = optax.constant_schedule(peak)
@@ -23,7 +23,10 @@ def learning_rate(name: str, peak: float, warmup_steps: int, total_steps: int) -
 def adamw(
     schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float | None
 ) -> optax.GradientTransformation:
-    """AdamW with an optional clip of the global gradient norm before it. The fixed position embedding is never decayed."""
+    """AdamW with an optional clip of the global gradient norm before it.
+
+    The fixed position embedding is never decayed.
+    """
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "pos_embed", params)

@@ -17,8 +17,9 @@ from sit_jax.errors import check
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# First match wins; matched anywhere in a leaf's path, so "params/..." , "ema/..." and ".../mu/..." all follow one line.
-# The leading axis of blocks/* counts the layers. tensor splits heads and the mlp's hidden features (Megatron, 1909.08053).
+# First match wins; matched anywhere in a leaf's path, so "params/..." , "ema/..." and ".../mu/..." all follow one
+# line. The leading axis of blocks/* counts the layers. tensor splits heads and the mlp's hidden features (Megatron,
+# 1909.08053).
 RULES = (
     (r"blocks/attn/qkv/kernel", PartitionSpec(None, "fsdp", None, "tensor", None)),
     (r"blocks/attn/qkv/bias", PartitionSpec(None, None, "tensor", None)),
@@ -37,19 +38,27 @@ def check_axes(data: int, fsdp: int, tensor: int) -> None:
     """`UserError` unless every size is positive, at most one of them -1."""
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     for axis, size in sizes.items():
-        check(size == -1 or size >= 1, f"mesh.{axis} is {size}; expected 1 or more, or -1 for the devices that are left")
-    check(list(sizes.values()).count(-1) <= 1, f"mesh {sizes} has more than one -1; leave at most one axis to be filled")
+        check(
+            size == -1 or size >= 1, f"mesh.{axis} is {size}; expected 1 or more, or -1 for the devices that are left"
+        )
+    check(
+        list(sizes.values()).count(-1) <= 1, f"mesh {sizes} has more than one -1; leave at most one axis to be filled"
+    )
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh over all devices; -1 fills an axis with the devices that are left. `UserError` if the sizes do not fit."""
+    """The mesh over all devices; -1 fills an axis with the devices that are left.
+
+    `UserError` if the sizes do not fit.
+    """
     check_axes(data, fsdp, tensor)
     devices, sizes = jax.device_count(), [data, fsdp, tensor]
     fixed = int(np.prod([size for size in sizes if size != -1]))
     sizes = [devices // fixed if size == -1 else size for size in sizes]
     check(
         np.prod(sizes) == devices,
-        f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use {devices} devices; their product must be {devices}",
+        f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use {devices} devices; "
+        f"their product must be {devices}",
     )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 

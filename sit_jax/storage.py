@@ -1,7 +1,7 @@
 """Where files go: every path is an `etils.epath.Path`, so a workdir may be local or gs://.
 
-A local file is written beside its target and renamed, so a reader sees the old file or the new one, never half of either.
-An object store writes an object whole anyway, and has no rename worth its price.
+A local file is written beside its target and renamed, so a reader sees the old file or the new one, never half of
+either. An object store writes an object whole anyway, and has no rename worth its price.
 """
 
 import os

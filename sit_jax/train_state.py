@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from sit_jax import sharding
 
-
 CHECKPOINT_ITEMS = ("params", "ema", "opt_state")  # the step is the checkpoint's own number
 
 

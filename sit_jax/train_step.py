@@ -46,7 +46,12 @@ def draw_examples(
     x1 = codec.encode(rng.key(seed, "posterior", step), images_bhwc)
     x0 = jax.random.normal(rng.key(seed, "noise", step), x1.shape)
     t = training_times(
-        rng.key(seed, "time", step), len(x1), objective.interval, objective.times, objective.times_mean, objective.times_std
+        rng.key(seed, "time", step),
+        len(x1),
+        objective.interval,
+        objective.times,
+        objective.times_mean,
+        objective.times_std,
     )
     y = drop_labels(rng.key(seed, "label dropout", step), labels_b, objective.label_dropout, objective.null_label)
     return {"x1": x1, "x0": x0, "t": t, "y": y}

@@ -49,7 +49,9 @@ def test_another_models_arrays_are_named_with_both_shapes(tmp_path):
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
         checkpoints.save(1, {"params": tree(1.0), "ema": tree(1.0)}, "{}")
         checkpoints.wait()
-        with pytest.raises(UserError, match=r"another model: a/kernel has shape \(3, 2\) there and \(5, 2\) in this config"):
+        with pytest.raises(
+            UserError, match=r"another model: a/kernel has shape \(3, 2\) there and \(5, 2\) in this config"
+        ):
             checkpoints.restore(1, {"params": jax.eval_shape(lambda: tree(0.0, (5, 2)))})
         with pytest.raises(UserError, match="another model: c has shape None there"):
             checkpoints.restore(1, {"params": jax.eval_shape(lambda: tree(0.0) | {"c": jnp.zeros(1)})})

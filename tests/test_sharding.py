@@ -18,7 +18,9 @@ from tests import goldens
 def train_on_meshes(devices: int) -> dict:
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
-    result = subprocess.run([sys.executable, "tests/train_on_meshes.py"], capture_output=True, text=True, env=env, check=False)
+    result = subprocess.run(
+        [sys.executable, "tests/train_on_meshes.py"], capture_output=True, text=True, env=env, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -57,7 +59,9 @@ def test_every_matrix_has_a_rule():
         spec = sharding.spec(f"opt_state/0/mu/{name}", leaf.shape, Mesh8)
         if name.endswith(("kernel", "embedding")):
             assert "fsdp" in spec, name
-    assert sharding.spec("params/blocks/attn/qkv/kernel", (3, 48, 3, 4, 12), Mesh8) == P(None, "fsdp", None, "tensor", None)
+    assert sharding.spec("params/blocks/attn/qkv/kernel", (3, 48, 3, 4, 12), Mesh8) == P(
+        None, "fsdp", None, "tensor", None
+    )
     assert sharding.spec("params/final_layer/adaLN_modulation/kernel", (48, 96), Mesh8) == P("fsdp", None)
     assert sharding.spec("opt_state/0/count", (), Mesh8) == P()
 

@@ -18,7 +18,13 @@ STEPS = 5
 
 
 def objective(path="Linear", prediction="velocity", weight="none", interval=(0.0, 1.0), **changes):
-    values = {"times": "uniform", "times_mean": 0.0, "times_std": 1.0, "label_dropout": 0.1, "null_label": goldens.CLASSES}
+    values = {
+        "times": "uniform",
+        "times_mean": 0.0,
+        "times_std": 1.0,
+        "label_dropout": 0.1,
+        "null_label": goldens.CLASSES,
+    }
     return train_step.Objective(path_by_name(path), prediction, weight, interval, **(values | changes))
 
 
@@ -61,7 +67,12 @@ def test_five_steps_equal_reference(case, decay):
         assert float(metrics["loss"]) == pytest.approx(float(arrays[f"{name}/loss"][step]), rel=1e-5)
     assert state.step == STEPS
     adam = state.opt_state[0]
-    for part, tree in {"params": state.params, f"ema-{decay}": state.ema, "exp_avg": adam.mu, "exp_avg_sq": adam.nu}.items():
+    for part, tree in {
+        "params": state.params,
+        f"ema-{decay}": state.ema,
+        "exp_avg": adam.mu,
+        "exp_avg_sq": adam.nu,
+    }.items():
         compare(arrays, f"{name}/{part}", tree)
 
 
@@ -74,11 +85,13 @@ def compare(arrays, prefix, ours):
         ours_there = as_torch(ours, torch_name)
         if "qkv.bias" in torch_name:
             want, ours_there = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (want, ours_there))
-        np.testing.assert_allclose(ours_there.reshape(want.shape), want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}")
+        np.testing.assert_allclose(
+            ours_there.reshape(want.shape), want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}"
+        )
 
 
 def as_torch(tree, torch_name):
-    """Our value of a torch tensor, in torch's layout, found by sending the indices of its elements through the table."""
+    """Our value of a torch tensor, in torch's layout, found by sending its elements' indices through the table."""
     match = torch_name.split(".")
     layer = int(match[1]) if match[0] == "blocks" else None
     path, layout = TABLE[torch_name if layer is None else ".".join(["blocks", "N", *match[2:]])]
@@ -120,7 +133,7 @@ def test_position_embedding_never_moves():
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulation_changes_nothing_but_rounding(accumulation):
-    tx, arrays = adamw(), goldens.load("train")[1]
+    arrays = goldens.load("train")[1]
     start = goldens.params("sit_bare.pt", None)
     examples = golden_examples(arrays, "Linear-velocity", 0)
     results = []
@@ -174,7 +187,11 @@ def test_ema():
 def test_schedules():
     constant = optimizer.learning_rate("constant", 1e-3, 10, 100)
     cosine = optimizer.learning_rate("cosine", 1e-3, 10, 110)
-    np.testing.assert_allclose([constant(0), constant(5), constant(10), constant(1000)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6)
-    np.testing.assert_allclose([cosine(5), cosine(10), cosine(60), cosine(110)], [5e-4, 1e-3, 5e-4, 0], rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        [constant(0), constant(5), constant(10), constant(1000)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        [cosine(5), cosine(10), cosine(60), cosine(110)], [5e-4, 1e-3, 5e-4, 0], rtol=1e-5, atol=1e-9
+    )
     with pytest.raises(UserError, match="unknown optimizer.schedule 'cosin'; did you mean 'cosine'"):
         optimizer.learning_rate("cosin", 1e-3, 0, 1)

@@ -24,8 +24,14 @@ _THREADS = 4
 
 
 def batches(
-    source: Source, *, seed: int, batch_size: int, flip: bool, skip_unreadable: bool,
-    process_index: int = 0, process_count: int = 1,
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    flip: bool,
+    skip_unreadable: bool,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.MapDataset:
     """The endless row of shuffled batches; element `k` is this process's part of global batch `k`.
 
@@ -40,8 +46,10 @@ def batches(
     Raises `UserError` for a negative seed, and if `process_count` does not divide `batch_size`.
     """
     check(seed >= 0, f"seed={seed}, but it must not be negative; set it to 0 or more")
-    check(batch_size > 0 and batch_size % process_count == 0,
-          f"data.batch_size={batch_size} cannot be shared by {process_count} processes; make it a multiple of that")
+    check(
+        batch_size > 0 and batch_size % process_count == 0,
+        f"data.batch_size={batch_size} cannot be shared by {process_count} processes; make it a multiple of that",
+    )
     read = _read_or_skip if skip_unreadable else _read
     rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map(functools.partial(read, source))
     if flip:  # before the choice of rows, so that its randomness is keyed by a row's place in the global order

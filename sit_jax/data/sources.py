@@ -113,16 +113,20 @@ def _folder(*, path: str, image_size: int, channels: int, split: str) -> FolderS
     check(not is_remote(path), f"data.path={path!r} is not on a local disk; copy it to one, or mount the bucket")
     check(channels == 3, f"data.channels={channels}, but images of a folder are read as RGB; set it to 3")
     check(image_size > 0, f"data.image_size={image_size}, but it must be positive; set it to the side in pixels")
-    check(split == "all",
-          f"data.split={split!r}, but a folder is one split; set it to 'all', and data.path to that split's folder")
+    check(
+        split == "all",
+        f"data.split={split!r}, but a folder is one split; set it to 'all', and data.path to that split's folder",
+    )
     check(os.path.isdir(path), f"data.path={path!r} is no folder; give a folder with a sub-folder for each class")
     class_names = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
     check(class_names, f"data.path={path!r} has no sub-folders; put the images of each class into a sub-folder of it")
     by_class = [list(_image_files(os.path.join(path, name))) for name in class_names]
     empty = [name for name, files in zip(class_names, by_class) if not files]
-    check(not empty,
-          f"data.path={path!r} has {len(empty)} class folders without images ({', '.join(IMAGE_EXTENSIONS)}), "
-          f"the first is {empty[:1]}; fill or remove them")
+    check(
+        not empty,
+        f"data.path={path!r} has {len(empty)} class folders without images ({', '.join(IMAGE_EXTENSIONS)}), "
+        f"the first is {empty[:1]}; fill or remove them",
+    )
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), [len(files) for files in by_class])
     return FolderSource(tuple(itertools.chain(*by_class)), labels, class_names, image_size)
 

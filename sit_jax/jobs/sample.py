@@ -67,8 +67,10 @@ def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
     return labels[indices % len(labels)]
 
 
-def sample_images(setup: Setup, sampler: Sampler, params: Any, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (indices, uint8 images) a batch at a time; the last batch is padded to the others' shape, and cut again."""
+def sample_images(
+    setup: Setup, sampler: Sampler, params: Any, indices: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (indices, uint8 images) a batch at a time; the last batch is padded to the same shape, and cut again."""
     size = setup.config.sample.batch
     for start in range(0, len(indices), size):
         chunk = indices[start : start + size]
@@ -88,7 +90,10 @@ def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:
 
 
 def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
-    """The newest checkpoint's step, and its EMA or raw parameters as sample.weights says. `UserError` if there is none."""
+    """The newest checkpoint's step, and its EMA or raw parameters as sample.weights says.
+
+    `UserError` if there is none.
+    """
     which = {"ema": "ema", "raw": "params"}[setup.config.sample.weights]
     folder = workdir / "checkpoints"
     check(folder.exists(), f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
@@ -100,14 +105,15 @@ def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
 
 
 def run(config: Config, workdir: epath.Path) -> None:
-    """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; images that are there are not made again."""
+    """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; what is there is not made again."""
     setup = set_up(config)
     step, params = restore_weights(setup, workdir)
     settings = {"step": step, **dataclasses.asdict(config.sample), **dataclasses.asdict(config.transport)}
     for key in ("count", "batch", "columns", "scale"):  # these change no image
         del settings[key]
     text = json.dumps(settings, indent=2)
-    name = f"step{step}-{config.sample.weights}-{config.sample.solver}-cfg{config.sample.cfg_scale:g}-seed{config.sample.seed}"
+    options = config.sample
+    name = f"step{step}-{options.weights}-{options.solver}-cfg{options.cfg_scale:g}-seed{options.seed}"
     folder = workdir / "samples" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
     writer = ImageWriter(storage.make_workdir(folder))
     storage.write_text(folder / "settings.json", text + "\n")

@@ -117,7 +117,7 @@ def summarise(setup: Setup, steps: list[dict], seconds: float) -> dict[str, floa
 
 
 class Watcher:
-    """What people see of a run: a bar, and a line per interval that is read one step late, so no device waits for it."""
+    """What people see of a run: a bar, and a line per interval, read one step late so that no device waits for it."""
 
     def __init__(self, setup: Setup, log: MetricLog, progress: Progress):
         self._setup, self._log, self._progress = setup, log, progress
@@ -208,7 +208,9 @@ def _train(setup, workdir, state, batches, steps, checkpoints, log, watcher) -> 
     watcher.write_due_line()
 
 
-def _draw_sheet(setup: Setup, workdir: epath.Path, sampler: sample.Sampler, params: Any, step: int, log: MetricLog) -> None:
+def _draw_sheet(
+    setup: Setup, workdir: epath.Path, sampler: sample.Sampler, params: Any, step: int, log: MetricLog
+) -> None:
     indices = np.arange(setup.config.log.sheet_count)
     try:
         images = np.concatenate([images for _, images in sample.sample_images(setup, sampler, params, indices)])

@@ -1,1 +1,4 @@
-"""The SiT backbone in flax linen. Parameters are one plain dict; mode and keys are arguments; no mesh axis is named here."""
+"""The SiT backbone in flax linen.
+
+Parameters are one plain dict; mode and keys are arguments; no mesh axis is named here.
+"""

@@ -1,8 +1,8 @@
 """SiT: a vision transformer whose blocks are modulated by time and label (adaLN-Zero; Peebles & Xie, arXiv 2212.09748).
 
-Shape suffixes: b batch, t tokens, n = b*t, d width, s heads, h head width, f features of a patch. Layers are stacked on a
-leading axis and scanned, so compile time does not grow with depth. Tokens are flattened with the batch before every matmul:
-one large product instead of b small ones.
+Shape suffixes: b batch, t tokens, n = b*t, d width, s heads, h head width, f features of a patch. Layers are stacked
+on a leading axis and scanned, so compile time does not grow with depth. Tokens are flattened with the batch before
+every matmul: one large product instead of b small ones.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
-        # Heads are an axis of the kernel, so that a mesh can split them. Its initial spread is that of the fused matrix.
+        # Heads are an axis of the kernel, so that a mesh can split them. Its initial spread is that of the fused
+        # matrix.
         qkv = nn.DenseGeneral((3, self.heads, d // self.heads), dtype=self.dtype, kernel_init=_xavier, name="qkv")
         q_btsh, k_btsh, v_btsh = jnp.unstack(qkv(x_btd.reshape(b * t, d)).reshape(b, t, 3, self.heads, -1), axis=2)
         out_btsh = jax.nn.dot_product_attention(q_btsh, k_btsh, v_btsh)  # softmax in float32
@@ -115,9 +116,9 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """(x_bhwc, t_b in [0, 1], y_b int32) -> float32 like x_bhwc: velocity, score or noise, as it was trained.
 
-    The null label is `classes`, the label table's last row. With learn_sigma the last layer has twice the channels and only
-    the first half is used, as in the published weights. `gather` maps the parameters of one layer before use and `shard` the
-    activations between layers; a mesh fills them in.
+    The null label is `classes`, the label table's last row. With learn_sigma the last layer has twice the channels
+    and only the first half is used, as in the published weights. `gather` maps the parameters of one layer before use
+    and `shard` the activations between layers; a mesh fills them in.
     """
 
     size: Size
@@ -139,7 +140,9 @@ class SiT(nn.Module):
         embed = nn.Dense(width, dtype=self.dtype, kernel_init=_xavier, name="x_embedder")
         x_btd = embed(patches_btf.reshape(-1, patches_btf.shape[-1])).reshape(-1, t, width)
         # A parameter because published files hold it; never trained.
-        position_td = self.param("pos_embed", lambda _: jnp.asarray(position_embedding(width, self.input_size // patch)))
+        position_td = self.param(
+            "pos_embed", lambda _: jnp.asarray(position_embedding(width, self.input_size // patch))
+        )
         x_btd = self.shard(x_btd + jax.lax.stop_gradient(position_td).astype(self.dtype))
         labels = nn.Embed(self.classes + 1, width, embedding_init=_normal, name="y_embedder")
         condition_bd = nn.silu(TimeEmbedder(width, name="t_embedder")(t_b) + labels(y_b)).astype(self.dtype)

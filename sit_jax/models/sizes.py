@@ -18,7 +18,10 @@ SIZES = {f"SiT-{name}/{patch}": Size(*sizes, patch) for name, sizes in _BACKBONE
 
 
 def size_by_name(name: str, **overrides: int | None) -> Size:
-    """A size from the table, with the fields that are not None replaced. `UserError` for an unknown name or a bad value."""
+    """A size from the table, with the fields that are not None replaced.
+
+    `UserError` for an unknown name or a bad value.
+    """
     if name not in SIZES:
         raise unknown_name("model", name, SIZES)
     size = dataclasses.replace(SIZES[name], **{k: v for k, v in overrides.items() if v is not None})
@@ -39,13 +42,14 @@ def tokens(input_size: int, patch: int) -> int:
     """Number of tokens of a square input. `UserError` unless patches tile it."""
     check(
         input_size % patch == 0,
-        f"input size {input_size} is not divisible by the patch size {patch}; change data.image_size or the model's patch",
+        f"input size {input_size} is not divisible by the patch size {patch}; change data.image_size or model.patch",
     )
     return (input_size // patch) ** 2
 
 
 def forward_flops(size: Size, input_size: int, channels: int, learn_sigma: bool, mlp_ratio: int = 4) -> int:
-    """Floating-point operations of one image's forward pass, two per multiply-add, matmuls only (XL/2 at 32x32x4: 2 x 118.6e9).
+    """Floating-point operations of one image's forward pass, two per multiply-add, matmuls only (XL/2 at 32x32x4: 2 x
+    118.6e9).
 
     A training step costs three times this: the backward pass is two forward passes' worth of matmuls.
     """
@@ -53,6 +57,7 @@ def forward_flops(size: Size, input_size: int, channels: int, learn_sigma: bool,
     features = size.patch**2 * channels
     linear = t * d * d * (4 + 2 * mlp_ratio)  # q, k, v, projection; the two mlp layers
     block = linear + 2 * t * t * d + 6 * d * d  # + the two attention matmuls + adaLN
-    ends = t * d * features * (3 if learn_sigma else 2) + 2 * d * d + 256 * d + d * d  # patches in and out; adaLN; time MLP
+    ends = (
+        t * d * features * (3 if learn_sigma else 2) + 2 * d * d + 256 * d + d * d
+    )  # patches in and out; adaLN; time MLP
     return 2 * (size.depth * block + ends)
-

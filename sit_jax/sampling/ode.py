@@ -38,8 +38,8 @@ def solve(
 ) -> jax.Array:
     """x carried from interval[0] to interval[1] (backwards if that is smaller), like x_bhwc.
 
-    euler and heun take `steps` equal steps. dopri5 chooses its steps by `atol` and `rtol` for every sample alone, so a sample
-    does not depend on its neighbours. NaN where the solver gave up. `UserError` for an unknown solver.
+    euler and heun take `steps` equal steps. dopri5 chooses its steps by `atol` and `rtol` for every sample alone, so
+    a sample does not depend on its neighbours. NaN where the solver gave up. `UserError` for an unknown solver.
     """
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
@@ -55,8 +55,8 @@ def solve(
 
 
 def _solve_each(velocity, x_bhwc, interval, solver, atol, rtol):
-    # Each sample has its own clock, while the network is still called on the whole batch at once: below vmap the rule is what
-    # runs, and `one` itself only lends its shapes. What velocity closes over must be an argument there.
+    # Each sample has its own clock, while the network is still called on the whole batch at once: below vmap the rule
+    # is what runs, and `one` itself only lends its shapes. What velocity closes over must be an argument there.
     closed = eqx.filter_closure_convert(velocity, x_bhwc, jnp.zeros(len(x_bhwc)))
     arrays, static = eqx.partition(closed, eqx.is_array)
 

@@ -1,7 +1,7 @@
 """Diffusion coefficients D(t) of the reverse SDE dx = (v + D s) dt + sqrt(2 D) dW, for velocity v and score s.
 
-The paper (eq. 5) writes v + w s / 2 and sqrt(w) dW, so its w is twice the D of the PyTorch code, whose names and norms are
-kept here: SBDM with norm 1 is the paper's w^KL, "sigma" its 2 sigma, "increasing-decreasing" its 2 sin^2.
+The paper (eq. 5) writes v + w s / 2 and sqrt(w) dW, so its w is twice the D of the PyTorch code, whose names and
+norms are kept here: SBDM with norm 1 is the paper's w^KL, "sigma" its 2 sigma, "increasing-decreasing" its 2 sin^2.
 """
 
 import jax
@@ -22,7 +22,10 @@ FORMS = {
 
 
 def diffusion(path: Path, form: str, t: jax.Array, norm: float = 1.0) -> jax.Array:
-    """D(t) of a form, like t. SBDM is infinite where alpha=0 (t=0 of Linear and GVP). `UserError` for an unknown form."""
+    """D(t) of a form, like t.
+
+    SBDM is infinite where alpha=0 (t=0 of Linear and GVP). `UserError` for an unknown form.
+    """
     if form not in FORMS:
         raise unknown_name("diffusion form", form, FORMS)
     return FORMS[form](path, t, norm)

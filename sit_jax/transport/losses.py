@@ -10,12 +10,14 @@ from sit_jax.transport.prediction import Predict, check_prediction
 WEIGHTS = {
     "none": lambda path, t: jnp.ones_like(t),
     "velocity": lambda path, t: (drift_variance(path, t) / path.sigma(t)) ** 2,  # makes it a velocity loss
-    "likelihood": lambda path, t: drift_variance(path, t) / path.sigma(t) ** 2,  # a bound on log p (Song et al. 2101.09258)
+    "likelihood": lambda path, t: (
+        drift_variance(path, t) / path.sigma(t) ** 2
+    ),  # a bound on log p (Song et al. 2101.09258)
 }
 
 
 def check_weight(weight: str, prediction: str) -> None:
-    """`UserError` for an unknown weight, or one that velocity prediction (which the reference never weights) would ignore."""
+    """`UserError` for an unknown weight, or one with velocity prediction, which the reference silently ignores."""
     if weight not in WEIGHTS:
         raise unknown_name("loss weight", weight, WEIGHTS)
     check(

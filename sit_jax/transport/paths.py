@@ -14,7 +14,10 @@ Coefficient = Callable[[jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """The four functions of time that every conversion derives from; `d_` is the derivative in t. Shapes pass through."""
+    """The four functions of time that every conversion derives from; `d_` is the derivative in t.
+
+    Shapes pass through.
+    """
 
     name: str
     alpha: Coefficient
@@ -94,5 +97,8 @@ def target_velocity(path: Path, x1: jax.Array, x0: jax.Array, t_b: jax.Array) ->
 
 
 def drift_variance(path: Path, t: jax.Array) -> jax.Array:
-    """(alpha'/alpha) sigma^2 - sigma sigma': what multiplies the score in the velocity (paper eq. 6). Infinite where alpha=0."""
+    """(alpha'/alpha) sigma^2 - sigma sigma': what multiplies the score in the velocity (paper eq. 6).
+
+    Infinite where alpha=0.
+    """
     return path.d_alpha(t) / path.alpha(t) * path.sigma(t) ** 2 - path.sigma(t) * path.d_sigma(t)

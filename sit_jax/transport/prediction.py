@@ -1,7 +1,7 @@
 """What a network's output means, and the velocity and score that follow from it.
 
-With x = alpha x1 + sigma x0 and v = alpha' x1 + sigma' x0 (both conditional means given x), any one of velocity, score and
-noise gives the others by solving two linear equations (paper eqs. 6 and 7). The score is -noise/sigma.
+With x = alpha x1 + sigma x0 and v = alpha' x1 + sigma' x0 (both conditional means given x), any one of velocity,
+score and noise gives the others by solving two linear equations (paper eqs. 6 and 7). The score is -noise/sigma.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,10 @@ def to_score(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: 
 
 
 def to_velocity(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array) -> jax.Array:
-    """The drift of the probability-flow ODE from the network's output. Infinite where alpha=0, unless the network predicts it."""
+    """The drift of the probability-flow ODE from the network's output.
+
+    Infinite where alpha=0, unless the network predicts it.
+    """
     if prediction == "velocity":
         return output
     t = over(t_b, x)

@@ -18,7 +18,8 @@ def into(interval: Interval, u: jax.Array) -> jax.Array:
 def training_times(
     key: jax.Array, n: int, interval: Interval, distribution: str = "uniform", mean: float = 0.0, std: float = 1.0
 ) -> jax.Array:
-    """n times in [t0, t1], float32 [n]: uniform, or the sigmoid of a normal(mean, std) (Esser et al., arXiv 2403.03206, eq. 19).
+    """n times in [t0, t1], float32 [n]: uniform, or the sigmoid of a normal(mean, std) (Esser et al., arXiv
+    2403.03206, eq. 19).
 
     Here t=1 is data, so a positive mean trains more on nearly clean images. `UserError` for an unknown distribution.
     """

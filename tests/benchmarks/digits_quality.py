@@ -2,8 +2,9 @@
 
     python tests/benchmarks/digits_quality.py --workdir runs/digits
 
-Draws 200 samples with balanced labels from the newest checkpoint's EMA, with the config's guidance and without, and asks a
-scikit-learn SVC. Writes WORKDIR/digits.png, the sheet of the guided ones. Exits with 1 below 97 % guided or 95 % unguided.
+Draws 200 samples with balanced labels from the newest checkpoint's EMA, with the config's guidance and without, and
+asks a scikit-learn SVC. Writes WORKDIR/digits.png, the sheet of the guided ones. Exits with 1 below 97 % guided or 95
+% unguided.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def run(workdir: epath.Path) -> bool:
         images, labels, seconds = draw(config, workdir, scale)
         agreement = np.mean(judge.predict(as_features(images)) == labels)
         passed &= agreement >= bar
-        print(f"cfg {scale:g}: {agreement:.1%} of {COUNT} samples are read as their label (bar {bar:.0%}), {seconds:.1f} s")
+        print(f"cfg {scale:g}: {agreement:.1%} of {COUNT} samples read as their label (bar {bar:.0%}), {seconds:.1f} s")
         if scale == guided:
             storage.write_bytes(workdir / "digits.png", encode_png(sheet(images[:100], 10, scale=6)))
     print(f"sheet: {workdir / 'digits.png'}")

@@ -49,7 +49,10 @@ def assert_same(first, second):
 def test_shapes_and_types():
     batch = build()[0]
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
-        "image": ((4, 1, 2, 1), "uint8"), "label": ((4,), "int32"), "skipped": ((4,), "int32")}
+        "image": ((4, 1, 2, 1), "uint8"),
+        "label": ((4,), "int32"),
+        "skipped": ((4,), "int32"),
+    }
     assert batch["skipped"].sum() == 0
     assert build(batch_size=1)[0]["label"].shape == (1,)
 
@@ -145,7 +148,10 @@ def test_unreadable_images_give_way_to_the_next_and_are_told_once(caplog):
             np.testing.assert_array_equal(batch["label"], replaced)
             np.testing.assert_array_equal(batch["skipped"], [{3: 2, 4: 1, 10: 1}.get(label, 0) for label in wanted])
     assert sorted(record.getMessage().split("'")[1] for record in caplog.records) == [
-        "broken-11-10", "broken-11-3", "broken-11-4"]
+        "broken-11-10",
+        "broken-11-3",
+        "broken-11-4",
+    ]
 
 
 def test_skipping_ends_when_nothing_can_be_read():
@@ -153,11 +159,17 @@ def test_skipping_ends_when_nothing_can_be_read():
         build(size=5, broken=range(5), skip_unreadable=True)[0]
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"batch_size": 6, "process_count": 4}, "data.batch_size=6 cannot be shared by 4 processes; make it a multiple"),
-    ({"batch_size": 0}, "data.batch_size=0"),
-    ({"seed": -1}, "seed=-1.*0 or more"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"batch_size": 6, "process_count": 4},
+            "data.batch_size=6 cannot be shared by 4 processes; make it a multiple",
+        ),
+        ({"batch_size": 0}, "data.batch_size=0"),
+        ({"seed": -1}, "seed=-1.*0 or more"),
+    ],
+)
 def test_bad_options_are_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
         build(**options)

@@ -38,8 +38,17 @@ def test_digits_are_scaled_to_bytes_and_split_by_parity():
 
 
 # In torchvision's order: classes, then whole folder paths ("sub-b" before "sub/deep"), then names, sorted as strings.
-FILES = ["Zebra/a.png", "ant/B.JPG", "ant/a.jpeg", "ant/a.png", "ant/sub/10.png", "ant/sub/9.Png", "ant/sub-b/1.WebP",
-         "ant/sub/deep/0.jpg", "bee/linked/x.png"]
+FILES = [
+    "Zebra/a.png",
+    "ant/B.JPG",
+    "ant/a.jpeg",
+    "ant/a.png",
+    "ant/sub/10.png",
+    "ant/sub/9.Png",
+    "ant/sub-b/1.WebP",
+    "ant/sub/deep/0.jpg",
+    "bee/linked/x.png",
+]
 
 
 def test_folder_lists_images_in_the_order_of_torchvision(tmp_path):
@@ -82,19 +91,22 @@ def test_unreadable_image_names_its_file(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("digit", {}, "unknown data.source 'digit'; did you mean 'digits'"),
-    ("digits", {"image_size": 32}, "data.image_size=32.*8x8; set it to 8"),
-    ("digits", {"channels": 3}, "data.channels=3.*set it to 1"),
-    ("digits", {"split": "tran"}, "unknown data.split 'tran'; did you mean 'train'"),
-    ("digits", {"path": "/data"}, "data.path='/data'.*leave it empty"),
-    ("folder", {"path": ""}, "data.path is empty.*set it"),
-    ("folder", {"path": "/no/such/folder"}, "data.path='/no/such/folder' is no folder; give"),
-    ("folder", {"path": "gs://bucket/x"}, "data.path='gs://bucket/x'.*mount the bucket"),
-    ("folder", {"channels": 1}, "data.channels=1.*set it to 3"),
-    ("folder", {"image_size": 0}, "data.image_size=0.*positive"),
-    ("folder", {"split": "train"}, "data.split='train'.*set it to 'all'"),
-])
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("digit", {}, "unknown data.source 'digit'; did you mean 'digits'"),
+        ("digits", {"image_size": 32}, "data.image_size=32.*8x8; set it to 8"),
+        ("digits", {"channels": 3}, "data.channels=3.*set it to 1"),
+        ("digits", {"split": "tran"}, "unknown data.split 'tran'; did you mean 'train'"),
+        ("digits", {"path": "/data"}, "data.path='/data'.*leave it empty"),
+        ("folder", {"path": ""}, "data.path is empty.*set it"),
+        ("folder", {"path": "/no/such/folder"}, "data.path='/no/such/folder' is no folder; give"),
+        ("folder", {"path": "gs://bucket/x"}, "data.path='gs://bucket/x'.*mount the bucket"),
+        ("folder", {"channels": 1}, "data.channels=1.*set it to 3"),
+        ("folder", {"image_size": 0}, "data.image_size=0.*positive"),
+        ("folder", {"split": "train"}, "data.split='train'.*set it to 'all'"),
+    ],
+)
 def test_bad_options_are_one_line(tmp_path, name, change, message):
     write_image(tmp_path / "a" / "x.png")
     options = DIGITS if name != "folder" else {**FOLDER, "path": str(tmp_path)}

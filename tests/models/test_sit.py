@@ -46,7 +46,8 @@ def test_embeddings_equal_reference():
     for case in goldens.cases("model", "timestep_embedding"):
         t = arrays["timestep_embedding/t"]
         error = np.abs(embeddings.time_features(t, case["dim"]) - arrays[case["out"]])
-        # The angle t f is rounded to 2^-24 of itself on both sides, so large t (999 is one of them) shifts the sinusoid.
+        # The angle t f is rounded to 2^-24 of itself on both sides, so large t (999 is one of them) shifts the
+        # sinusoid.
         assert (error <= 2**-23 * (1 + t[:, None])).all()
     for case in goldens.cases("model", "pos_embed"):
         ours = embeddings.position_embedding(case["dim"], case["grid"])
@@ -64,7 +65,12 @@ def test_activations_equal_reference():
         _, state = probing.apply({"params": params}, x, t, y, capture_intermediates=True)
     inside = {name: state["intermediates"][name]["__call__"][0] for name in ("x_embedder", "t_embedder", "y_embedder")}
     inside |= {"final_layer": state["intermediates"]["final_layer"]["__call__"][0]}
-    names = {"x_embedder": "patch_embed", "t_embedder": "t_embed", "y_embedder": "y_embed", "final_layer": "final_layer"}
+    names = {
+        "x_embedder": "patch_embed",
+        "t_embedder": "t_embed",
+        "y_embedder": "y_embed",
+        "final_layer": "final_layer",
+    }
     for ours, theirs in names.items():
         want = arrays[case["out"][theirs]]
         assert relative_error(inside[ours].reshape(want.shape), want) < FLOAT32, theirs
@@ -77,7 +83,9 @@ def test_fresh_weights_follow_the_reference():
     model = goldens.model(True)
     x, one = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1)
     params = model.init(jax.random.key(0), x, one, one.astype(int))["params"]
-    flat = {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in jax.tree_util.tree_leaves_with_path(params)}
+    flat = {
+        jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in jax.tree_util.tree_leaves_with_path(params)
+    }
     assert {path for path, _ in TABLE.values()} == set(flat)
     for name, (path, _) in TABLE.items():
         want, value = wanted[name.replace(".N.", ".0.")], flat[path][0] if ".N." in name else flat[path]

@@ -18,7 +18,8 @@ OURS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}  # torchdiffeq's 
 def solvable(case):
     """Cases of our solvers whose interval is ours too: the reference runs VP backwards from 1, where sigma is 0.
 
-    Trajectories, the second tolerance of dopri5 and euler backwards are left out: they take the same path through the code.
+    Trajectories, the second tolerance of dopri5 and euler backwards are left out: they take the same path through the
+    code.
     """
     if case["reverse"] and case["method"] == "euler":
         return False
@@ -95,7 +96,10 @@ def test_dopri5_meets_its_tolerance_and_loosens_with_it():
     x, truth = jnp.ones((1, 1, 1, 1)), np.exp(1.5)
 
     def error(rtol):
-        return abs(float(ode.solve(exponential, x, (0.0, 1.0), solver="dopri5", steps=1, atol=rtol, rtol=rtol)[0, 0, 0, 0]) - truth)
+        return abs(
+            float(ode.solve(exponential, x, (0.0, 1.0), solver="dopri5", steps=1, atol=rtol, rtol=rtol)[0, 0, 0, 0])
+            - truth
+        )
 
     assert error(1e-6) < 1e-5
     assert error(1e-1) > 10 * error(1e-6)

@@ -29,7 +29,8 @@ def test_path_functions(case):
     for name in ("alpha", "d_alpha", "sigma", "d_sigma"):
         ours, theirs = getattr(path, name)(t), arrays[case["out"][name]].reshape(t.shape)
         if path.name == "VP" and "sigma" in name:
-            # 1 - exp(2 log alpha) cancels near t=1: theirs is off by 2^-24/sigma^2 relative, so compare with the truth there.
+            # 1 - exp(2 log alpha) cancels near t=1: theirs is off by 2^-24/sigma^2 relative, so compare with the
+            # truth there.
             truth = vp_float64(np.asarray(t, np.float64))[name]
             assert (np.abs(ours - truth) <= FLOAT32 * np.abs(truth)).all()
             assert (np.abs(ours - theirs) <= (FLOAT32 + 2**-23 / path.sigma(t) ** 2) * np.abs(truth)).all()
@@ -75,7 +76,9 @@ def test_training_times(case):
     np.testing.assert_allclose(t, arrays[case["t"]], rtol=FLOAT32)
 
 
-@pytest.mark.parametrize("case", goldens.cases("transport", "interval"), ids=lambda c: f"{case_name(c)}-{c['given_train_eps']}")
+@pytest.mark.parametrize(
+    "case", goldens.cases("transport", "interval"), ids=lambda c: f"{case_name(c)}-{c['given_train_eps']}"
+)
 def test_intervals(case):
     path, kind = paths.path_by_name(case["path_type"]), case["prediction"]
     train_eps, sample_eps = case["given_train_eps"], case["given_sample_eps"]

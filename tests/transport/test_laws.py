@@ -1,6 +1,7 @@
 """What holds for any path and prediction, whoever computed it: derivatives, round trips, and the Gaussian closed form.
 
-For data N(m, s^2) the marginal at t is N(alpha m, alpha^2 s^2 + sigma^2), so score, noise and velocity are known exactly.
+For data N(m, s^2) the marginal at t is N(alpha m, alpha^2 s^2 + sigma^2), so score, noise and velocity are known
+exactly.
 """
 
 import jax
@@ -53,7 +54,11 @@ def test_every_prediction_tells_the_same_velocity_score_and_noise(path, kind):
     t = jnp.linspace(0.05, 0.95, 16)
     x = jax.random.normal(jax.random.key(0), (16, 5))
     output = exact(path, kind)(x, t)
-    for convert, name in ((prediction.to_velocity, "velocity"), (prediction.to_score, "score"), (prediction.to_noise, "noise")):
+    for convert, name in (
+        (prediction.to_velocity, "velocity"),
+        (prediction.to_score, "score"),
+        (prediction.to_noise, "noise"),
+    ):
         want = exact(path, name)(x, t)
         # Near the ends the conversions divide by alpha or sigma, which magnifies rounding by up to 1/0.05^2.
         np.testing.assert_allclose(convert(path, kind, output, x, t), want, rtol=1e-3, atol=1e-4)
@@ -99,7 +104,9 @@ def test_exact_field_reaches_the_analytic_minimum_loss(path, kind, weight):
         assert abs(found.mean() / minimum - 1) < 4 * np.sqrt(2 / n)
 
         def off(x, t_b):
-            return exact(path, kind)(x, t_b) + 0.1 / path.sigma(over(t_b, x)) * (kind == "score") + 0.1 * (kind != "score")
+            return (
+                exact(path, kind)(x, t_b) + 0.1 / path.sigma(over(t_b, x)) * (kind == "score") + 0.1 * (kind != "score")
+            )
 
         excess = losses.losses(off, path, kind, weight, x1, x0, t_b).mean() - found.mean()
         assert excess == pytest.approx(0.01 * float(losses.WEIGHTS[weight](path, t)), rel=0.1)
@@ -126,10 +133,16 @@ def test_sbdm_is_the_kl_optimal_coefficient():
         (lambda: paths.path_by_name("linear"), ["unknown path 'linear'", "'Linear'", "GVP"]),
         (lambda: prediction.check_prediction("eps"), ["unknown prediction 'eps'", "velocity", "score", "noise"]),
         (lambda: losses.check_weight("kl", "noise"), ["unknown loss weight 'kl'", "likelihood"]),
-        (lambda: diffusion.diffusion(paths.PATHS["VP"], "inccreasing-decreasing", jnp.ones(1)), ["'increasing-decreasing'"]),
+        (
+            lambda: diffusion.diffusion(paths.PATHS["VP"], "inccreasing-decreasing", jnp.ones(1)),
+            ["'increasing-decreasing'"],
+        ),
         (lambda: interval.check_eps("train_eps", 0.5), ["train_eps is 0.5", "(0, 0.5)"]),
         (lambda: interval.check_eps("train_eps", 0.0), ["train_eps is 0.0", "(0, 0.5)"]),
-        (lambda: times.training_times(jax.random.key(0), 1, (0, 1), "lognormal"), ["unknown time distribution", "logit-normal"]),
+        (
+            lambda: times.training_times(jax.random.key(0), 1, (0, 1), "lognormal"),
+            ["unknown time distribution", "logit-normal"],
+        ),
     ],
 )
 def test_bad_names_and_values(call, words):
