@@ -36,6 +36,7 @@ class Model:
     width: int | None = None
     heads: int | None = None
     patch: int | None = None
+    qk_norm: bool = False  # RMSNorm of queries and keys: steadier in bfloat16; the published weights have none
     learn_sigma: bool = False  # twice the output channels, half of them unused: the published weights are so
     remat: str = "none"  # none | dots | full: what the backward pass recomputes instead of keeping
 
@@ -76,6 +77,7 @@ class Train:
     batch: int = 256  # images per step, over all devices and accumulated microbatches
     accumulation: int = 1  # microbatches per step
     label_dropout: float = 0.1  # share of labels replaced by the null label
+    skip_nonfinite: int = 0  # updates with a NaN or infinite loss or gradient to pass over before the run stops
     ema_decay: float = 0.9999
 
 
@@ -157,9 +159,19 @@ class Config:
 
 # What may differ between a run's start and its continuation: none of these changes the function that is being learned.
 CHANGEABLE = (
-    "train.steps", "data.path", "data.workers", "data.skip_unreadable", "optimizer.learning_rate",
-    "transport.sample_eps", "sample.", "checkpoint.", "log.", "mesh.",
+    "train.steps", "train.skip_nonfinite", "data.path", "data.workers", "data.skip_unreadable", "model.remat",
+    "optimizer.learning_rate", "transport.sample_eps", "sample.", "checkpoint.", "log.", "mesh.",
 )  # fmt: skip
+# What a finished run's weights mean: other modes may change all the rest.
+NETWORK = (
+    "model.",
+    "transport.path",
+    "transport.prediction",
+    "data.image_size",
+    "data.channels",
+    "data.classes",
+    "latents.",
+)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -194,9 +206,9 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old value, new value), for the keys that may not change within a run."""
+    """Dotted key -> (old value, new value), where they differ."""
     before, after = flatten(old), flatten(new)
-    return {k: (before[k], after[k]) for k in before if before[k] != after[k] and not k.startswith(CHANGEABLE)}
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
 def validate(config: Config) -> None:
@@ -246,7 +258,9 @@ _POSITIVE = """
     sample.columns sample.scale sample.cfg_channels checkpoint.every checkpoint.keep_last checkpoint.keep_every
     log.every log.sheet_count
 """.split()
-_NOT_NEGATIVE = "seed data.workers optimizer.warmup_steps optimizer.weight_decay sample.seed log.sheet_every".split()
+_NOT_NEGATIVE = """
+    seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed log.sheet_every
+""".split()
 
 
 def _one_of(key: str, value: str, known) -> None:

@@ -30,11 +30,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     )
     parser.add_argument("--workdir", required=True, help="folder (local or gs://) of checkpoints, logs and samples")
     parser.add_argument("--mode", default="train", help=f"what to do: {', '.join(JOBS)} (default: train)")
+    parser.add_argument("--fork", metavar="NEWDIR", help="train a new run in NEWDIR from the weights in the workdir")
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", help="write a trace of these training steps to WORKDIR/profile"
+    )
     parser.error = _refuse
     flags, rest = parser.parse_known_args(argv)
+    flags.profile = steps_to_profile(flags.profile)
     check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
     if flags.mode not in JOBS:
         raise unknown_name("mode", flags.mode, JOBS)
+    for name in ("fork", "profile"):
+        check(not getattr(flags, name) or flags.mode == "train", f"--{name} is for --mode train, not {flags.mode}")
     overrides = []
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
@@ -58,25 +65,51 @@ def load_config(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]])
         f"--workdir {flags.workdir!r} holds no run yet; give --config as well, such as --config configs/digits.py",
     )
     config = config_lib.load(flags.config or str(recorded), overrides)
-    if recorded.exists():
-        for key, (old, new) in config_lib.changes(config_lib.load(str(recorded)), config).items():
-            raise UserError(
-                f"{key} is {new!r}, but the run in {flags.workdir!r} has {old!r}; keep it, or use another --workdir"
-            )
+    if recorded.exists() and not flags.fork:
+        refuse_another_run(config_lib.load(str(recorded)), config, flags)
     return config
+
+
+def refuse_another_run(recorded: config_lib.Config, config: config_lib.Config, flags: argparse.Namespace) -> None:
+    """`UserError` that names every setting which this mode may not change, with both values."""
+    changes = config_lib.changes(recorded, config).items()
+    if flags.mode == "train":
+        fixed = {key: values for key, values in changes if not key.startswith(config_lib.CHANGEABLE)}
+    else:
+        fixed = {key: values for key, values in changes if key.startswith(config_lib.NETWORK)}
+    listed = ", ".join(f"{key} is {new!r} but was {old!r}" for key, (old, new) in fixed.items())
+    check(
+        not fixed,
+        f"the run in {flags.workdir!r} is another one: {listed}; keep what was, use another --workdir, "
+        "or --fork NEWDIR for a new run from these weights",
+    )
+
+
+def steps_to_profile(text: str | None) -> tuple[int, int] | None:
+    """ "100:110" -> (100, 110)."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    valid = first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)
+    check(valid, f"--profile is {text!r}; expected two steps FIRST:LAST such as 100:110")
+    return int(first), int(last)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job; returns the exit status: 0, or 2 after one line on stderr for a mistake of the user's."""
     try:
         flags, overrides = parse(sys.argv[1:] if argv is None else argv)
-        config = load_config(flags, overrides)
+        config, workdir = load_config(flags, overrides), epath.Path(flags.workdir)
         use_compilation_cache()
         absl_flags.FLAGS.mark_as_parsed()  # grain's reader processes look flags up
         print(report.devices_line(), flush=True)
         if warning := report.unused_accelerator_warning():
             print(warning, file=sys.stderr)
-        JOBS[flags.mode](config, epath.Path(flags.workdir))
+        if flags.fork:
+            train.fork(config, workdir, epath.Path(flags.fork))
+            workdir = epath.Path(flags.fork)
+        options = {"profile": flags.profile} if flags.profile else {}
+        JOBS[flags.mode](config, workdir, **options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

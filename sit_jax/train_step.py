@@ -87,13 +87,17 @@ def update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on the mean gradient of `loss(params, examples)`, then the EMA.
 
-    Metrics are float32 scalars: the loss before the update, and the global gradient norm before any clipping.
+    Metrics are scalars: the loss before the update, the global gradient norm before any clipping, and whether both are
+    finite. If they are not, the step counts but nothing else of the state changes.
     """
     value, grads = _mean_over_microbatches(jax.value_and_grad(loss), state.params, examples, accumulation)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    new_state = TrainState(state.step + 1, params, ema.update(state.ema, params, ema_decay), opt_state)
-    return new_state, {"loss": value, "grad_norm": optax.tree.norm(grads)}
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    new = TrainState(state.step, params, ema.update(state.ema, params, ema_decay), opt_state)
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    return new.replace(step=state.step + 1), {"loss": value, "grad_norm": grad_norm, "finite": finite}
 
 
 def _mean_over_microbatches(value_and_grad: Callable, params: Any, examples: Examples, n: int) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,7 +100,9 @@ def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
     check(folder.exists(), f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
     target = getattr(train_state.abstract(setup.init_params, setup.optimizer, setup.mesh), which)
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
-        step = checkpoints.latest_step()
+        step, problems = checkpoints.newest_whole()
+        for problem in problems:
+            print(f"warning: {problem}", file=sys.stderr)
         check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")
         return step, checkpoints.restore(step, {which: target})[which]
 

@@ -61,6 +61,7 @@ class Setup:
             channels=channels,
             classes=self.config.data.classes,
             learn_sigma=model.learn_sigma,
+            qk_norm=model.qk_norm,
             remat=model.remat,
             dtype=dtype,
             gather=gather,

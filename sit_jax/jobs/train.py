@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import json
+import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from clu import parameter_overview
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import report, sharding, storage, train_state, train_step
+from sit_jax import sharding, storage, train_state, train_step
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import Config
 from sit_jax.data import pipeline, sources, transforms
@@ -22,7 +24,8 @@ from sit_jax.errors import UserError, check
 from sit_jax.image_io import encode_png
 from sit_jax.jobs import sample
 from sit_jax.jobs.setup import Setup, set_up
-from sit_jax.metric_log import MetricLog, Progress, format_line
+from sit_jax.jobs.watcher import Watcher
+from sit_jax.metric_log import MetricLog, Progress
 from sit_jax.train_state import TrainState
 
 
@@ -93,79 +96,81 @@ def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[I
         yield pipeline.prefetch_to_device(batches, lambda batch: sharding.put_batch(setup.mesh, batch))
 
 
-def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """The step to continue from and its state: the newest checkpoint, or fresh weights at step 0."""
-    start = checkpoints.latest_step()
+def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState, dict]:
+    """The step to continue from, its state and its note: the newest whole checkpoint, or fresh weights at step 0."""
+    start, problems = checkpoints.newest_whole()
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
     if start is None:
-        return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh)
+        return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh), {}
     target = abstract_state(setup)
-    step = jax.device_put(jnp.asarray(start, jnp.int32), target.step.sharding)
-    return start, TrainState(step=step, **checkpoints.restore(start, target.items()))
+    step = jax.device_put(np.asarray(start, np.int32), target.step.sharding)
+    return start, TrainState(step=step, **checkpoints.restore(start, target.items())), checkpoints.note(start)
 
 
-def summarise(setup: Setup, steps: list[dict], seconds: float) -> dict[str, float]:
-    """The log line of some steps that took `seconds`: mean loss and gradient norm, rates per device, skipped images."""
-    metrics = {name: float(np.mean([step[name] for step in steps])) for name in ("loss", "grad_norm")}
-    metrics["learning_rate"] = float(steps[-1]["learning_rate"])
-    metrics["images_per_s"] = len(steps) * setup.config.train.batch / seconds
-    metrics["flops_per_s"] = metrics["images_per_s"] * setup.train_flops / jax.device_count()
-    if peak := report.peak_flops(jax.devices()[0].device_kind):
-        metrics["mfu"] = metrics["flops_per_s"] / peak
-    if skipped := sum(int(step["skipped_images"]) for step in steps):
-        metrics["skipped_images"] = skipped
-    return metrics
+def open_checkpoints(config: Config, workdir: epath.Path) -> Checkpoints:
+    keep = config.checkpoint
+    return Checkpoints(workdir / "checkpoints", train_state.CHECKPOINT_ITEMS, keep.keep_last, keep.keep_every)
 
 
-class Watcher:
-    """What people see of a run: a bar, and a line per interval, read one step late so that no device waits for it."""
-
-    def __init__(self, setup: Setup, log: MetricLog, progress: Progress):
-        self._setup, self._log, self._progress = setup, log, progress
-        self._every, self._total = setup.config.log.every, setup.config.train.steps
-        self._steps: list[dict] = []  # metrics since the last line, still on the devices
-        self._step = 0
-        self._began: float | None = None
-
-    def add(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a step that has just been dispatched, after the line that the step before it was due."""
-        self.write_due_line()
-        if self._began is None:  # not sooner: the first step's dispatch compiles
-            self._began = time.perf_counter()
-        self._steps.append(metrics)
-        self._step = step
-        self._progress.update(step)
-
-    def write_due_line(self) -> None:
-        """Waits for the steps since the last line and logs their summary, if the newest step ends an interval."""
-        step, total = self._step, self._total
-        if not self._steps or (step % self._every and step != total):
-            return
-        steps = jax.device_get(self._steps)
-        seconds = time.perf_counter() - self._began
-        metrics = summarise(self._setup, steps, seconds)
-        self._log.scalars(step, metrics)
-        self._progress.write(format_line(step, total, metrics | {"eta_s": (total - step) * seconds / len(steps)}))
-        self._steps, self._began = [], time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done inside does not count as training time."""
-        jax.block_until_ready(self._steps)
-        began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
+def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
+    """Makes `workdir` a new run at step 0 with the newest weights and EMA of the run in `source`, and fresh moments."""
+    setup = set_up(config)
+    check(not (workdir / "checkpoints").exists(), f"--fork {str(workdir)!r} holds a run already; give a new folder")
+    check((source / "checkpoints").exists(), f"--workdir {str(source)!r} has no checkpoints to fork from")
+    with open_checkpoints(config, source) as checkpoints:
+        step, state, _ = restore_or_create(setup, checkpoints)
+        check(step, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
+    fresh = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
+    storage.make_workdir(workdir)
+    with open_checkpoints(config, workdir) as checkpoints:
+        items = fresh.replace(params=state.params, ema=state.ema).items()
+        checkpoints.save(0, items, {"forked_from": f"{source}, step {step}"})
+    print(f"forked step {step} of {source} into {workdir}")
 
 
-def run(config: Config, workdir: epath.Path) -> None:
-    """Trains to train.steps. What is in the workdir is continued; a finished run says so and ends."""
+def record_config(config: Config, workdir: epath.Path, step: int) -> None:
+    """Writes workdir/config.json; what has changed since it was written is printed and kept in config_changes.jsonl."""
+    recorded = workdir / "config.json"
+    changes = config_lib.changes(config_lib.load(str(recorded)), config) if recorded.exists() else {}
+    for key, (old, new) in changes.items():
+        print(f"{key} changes from {old!r} to {new!r} at step {step}")
+    if changes:
+        history = workdir / "config_changes.jsonl"
+        before = history.read_text() if history.exists() else ""
+        storage.write_text(history, before + json.dumps({"step": step, "changes": changes}) + "\n")
+    storage.write_text(recorded, config_lib.to_json(config))
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM or Ctrl-C sets. A second one ends the process at once: checkpoints survive that too."""
+    event, numbers = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+
+    def on_signal(number, frame):
+        event.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = None) -> None:
+    """Trains to train.steps. What is in the workdir is continued; a finished run says so and ends.
+
+    SIGTERM and Ctrl-C save and return after the step under way. `profile` (a, b) writes a trace of steps a to b.
+    """
     setup, steps = set_up(config), config.train.steps
     source = open_source(setup)
     storage.make_workdir(workdir)  # not sooner: a mistake in what is above leaves no folder behind
-    keep = config.checkpoint.keep_last, config.checkpoint.keep_every
-    items = train_state.CHECKPOINT_ITEMS
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", items, *keep))
-        start, state = restore_or_create(setup, checkpoints)
+        stop = stack.enter_context(stop_signal())
+        checkpoints = stack.enter_context(open_checkpoints(config, workdir))
+        start, state, note = restore_or_create(setup, checkpoints)
         if start >= steps:
             print(f"{workdir} is already at step {start} of {steps}; raise train.steps to train on")
             return
@@ -181,44 +186,70 @@ def run(config: Config, workdir: epath.Path) -> None:
                 run_name=workdir.name,
             )
         )
-        storage.write_text(workdir / "config.json", config_lib.to_json(config))
+        record_config(config, workdir, start)
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)
-        watcher = Watcher(setup, log, stack.enter_context(Progress(start, steps)))
-        _train(setup, workdir, state, batches, range(start + 1, steps + 1), checkpoints, log, watcher)
+        progress = stack.enter_context(Progress(start, steps))
+        loop = Loop(setup, workdir, checkpoints, log, progress, Watcher(setup, log, progress, note.get("log", {})))
+        reached = loop.run(state, batches, start, stop, profile)
+        checkpoints.wait()
+    if reached < steps:
+        print(f"stopped at step {reached} of {steps}, saved; the same command continues")
+    else:
         print(f"trained to step {steps}; sample with: python -m sit_jax.main --mode sample --workdir {workdir}")
 
 
-def _train(setup, workdir, state, batches, steps, checkpoints, log, watcher) -> None:
-    config, step_function, sampler = setup.config, make_train_step(setup), sample.make_sampler(setup)
+class Loop:
+    """The training loop and its effects: lines, sheets, checkpoints, a trace."""
 
-    def falls_on(step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == steps[-1])
+    def __init__(self, setup, workdir, checkpoints: Checkpoints, log: MetricLog, progress: Progress, watcher: Watcher):
+        self._setup, self._workdir, self._checkpoints = setup, workdir, checkpoints
+        self._log, self._progress, self._watcher = log, progress, watcher
+        self._sampler = sample.make_sampler(setup)
 
-    for step in steps:
-        state, metrics = step_function(state, next(batches))
-        watcher.add(step, metrics)
-        if falls_on(step, config.checkpoint.every):
-            # The log's rows first: a run that is continued from here finds them all.
-            watcher.write_due_line()
-            checkpoints.save(step, state.items(), config_lib.to_json(config))
-        if falls_on(step, config.log.sheet_every):
-            with watcher.paused():
-                _draw_sheet(setup, workdir, sampler, state.ema, step, log)
-    watcher.write_due_line()
+    def run(
+        self, state: TrainState, batches: Iterator[dict], start: int, stop: threading.Event, profile: tuple | None
+    ) -> int:
+        """Trains from `start` until train.steps or `stop`; returns the step it reached, whose state is being saved."""
+        config, step_function = self._setup.config, make_train_step(self._setup)
+        for step in range(start + 1, config.train.steps + 1):
+            last = step == config.train.steps or stop.is_set()
+            if profile and step == profile[0]:
+                jax.profiler.start_trace(str(self._workdir / "profile"), create_perfetto_trace=True)
+            state, metrics = step_function(state, next(batches))
+            self._watcher.add(step, metrics)
+            if profile and profile[0] <= step and (last or step == profile[1]):
+                jax.block_until_ready(metrics)
+                jax.profiler.stop_trace()
+                profile = None
+            if last or step % config.checkpoint.every == 0:
+                self._save(step, state)
+            if config.log.sheet_every and (step == config.train.steps or step % config.log.sheet_every == 0):
+                with self._watcher.paused():
+                    self._draw_sheet(step, state.ema)
+            if last:
+                return step
 
+    def _save(self, step: int, state: TrainState) -> None:
+        # The log's rows first: a run that is continued from here finds them all.
+        self._watcher.write_due_line()
+        note = {"config": config_lib.flatten(self._setup.config), "log": self._watcher.to_carry()}
+        try:
+            self._checkpoints.wait()
+        except UserError as error:  # the save before this one failed: say so, and try again now
+            self._progress.write(f"warning: {error}")
+        self._checkpoints.save(step, state.items(), note)
 
-def _draw_sheet(
-    setup: Setup, workdir: epath.Path, sampler: sample.Sampler, params: Any, step: int, log: MetricLog
-) -> None:
-    indices = np.arange(setup.config.log.sheet_count)
-    try:
-        images = np.concatenate([images for _, images in sample.sample_images(setup, sampler, params, indices)])
-    except UserError as error:  # a young model under strong guidance may have no finite sample: no reason to stop
-        print(f"no sheet at step {step}: {error}", file=sys.stderr)
-        return
-    image = sample.make_sheet(setup, images)
-    log.image(step, "samples", image)
-    folder = workdir / "sheets"
-    folder.mkdir(exist_ok=True)
-    storage.write_bytes(folder / f"step_{step:08d}.png", encode_png(image))
+    def _draw_sheet(self, step: int, ema: Any) -> None:
+        indices = np.arange(self._setup.config.log.sheet_count)
+        try:
+            drawn = sample.sample_images(self._setup, self._sampler, ema, indices)
+            images = np.concatenate([images for _, images in drawn])
+        except UserError as error:  # a young model under strong guidance may have no finite sample: no reason to stop
+            self._progress.write(f"no sheet at step {step}: {error}")
+            return
+        image = sample.make_sheet(self._setup, images)
+        self._log.image(step, "samples", image)
+        folder = self._workdir / "sheets"
+        folder.mkdir(exist_ok=True)
+        storage.write_bytes(folder / f"step_{step:08d}.png", encode_png(image))

@@ -43,6 +43,7 @@ def _modulate(x_btd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array, dtype:
 
 class Attention(nn.Module):
     heads: int
+    qk_norm: bool
     dtype: Any
 
     @nn.compact
@@ -52,6 +53,11 @@ class Attention(nn.Module):
         # matrix.
         qkv = nn.DenseGeneral((3, self.heads, d // self.heads), dtype=self.dtype, kernel_init=_xavier, name="qkv")
         q_btsh, k_btsh, v_btsh = jnp.unstack(qkv(x_btd.reshape(b * t, d)).reshape(b, t, 3, self.heads, -1), axis=2)
+        if self.qk_norm:  # Dehghani et al. (arXiv 2302.05442): bounds the logits, which bfloat16 training may need
+            q_btsh, k_btsh = (
+                nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x).astype(self.dtype)
+                for x, name in ((q_btsh, "q_norm"), (k_btsh, "k_norm"))
+            )
         out_btsh = jax.nn.dot_product_attention(q_btsh, k_btsh, v_btsh)  # softmax in float32
         proj = nn.Dense(d, dtype=self.dtype, kernel_init=_xavier, name="proj")
         return proj(out_btsh.reshape(b * t, d)).reshape(b, t, d)
@@ -74,6 +80,7 @@ class Block(nn.Module):
 
     heads: int
     mlp_ratio: int
+    qk_norm: bool
     dtype: Any
     shard: Callable
 
@@ -82,7 +89,7 @@ class Block(nn.Module):
         d = x_btd.shape[-1]
         ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")(condition_bd)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada, 6, axis=-1)
-        attention = Attention(self.heads, self.dtype, name="attn")
+        attention = Attention(self.heads, self.qk_norm, self.dtype, name="attn")
         x_btd = x_btd + gate1[:, None] * attention(_modulate(x_btd, shift1, scale1, self.dtype))
         mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
         x_btd = x_btd + gate2[:, None] * mlp(_modulate(x_btd, shift2, scale2, self.dtype))
@@ -127,6 +134,7 @@ class SiT(nn.Module):
     classes: int
     learn_sigma: bool = False
     mlp_ratio: int = 4
+    qk_norm: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
     gather: Callable = identity
@@ -166,4 +174,4 @@ class SiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.size.depth,
         )
-        return stack(self.size.heads, self.mlp_ratio, self.dtype, self.shard, name="blocks")
+        return stack(self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, self.shard, name="blocks")
