@@ -199,6 +199,13 @@ def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = N
         print(f"trained to step {steps}; sample with: python -m sit_jax.main --mode sample --workdir {workdir}")
 
 
+def start_profile(folder: epath.Path) -> None:
+    """Starts a trace for TensorBoard's profile page and for Perfetto (perfetto_trace.json.gz)."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it slows Python down several times: the trace would show itself
+    jax.profiler.start_trace(str(folder), create_perfetto_trace=True, profiler_options=options)
+
+
 class Loop:
     """The training loop and its effects: lines, sheets, checkpoints, a trace."""
 
@@ -215,7 +222,7 @@ class Loop:
         for step in range(start + 1, config.train.steps + 1):
             last = step == config.train.steps or stop.is_set()
             if profile and step == profile[0]:
-                jax.profiler.start_trace(str(self._workdir / "profile"), create_perfetto_trace=True)
+                start_profile(self._workdir / "profile")
             state, metrics = step_function(state, next(batches))
             self._watcher.add(step, metrics)
             if profile and profile[0] <= step and (last or step == profile[1]):

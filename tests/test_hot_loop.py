@@ -1,0 +1,90 @@
+"""The training loop makes no implicit transfer and never waits for a step before the next one is under way."""
+
+import threading
+
+import jax
+import pytest
+
+from sit_jax import config as config_lib
+from sit_jax import train_state
+from sit_jax.jobs import train, watcher
+from sit_jax.jobs.setup import set_up
+
+STEPS, EVERY, SAVE = 9, 2, 5
+CONFIG = config_lib.load(
+    "configs/digits.py",
+    [
+        ("model.depth", "1"), ("model.width", "16"), ("model.heads", "2"), ("train.batch", "8"), ("sample.batch", "8"),
+        ("train.steps", str(STEPS)), ("log.every", str(EVERY)), ("checkpoint.every", str(SAVE)), ("log.sheet_every", "0"),
+    ],
+)  # fmt: skip
+
+
+class Recorder:
+    """Stands in for checkpoints, log and progress: what it is asked is written down."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def save(self, step, items, note):
+        self.events.append(("save", step))
+
+    def wait(self):
+        pass
+
+    def scalars(self, step, values):
+        self.events.append(("line", step))
+
+    def write(self, line):
+        pass
+
+    def update(self, step):
+        pass
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What the loop did, in order: ("dispatch", k), ("read", newest step read), ("line", k), ("save", k)."""
+    found, read, make = [], jax.device_get, train.make_train_step
+
+    def recording_get(tree):
+        if tree:
+            found.append(("read", tree[-1][0]))
+        return read(tree)
+
+    def recording_step(setup):
+        function, count = make(setup), iter(range(1, STEPS + 1))
+
+        def step(state, batch):
+            found.append(("dispatch", next(count)))
+            return function(state, batch)
+
+        return step
+
+    monkeypatch.setattr(watcher.jax, "device_get", recording_get)
+    monkeypatch.setattr(train, "make_train_step", recording_step)
+    return found
+
+
+def run(events):
+    setup, recorder = set_up(CONFIG), Recorder(events)
+    state = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
+    loop = train.Loop(setup, None, recorder, recorder, recorder, watcher.Watcher(setup, recorder, recorder, {}))
+    with train.open_batches(setup, train.open_source(setup), 0) as batches, jax.transfer_guard("disallow"):
+        assert loop.run(state, batches, 0, threading.Event(), None) == STEPS
+
+
+def test_no_implicit_transfer_and_a_line_is_read_only_after_the_next_step_is_dispatched(events):
+    run(events)
+    for i, (what, step) in enumerate(events):
+        if what == "read" and step not in (SAVE, STEPS):  # a save needs the step, and at the end there is no next one
+            assert ("dispatch", step + 1) in events[:i]
+    assert [step for what, step in events if what == "line"] == [2, 4, 6, 8, 9]
+    assert [step for what, step in events if what == "save"] == [SAVE, STEPS]
+    reads = [step for what, step in events if what == "read"]
+    assert reads == [2, 4, 5, 6, 8, 9]
+
+
+def test_the_guard_that_run_puts_around_the_loop_bites():
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        jax.numpy.add(jax.numpy.zeros(3), 1.0)
