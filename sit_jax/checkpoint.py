@@ -3,11 +3,16 @@
 A step's folder holds named items (params, ema, opt_state), so weights restore alone, a JSON note, and manifest.json
 with the size and SHA-256 of every file. Orbax commits a step by a rename; the manifest is written after that, so a
 step without one is unfinished, and one whose files disagree with it is damaged. Neither is ever used, and neither is
-deleted.
+deleted before a newer step is whole.
 """
 
+import contextlib
+import copy
 import hashlib
+import itertools
 import json
+import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +25,13 @@ from sit_jax import storage
 from sit_jax.errors import UserError
 
 _MANIFEST = "manifest.json"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix, until it renames
+_DAMAGED = ".damaged"  # ours, for a folder whose step is saved again
 _CHUNK = 2**24  # bytes
+
+
+# What goes wrong is told here, once and in a line; Orbax logs it as pages of tracebacks, and its own clearing up.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 class Checkpoints:
@@ -31,12 +42,17 @@ class Checkpoints:
     ):
         """`items` name what a step holds. With `keep_last`, older steps go, but for multiples of `keep_every`."""
         self._folder, self._keep_last, self._keep_every = epath.Path(folder).resolve(), keep_last, keep_every
-        handlers = {name: ocp.StandardCheckpointHandler() for name in items} | {"note": ocp.JsonCheckpointHandler()}
-        # Orbax's own retention would remove the last whole step as soon as a newer one is committed, manifest or not.
-        options = ocp.CheckpointManagerOptions(max_to_keep=None)
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        self._items = tuple(items)
+        self._manager = self._open()
         self._finishing: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in self._items}
+        handlers["note"] = ocp.JsonCheckpointHandler()
+        # Orbax's own retention would remove the last whole step as soon as a newer one is committed, manifest or not.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None)
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -54,15 +70,16 @@ class Checkpoints:
         """The newest step whose files are as its manifest says, or None; and a line on each newer one that is not."""
         problems = []
         self._manager.reload()
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            problem = _damage(self._folder / str(step))
+        found = [(step, self._folder / str(step)) for step in self._manager.all_steps()]
+        for step, folder in sorted(found + self._set_aside(_UNFINISHED), reverse=True):
+            problem = _damage(folder)
             if problem is None:
                 return step, problems
-            problems.append(f"checkpoint {self._folder / str(step)} is not used: {problem}")
+            problems.append(f"checkpoint {folder} is not used: {problem}")
         return None, problems
 
     def save(self, step: int, items: Mapping[str, Any], note: Mapping[str, Any]) -> None:
-        """Starts saving trees of arrays; they are copied before it returns, so the caller may donate them.
+        """Starts saving trees of arrays, and a note; both are copied before it returns: the caller may donate them.
 
         Waits for the save before it, and raises `UserError` if that one failed. A failure of this one (disk full, no
         permission) is raised by the next call, by `wait`, or on leaving.
@@ -70,11 +87,14 @@ class Checkpoints:
         self.wait()
         folder = self._folder / str(step)
         if folder.exists():  # a damaged or unfinished one, which stays until this one is whole
-            folder.rename(self._folder / f"{step}.damaged")
+            names = (f"{step}.{number}{_DAMAGED}" for number in itertools.count(1))
+            folder.rename(next(self._folder / name for name in names if not (self._folder / name).exists()))
             self._manager.reload()
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args["note"] = ocp.args.JsonSave(copy.deepcopy(dict(note)))  # written in the background: a log's rows go on
         try:
-            self._manager.save(step, args=ocp.args.Composite(note=ocp.args.JsonSave(dict(note)), **args))
+            # Forced, as Orbax skips a step below its newest, which may be one that is damaged.
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except OSError as error:  # what goes wrong later, in the background, is kept for wait() too
             self._failure = step, error
             return
@@ -88,7 +108,11 @@ class Checkpoints:
             self._finishing = None
         if self._failure:
             (step, error), self._failure = self._failure, None
-            reason = " ".join(str(error).split())[:200]
+            with contextlib.suppress(Exception):  # a manager raises what failed a save again, whatever it is asked
+                self._manager.close()
+            self._manager = self._open()
+            reason = " ".join(str(error).split())
+            reason = reason if len(reason) <= 200 else f"... {reason[-180:]}"  # the cause comes last
             raise UserError(
                 f"checkpoint {step} could not be saved in {self._folder} ({type(error).__name__}: {reason}); "
                 "make room or mend the folder: the checkpoints before it are untouched"
@@ -113,18 +137,29 @@ class Checkpoints:
             self._manager.wait_until_finished()
             folder = self._folder / str(step)
             storage.write_text(folder / _MANIFEST, json.dumps(_digests(folder), indent=1))
-            self._remove_old()
+            self._remove_old(step)
         except BaseException as error:  # a thread has nobody to raise to; wait() does
             self._failure = step, error
 
-    def _remove_old(self) -> None:
-        steps = [step for step in sorted(self._manager.all_steps()) if (self._folder / str(step) / _MANIFEST).exists()]
-        for step in steps[: -self._keep_last] if self._keep_last else []:
-            if not (self._keep_every and step % self._keep_every == 0):
+    def _remove_old(self, newest: int) -> None:
+        """Removes what `newest`, which has just become whole, makes needless.
+
+        Steps beyond it stay and count for nothing: they are damaged, or it would not have been made.
+        """
+        steps = sorted(step for step in self._manager.all_steps() if step <= newest)
+        finished = [step for step in steps if (self._folder / str(step) / _MANIFEST).exists()]
+        oldest_kept = finished[-self._keep_last :][0] if self._keep_last else 0
+        for step in steps:  # also one without a manifest, which a kill while it was removed may leave
+            if step < oldest_kept and not (self._keep_every and step % self._keep_every == 0):
                 self._manager.delete(step)
-        for damaged in self._folder.glob("*.damaged"):
-            if int(damaged.stem) in steps:  # made again, and whole
-                damaged.rmtree()
+        for step, folder in self._set_aside(_UNFINISHED) + self._set_aside(_DAMAGED):
+            if step <= newest:
+                folder.rmtree()
+
+    def _set_aside(self, suffix: str) -> list[tuple[int, epath.Path]]:
+        """(step, folder) of those whose name is a step, with that suffix."""
+        found = [(path.name.partition(".")[0], path) for path in self._folder.glob(f"*{suffix}")]
+        return [(int(step), path) for step, path in found if step.isdigit()]
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
@@ -156,19 +191,22 @@ def _sha256(path: epath.Path) -> str:
 def _damage(folder: epath.Path) -> str | None:
     """What is wrong with a step's folder, in a few words; None if it is as its manifest says."""
     try:
-        wanted = json.loads((folder / _MANIFEST).read_text())
+        entries = json.loads((folder / _MANIFEST).read_text())
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except FileNotFoundError:
         return "its manifest is missing, so the save did not finish"
-    except (OSError, ValueError) as error:
-        return f"its manifest cannot be read ({error})"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"its manifest cannot be read ({type(error).__name__}: {error})"
+    if not wanted:
+        return "its manifest is empty"
     files = _files(folder)
-    for name, entry in wanted.items():  # sizes first: they cost nothing
+    for name, (size, _) in wanted.items():  # sizes first: they cost nothing
         if name not in files:
             return f"{name} is missing"
-        if (size := files[name].stat().length) != entry["bytes"]:
-            return f"{name} has {size} bytes instead of {entry['bytes']}"
-    for name, entry in wanted.items():
-        if _sha256(files[name]) != entry["sha256"]:
+        if (found := files[name].stat().length) != size:
+            return f"{name} has {found} bytes instead of {size}"
+    for name, (_, digest) in wanted.items():
+        if _sha256(files[name]) != digest:
             return f"the content of {name} has changed"
     return None
 

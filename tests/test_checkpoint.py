@@ -1,57 +1,384 @@
-"""Checkpoints restore what was saved, keep what they promise, and refuse another model's."""
+"""Checkpoints restore what was saved, keep what they promise, and never trust, nor touch, what is damaged."""
+
+import asyncio
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from sit_jax import checkpoint, storage
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError
 
 ITEMS = ("params", "ema")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def tree(value, shape=(3, 2)):
     return {"a": {"kernel": jnp.full(shape, value)}, "b": jnp.arange(4.0) * value}
 
 
-def test_round_trip_and_one_item_alone(tmp_path):
-    with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
-        checkpoints.save(7, {"params": tree(1.5), "ema": tree(2.5)}, '{"seed": 3}')
-    with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
-        assert checkpoints.latest_step() == 7
-        restored = checkpoints.restore(7, {"ema": jax.eval_shape(lambda: tree(0.0))})
-    assert restored.keys() == {"ema"}
-    jax.tree.map(np.testing.assert_array_equal, restored["ema"], tree(2.5))
-    assert '"seed": 3' in (tmp_path / "c" / "7" / "config" / "metadata").read_text()
-
-
-def test_keeps_the_last_and_the_periodic(tmp_path):
-    with Checkpoints(tmp_path / "c", ITEMS, keep_last=2, keep_every=4) as checkpoints:
-        for step in range(1, 8):
-            checkpoints.save(step, {"params": tree(step), "ema": tree(step)}, "{}")
+def save(checkpoints, *steps):
+    """Saves trees full of the step's number, and waits until each is whole."""
+    for step in steps:
+        checkpoints.save(step, {"params": tree(float(step)), "ema": tree(-float(step))}, {"step": step})
         checkpoints.wait()
-    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir() if path.name.isdigit()) == [4, 6, 7]
+
+
+def value_of(checkpoints, step):
+    """What `save` put into this step."""
+    restored = checkpoints.restore(step, {"params": jax.eval_shape(lambda: tree(0.0))})["params"]
+    (value,) = set(restored["a"]["kernel"].ravel().tolist())
+    return value
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints 4, 8 and 12, all whole."""
+    with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
+        save(checkpoints, 4, 8, 12)
+    return tmp_path / "c"
+
+
+# What works
+
+
+def test_round_trip_one_item_alone_and_the_note(tmp_path):
+    with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
+        assert checkpoints.newest_whole() == (None, [])
+        checkpoints.save(7, {"params": tree(1.5), "ema": tree(2.5)}, {"seed": 3, "rows": [{"loss": 0.1}]})
+    with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
+        assert checkpoints.newest_whole() == (7, [])
+        both = checkpoints.restore(7, {name: jax.eval_shape(lambda: tree(0.0)) for name in ITEMS})
+        alone = checkpoints.restore(7, {"ema": jax.eval_shape(lambda: tree(0.0))})
+        assert checkpoints.note(7) == {"seed": 3, "rows": [{"loss": 0.1}]}
+    assert alone.keys() == {"ema"}
+    jax.tree.map(np.testing.assert_array_equal, both, {"params": tree(1.5), "ema": tree(2.5)})
+    jax.tree.map(np.testing.assert_array_equal, alone["ema"], tree(2.5))
+
+
+def test_the_manifest_lists_every_file(folder):
+    listed = json.loads((folder / "8" / "manifest.json").read_text())
+    files = {str(p.relative_to(folder / "8")): p.stat().st_size for p in (folder / "8").rglob("*") if p.is_file()}
+    assert files.pop("manifest.json")
+    assert {name: entry["bytes"] for name, entry in listed.items()} == files
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"keep_last": 1}, [7]),
+        ({"keep_last": 2}, [6, 7]),
+        ({"keep_last": 9}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"keep_last": 2, "keep_every": 3}, [3, 6, 7]),
+        ({"keep_last": 1, "keep_every": 2}, [2, 4, 6, 7]),
+    ],
+)
+def test_keeps_the_last_and_the_periodic(tmp_path, keep, left):
+    with Checkpoints(tmp_path / "c", ITEMS, **keep) as checkpoints:
+        save(checkpoints, *range(1, 8))
+    assert names(tmp_path / "c") == [str(step) for step in left]
+
+
+def test_an_older_step_stays_until_the_newer_one_is_whole(tmp_path, monkeypatch):
+    write, seen = storage.write_text, []
+
+    def write_manifest(path, text):
+        seen.append(names(tmp_path / "c"))
+        write(path, text)
+
+    monkeypatch.setattr(storage, "write_text", write_manifest)
+    with Checkpoints(tmp_path / "c", ITEMS, keep_last=1) as checkpoints:
+        save(checkpoints, 1, 2, 3)
+    assert seen == [["1"], ["1", "2"], ["2", "3"]]
 
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
     double = jax.jit(lambda t: jax.tree.map(lambda x: 2 * x, t), donate_argnums=0)
-    state = {name: jax.tree.map(jnp.copy, tree(1.0, (512, 512))) for name in ITEMS}
+    state = {name: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree(1.0, (512, 512))) for name in ITEMS}
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
-        checkpoints.save(1, state, "{}")
-        double(state)
+        checkpoints.save(1, state, {})
+        jax.block_until_ready(double(state))
         checkpoints.wait()
         restored = checkpoints.restore(1, {"params": jax.eval_shape(lambda: tree(0.0, (512, 512)))})
     jax.tree.map(np.testing.assert_array_equal, restored["params"], tree(1.0, (512, 512)))
 
 
-def test_another_models_arrays_are_named_with_both_shapes(tmp_path):
+def test_a_note_is_saved_as_it_was(tmp_path, monkeypatch):
+    """Orbax writes it in the background; it is held back here until the caller has changed it."""
+    go, save_json = threading.Event(), ocp.JsonCheckpointHandler._save_fn
+
+    async def save_late(*arguments):
+        await asyncio.to_thread(go.wait, 20)
+        await save_json(*arguments)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", save_late)
+    note = {"steps": [1]}
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
-        checkpoints.save(1, {"params": tree(1.0), "ema": tree(1.0)}, "{}")
+        checkpoints.save(1, {"params": tree(1.0), "ema": tree(1.0)}, note)
+        note["steps"].append(2)
+        go.set()
         checkpoints.wait()
+        assert checkpoints.note(1) == {"steps": [1]}
+
+
+def test_a_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    write, go = storage.write_text, threading.Event()
+    monkeypatch.setattr(storage, "write_text", lambda *arguments: go.wait(20) and write(*arguments))
+    with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
+        checkpoints.save(1, {"params": tree(1.0), "ema": tree(1.0)}, {})
+        assert not (tmp_path / "c" / "1" / "manifest.json").exists()
+        go.set()
+    assert (tmp_path / "c" / "1" / "manifest.json").exists()  # leaving waits
+
+
+def test_another_models_arrays_are_named_with_both_shapes(folder):
+    with Checkpoints(folder, ITEMS) as checkpoints:
         with pytest.raises(
             UserError, match=r"another model: a/kernel has shape \(3, 2\) there and \(5, 2\) in this config"
         ):
-            checkpoints.restore(1, {"params": jax.eval_shape(lambda: tree(0.0, (5, 2)))})
+            checkpoints.restore(4, {"params": jax.eval_shape(lambda: tree(0.0, (5, 2)))})
         with pytest.raises(UserError, match="another model: c has shape None there"):
-            checkpoints.restore(1, {"params": jax.eval_shape(lambda: tree(0.0) | {"c": jnp.zeros(1)})})
+            checkpoints.restore(4, {"params": jax.eval_shape(lambda: tree(0.0) | {"c": jnp.zeros(1)})})
+
+
+# Damage
+
+
+def largest(step_folder):
+    """The file with most of the arrays."""
+    files = [path for path in step_folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return max(files, key=lambda path: (path.stat().st_size, str(path)))
+
+
+def cut(step_folder):
+    path = largest(step_folder)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(step_folder):
+    path = largest(step_folder)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def unfinish(step_folder):
+    """As a kill inside the save leaves it."""
+    (step_folder / "manifest.json").unlink()
+    step_folder.rename(step_folder.parent / f"{step_folder.name}.orbax-checkpoint-tmp")
+
+
+DAMAGE = {
+    "cut": (cut, r"(params|ema)/\S+ has \d+ bytes instead of \d+"),
+    "flipped": (flip, r"the content of (params|ema)/\S+ has changed"),
+    "no file": (lambda step: largest(step).unlink(), r"(params|ema)/\S+ is missing"),
+    "no manifest": (lambda step: (step / "manifest.json").unlink(), "its manifest is missing, so the save did not "),
+    "cut manifest": (lambda step: cut_manifest(step, 30), r"its manifest cannot be read \(JSONDecodeError: .+\)"),
+    "empty manifest file": (lambda step: cut_manifest(step, 0), r"its manifest cannot be read \(JSONDecodeError: "),
+    "binary manifest": (lambda step: (step / "manifest.json").write_bytes(b"\xff\xfe"), "its manifest cannot be read"),
+    "list manifest": (lambda step: (step / "manifest.json").write_text("[1]"), "its manifest cannot be read"),
+    "other manifest": (lambda step: (step / "manifest.json").write_text('{"a": 1}'), "its manifest cannot be read"),
+    "void manifest": (lambda step: (step / "manifest.json").write_text("{}"), "its manifest is empty"),
+    "unfinished": (unfinish, "its manifest is missing, so the save did not finish"),
+}
+
+
+def cut_manifest(step_folder, size):
+    path = step_folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_newest_whole_one_is_used_and_nothing_is_touched(folder, kind):
+    damage, words = DAMAGE[kind]
+    damage(folder / "12")
+    before = snapshot(folder)
+    with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
+        step, (problem,) = checkpoints.newest_whole()
+        assert (step, value_of(checkpoints, 8)) == (8, 8.0)
+    suffix = ".orbax-checkpoint-tmp" if kind == "unfinished" else ""
+    assert re.match(f"checkpoint {folder}/12{suffix} is not used: {words}", problem) and "\n" not in problem
+    assert snapshot(folder) == before
+
+
+def test_without_a_whole_one_there_is_none_and_each_is_named(folder):
+    cut(folder / "12"), flip(folder / "8"), unfinish(folder / "4")
+    before = snapshot(folder)
+    with Checkpoints(folder, ITEMS) as checkpoints:
+        step, problems = checkpoints.newest_whole()
+    assert step is None and [problem.split()[1] for problem in problems] == [
+        f"{folder}/{name}" for name in ("12", "8", "4.orbax-checkpoint-tmp")
+    ]
+    assert snapshot(folder) == before
+
+
+def test_every_file_is_checked(folder):
+    """A byte of any file, changed, is found: also of the small ones."""
+    for path in [path for path in (folder / "12").rglob("*") if path.is_file() and path.stat().st_size]:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert checkpoint._damage(storage.epath.Path(folder / "12")), path
+        path.write_bytes(data)
+    assert checkpoint._damage(storage.epath.Path(folder / "12")) is None
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "no manifest", "unfinished"])
+def test_a_damaged_folder_stays_until_its_step_is_whole_again(folder, monkeypatch, kind):
+    DAMAGE[kind][0](folder / "12")
+    damaged = snapshot(folder / "12") if kind != "unfinished" else None
+    write, seen = storage.write_text, []
+
+    def write_manifest(path, text):
+        seen.append([snapshot(aside) for aside in folder.glob("12.*damaged")])
+        write(path, text)
+
+    monkeypatch.setattr(storage, "write_text", write_manifest)
+    with Checkpoints(folder, ITEMS, keep_last=2) as checkpoints:
+        assert checkpoints.newest_whole()[0] == 8
+        save(checkpoints, 12)
+        assert checkpoints.newest_whole() == (12, []) and value_of(checkpoints, 12) == 12
+    assert seen == [[damaged] if damaged else []]
+    assert names(folder) == ["12", "8"]
+
+
+def test_a_step_may_be_damaged_again_and_again(folder):
+    """Each time the damaged folder is kept beside those before it, as long as no save of the step becomes whole."""
+    cut(folder / "12")
+    (folder / "12.1.damaged").mkdir()
+    with Checkpoints(folder, ITEMS) as checkpoints:
+        checkpoints.save(12, {"params": tree(1.0), "ema": tree(1.0)}, {})
+        assert {"12.1.damaged", "12.2.damaged"} <= set(names(folder))
+    assert names(folder) == ["12", "4", "8"]
+
+
+def test_retention_never_counts_on_damaged_newer_ones(folder):
+    """4 is the last whole one; 8 and 12 are damaged. Saving a step below them works, and 4 stays until it is whole."""
+    flip(folder / "8"), flip(folder / "12")
+    with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
+        assert checkpoints.newest_whole()[0] == 4
+        save(checkpoints, 6)
+        assert checkpoints.newest_whole()[0] == 6
+        assert names(folder) == ["12", "6", "8"]
+        save(checkpoints, 8)
+        assert checkpoints.newest_whole()[0] == 8
+        save(checkpoints, 12, 16)
+        assert checkpoints.newest_whole() == (16, [])
+    assert names(folder) == ["16"]
+
+
+def test_what_a_kill_left_of_an_old_save_goes_when_a_newer_one_is_whole(folder):
+    unfinish(folder / "8")  # killed inside a save
+    (folder / "4" / "manifest.json").unlink()  # killed while it was removed
+    with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
+        assert names(folder) == ["12", "4", "8.orbax-checkpoint-tmp"]
+        save(checkpoints, 16)
+    assert names(folder) == ["16"]
+
+
+def test_foreign_files_are_left_alone(folder):
+    for name in ("notes.txt", "mine.damaged", "mine.orbax-checkpoint-tmp"):
+        (folder / name).mkdir()
+    with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
+        assert checkpoints.newest_whole() == (12, [])
+        save(checkpoints, 16)
+    assert names(folder) == ["16", "mine.damaged", "mine.orbax-checkpoint-tmp", "notes.txt"]
+
+
+# A save that fails
+
+_FULL_DISK = """
+import pathlib, resource, sys
+import jax.numpy as jnp, numpy as np
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.errors import UserError
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def save(step):
+    noise = np.random.default_rng(step).normal(size=(300, 300)).astype(np.float32)  # it cannot be compressed
+    checkpoints.save(step, {"params": {"a": jnp.asarray(noise)}, "ema": {"a": jnp.asarray(noise)}}, {})
+
+def contents():
+    folder = pathlib.Path(sys.argv[1]) / "4"
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+with Checkpoints(sys.argv[1], ("params", "ema"), keep_last=1) as checkpoints:
+    save(4)
+    checkpoints.wait()
+    before = contents()
+    limit(100_000)  # the arrays need 233 kB each
+    for step in (8, 12):
+        save(step)
+        try:
+            checkpoints.wait()
+            sys.exit(f"{step} was saved")
+        except UserError as error:
+            print(error)
+        assert contents() == before
+        assert checkpoints.newest_whole()[0] == 4
+    limit(resource.RLIM_INFINITY)
+    save(16)
+    checkpoints.wait()
+    assert checkpoints.newest_whole() == (16, [])
+"""
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_save(tmp_path):
+    """In a process of its own, where no file may grow beyond a size: as a full disk, it fails a write in the middle."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(tmp_path / "c")], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == [f"checkpoint {step} could not be saved" for step in (8, 12)]
+    for line in lines:
+        assert "File too large" in line and "the checkpoints before it are untouched" in line and len(line) < 500
+    assert names(tmp_path / "c") == ["16"]
+
+
+def test_a_manifest_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
+    def fail(path, text):
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path / "c", ITEMS, keep_last=1) as checkpoints:
+        save(checkpoints, 4)
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "write_text", fail)
+            checkpoints.save(8, {"params": tree(8.0), "ema": tree(8.0)}, {})
+            with pytest.raises(UserError, match=r"checkpoint 8 could not be saved in .*: .*No space left on device\)"):
+                checkpoints.wait()
+        checkpoints.wait()
+        step, (problem,) = checkpoints.newest_whole()
+        assert step == 4 and "8 is not used: its manifest is missing" in problem
+        save(checkpoints, 8)
+        assert checkpoints.newest_whole() == (8, [])
+
+
+def test_leaving_tells_of_a_save_that_failed_but_hides_no_other_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_digests", lambda folder: 1 / 0)
+    with pytest.raises(UserError, match="checkpoint 4 could not be saved"):
+        with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
+            checkpoints.save(4, {"params": tree(4.0), "ema": tree(4.0)}, {})
+    with pytest.raises(KeyError):
+        with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
+            checkpoints.save(8, {"params": tree(4.0), "ema": tree(4.0)}, {})
+            raise KeyError

@@ -74,7 +74,7 @@ def run(events):
         assert loop.run(state, batches, 0, threading.Event(), None) == STEPS
 
 
-def test_no_implicit_transfer_and_a_line_is_read_only_after_the_next_step_is_dispatched(events):
+def test_a_line_is_read_after_the_next_step_is_dispatched_and_nothing_is_transferred(events):
     run(events)
     for i, (what, step) in enumerate(events):
         if what == "read" and step not in (SAVE, STEPS):  # a save needs the step, and at the end there is no next one

@@ -1,6 +1,7 @@
 """main: a tiny run from its first step to its samples, every mistake as one line that leaves all files as they were."""
 
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -17,8 +18,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+from sit_jax import checkpoint, main, report, sharding
 from sit_jax import config as config_lib
-from sit_jax import main, report, sharding
+from sit_jax.data import transforms
+from sit_jax.jobs import train
+from sit_jax.jobs.setup import set_up
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -162,6 +166,144 @@ def test_the_workdir_alone_continues_the_run(run_copy, trained):
     assert (config.train.steps, config.log.sheet_every, config.model.width) == (6, 0, 16)
 
 
+def test_what_may_change_is_told_and_recorded(run_copy):
+    changes = flags(train__steps=6, log__every=3, log__sheet_every=0, optimizer__learning_rate=0.01)
+    out = succeed("--workdir", run_copy, *changes)
+    told = re.findall(r"^(\S+) changes from (\S+) to (\S+) at step 4$", out, re.M)
+    assert told == [
+        ("train.steps", "4", "6"), ("optimizer.learning_rate", "0.02", "0.01"), ("log.every", "1", "3"),
+        ("log.sheet_every", "2", "0"),
+    ]  # fmt: skip
+    assert [row["step"] for row in rows(run_copy)] == [1, 2, 3, 4, 6]
+    wanted = 0.01 * 0.5 * (1 + np.cos(np.pi * np.array([5]) / 6))  # the learning rate of the sixth step
+    np.testing.assert_allclose(rows(run_copy)[-1]["learning_rate"], wanted, rtol=1e-5)
+    history = run_copy / "config_changes.jsonl"
+    recorded = {"train.steps": [4, 6], "optimizer.learning_rate": [0.02, 0.01], "log.every": [1, 3],
+                "log.sheet_every": [2, 0]}  # fmt: skip
+    assert [json.loads(line) for line in history.read_text().splitlines()] == [{"step": 4, "changes": recorded}]
+
+    succeed("--workdir", run_copy, "--config.train.steps=7")  # the others are as recorded
+    last = json.loads(history.read_text().splitlines()[1])
+    assert last == {"step": 6, "changes": {"train.steps": [6, 7]}}
+
+
+def test_sampling_may_change_all_but_the_network(run_copy):
+    changes = flags(train__batch=16, optimizer__b1=0.5, precision__matmul="high", seed=3, data__flip=True)
+    assert "sampling 8 of 8 images from step 4" in succeed("--workdir", run_copy, "--mode", "sample", *changes)
+    assert config_lib.load(str(run_copy / "config.json")).train.batch == 8  # the run's own stays
+
+
+def arrays(workdir, step, item):
+    """One item of a checkpoint."""
+    config = config_lib.load(str(workdir / "config.json"))
+    with train.open_checkpoints(config, workdir) as checkpoints:
+        return checkpoints.restore(step, {item: train.abstract_state(set_up(config)).items()[item]})[item]
+
+
+def test_a_fork_is_a_new_run_from_the_same_weights(trained, tmp_path):
+    source, fork, before = trained[0], tmp_path / "fork", snapshot(trained[0])
+    changes = flags(transport__loss_weight="none", train__label_dropout=0.5, train__steps=2, seed=5, log__sheet_every=0,
+                    optimizer__clip_norm=1, checkpoint__keep_last=5)  # fmt: skip
+    out = succeed("--workdir", source, "--fork", fork, *changes)
+    assert f"forked step 4 of {source} into {fork}" in out and "training from step 0 to 2" in out
+    for item in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, arrays(fork, 0, item), arrays(source, 4, item))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(arrays(fork, 0, "opt_state")))
+    assert [row["step"] for row in rows(fork)] == [1, 2]
+    assert config_lib.load(str(fork / "config.json")).train.label_dropout == 0.5
+    assert snapshot(source) == before
+
+    there = snapshot(fork)
+    message = refusal("--workdir", source, "--fork", fork, *changes)
+    assert f"--fork '{fork}' holds a run already; give a new folder" in message
+    assert snapshot(fork) == there
+    assert "is already at step 2 of 2" in succeed("--workdir", fork)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            flags(model__width=32),
+            r"checkpoint 4: params is of another model: \S+ has shape \(1, 96\) there and \(1, 192\)",
+        ),
+        (
+            flags(model__qk_norm=True),
+            r"checkpoint 4: params is of another model: blocks/attn/\S+ has shape None there and ",
+        ),
+        (flags(data__classes=11), "data.classes is 11, but the digits source has 10 classes"),
+        (["--mode", "sample"], "--fork is for --mode train, not sample"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_fork_that_cannot_be_makes_nothing(trained, tmp_path, arguments, words):
+    before = snapshot(trained[0])
+    assert re.search(words, refusal("--workdir", trained[0], "--fork", tmp_path / "fork", *arguments))
+    assert snapshot(trained[0]) == before and snapshot(tmp_path) == {}
+
+
+def test_a_fork_needs_a_checkpoint(run_copy, tmp_path):
+    (run_copy / "checkpoints" / "2" / "manifest.json").unlink()
+    (run_copy / "checkpoints" / "4" / "manifest.json").unlink()
+    before = snapshot(tmp_path)
+    status, _, err = call("--workdir", run_copy, "--fork", tmp_path / "fork")
+    assert status == 2 and f"error: --workdir '{run_copy}' holds no whole checkpoint to fork from" in err
+    shutil.rmtree(run_copy / "checkpoints")
+    assert "has no checkpoints to fork from" in refusal("--workdir", run_copy, "--fork", tmp_path / "fork")
+    assert not (tmp_path / "fork").exists() and before
+
+
+def test_a_profile_is_a_trace_of_the_steps(tmp_path):
+    def stop_trace():
+        traced.append(len(rows(tmp_path / "run")))  # the rows there are tell how far the run is
+        stop()
+
+    traced, stop = [], jax.profiler.stop_trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.profiler, "stop_trace", stop_trace)
+        succeed(*TINY, "--config.log.sheet_every=0", "--workdir", tmp_path / "run", "--profile", "2:3")
+    (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))
+    events = events["traceEvents"] if isinstance(events, dict) else events
+    runs = [event for event in events if "in_precision" in event.get("name", "") and event.get("ph") == "X"]
+    assert traced == [2] and runs
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_an_update_that_is_not_finite_ends_the_run_with_one_line(run_copy, monkeypatch):
+    before = snapshot(run_copy / "checkpoints")
+    normalise = transforms.normalise
+    monkeypatch.setattr(transforms, "normalise", lambda images: normalise(images) * np.nan)
+    message = refusal("--workdir", run_copy, "--config.train.steps=6")
+    assert message.startswith(
+        "error: step 5: loss nan and gradient norm nan are not both finite; the last checkpoint is"
+    )
+    assert snapshot(run_copy / "checkpoints") == before
+
+
+def test_a_last_save_that_fails_is_one_line(run_copy, monkeypatch):
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    before = snapshot(run_copy / "checkpoints" / "4")
+    monkeypatch.setattr(checkpoint, "_digests", fail)
+    message = refusal("--workdir", run_copy, *flags(train__steps=5, checkpoint__keep_last=1))
+    assert "error: checkpoint 5 could not be saved in" in message and "No space left on device" in message
+    assert snapshot(run_copy / "checkpoints" / "4") == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(run_copy, trained):
+    manifest = run_copy / "checkpoints" / "4" / "manifest.json"
+    manifest.unlink()
+    line = f"warning: checkpoint {manifest.parent} is not used: its manifest is missing, so the save did not finish\n"
+    for mode, words in (("sample", "images from step 2 into"), ("train", "training from step 2 to 4")):
+        status, out, err = call("--workdir", run_copy, "--mode", mode)
+        assert (status, err) == (0, line) and words in out
+    assert rows(run_copy)[3]["loss"] == rows(trained[0])[3]["loss"] and len(rows(run_copy)) == 4
+    for item in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, arrays(run_copy, 4, item), arrays(trained[0], 4, item))
+
+
 def test_samples_are_pngs_a_sheet_and_their_settings(sampled):
     _, folder = sampled
     assert sorted(path.name for path in folder.iterdir()) == sorted(
@@ -273,6 +415,14 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
         (flags(transport__sample_eps=0), "transport.sample_eps is 0.0; expected a number inside (0, 0.5)"),
         (flags(mesh__data=3), "mesh data x fsdp x tensor = 3 x 1 x 1 does not use"),
         (["--mode", "sample"], "has no checkpoints; train first, with --mode train"),
+        (["--fork", "runs/fork"], "--workdir 'runs/new' has no checkpoints to fork from"),
+        (["--profile", "3"], "--profile is '3'; expected two steps FIRST:LAST such as 100:110"),
+        (["--profile", "3:2"], "--profile is '3:2'; expected two steps"),
+        (["--profile", "0:2"], "--profile is '0:2'; expected two steps"),
+        (["--profile", "a:b"], "--profile is 'a:b'; expected two steps"),
+        (["--profile=-1:2"], "--profile is '-1:2'; expected two steps"),
+        (["--profile="], "--profile is ''; expected two steps"),
+        (["--profile", "2:3", "--mode", "sample"], "--profile is for --mode train, not sample"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -392,9 +542,16 @@ def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settin
         (flags(sample__labels="10"), "sample.labels holds 10; expected 0 to 9"),
         (flags(sample__cfg_scale=0), "cfg scale is 0.0; expected 1 (no guidance) or more"),
         (flags(train__steps=-6), "train.steps is -6; expected more than 0"),
-        (flags(model__depth=2), "model.depth is 2, but the run in '{workdir}' has 1; keep it, or"),
-        (flags(transport__path="GVP"), "transport.path is 'GVP', but the run in '{workdir}' has 'Linear'; keep it, or"),
-        (["--config", DIGITS], "model.depth is 4, but the run in '{workdir}' has 1; keep it, or use another --workdir"),
+        (flags(model__depth=2), "run in '{workdir}' is another one: model.depth is 2 but was 1; keep what was, use"),
+        (flags(transport__path="GVP"), "run in '{workdir}' is another one: transport.path is 'GVP' but was 'Linear'; "),
+        (
+            flags(seed=1, model__depth=2, transport__prediction="noise", data__flip=True),
+            "is another one: {all}; keep what was, use another --workdir, or --fork NEWDIR for a new run from these",
+        ),
+        (
+            ["--config", DIGITS],
+            "is another one: model.depth is 4 but was 1, model.width is 128 but was 16, model.heads",
+        ),
         (flags(mesh__data=3, train__steps=6), "mesh data x fsdp x tensor = 3 x 1 x 1 does not use"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -402,8 +559,20 @@ def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settin
 def test_a_mistake_leaves_a_run_as_it_was(trained, mode, arguments, words):
     workdir, _ = trained
     before = snapshot(workdir)
-    assert words.format(workdir=workdir) in refusal("--workdir", workdir, "--mode", mode, *arguments)
+    changed = ["model.depth is 2 but was 1", "transport.prediction is 'noise' but was 'velocity'"]
+    if mode == "train":  # samples depend on neither of these
+        changed = ["seed is 1 but was 0", *changed, "data.flip is True but was False"]
+    words = words.format(workdir=workdir, all=", ".join(changed))
+    assert words in refusal("--workdir", workdir, "--mode", mode, *arguments)
     assert snapshot(workdir) == before
+
+
+def test_a_profile_of_steps_that_are_done_is_one_line(trained):
+    before = snapshot(trained[0])
+    for steps in ("2:3", "7:8"):
+        message = refusal("--workdir", trained[0], "--profile", steps, "--config.train.steps=6")
+        assert f"--profile starts at step {steps[0]}; expected one of 5 to 6, which are to be trained" in message
+    assert snapshot(trained[0]) == before
 
 
 def test_data_that_is_gone_leaves_a_run_as_it_was(trained):

@@ -96,11 +96,17 @@ def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[I
         yield pipeline.prefetch_to_device(batches, lambda batch: sharding.put_batch(setup.mesh, batch))
 
 
-def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState, dict]:
-    """The step to continue from, its state and its note: the newest whole checkpoint, or fresh weights at step 0."""
-    start, problems = checkpoints.newest_whole()
+def newest_whole(checkpoints: Checkpoints) -> int | None:
+    """The newest step that can be trusted, after a warning for each newer one that cannot."""
+    step, problems = checkpoints.newest_whole()
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
+    return step
+
+
+def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState, dict]:
+    """The step to continue from, its state and its note: the newest whole checkpoint, or fresh weights at step 0."""
+    start = newest_whole(checkpoints)
     if start is None:
         return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh), {}
     target = abstract_state(setup)
@@ -118,14 +124,16 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     setup = set_up(config)
     check(not (workdir / "checkpoints").exists(), f"--fork {str(workdir)!r} holds a run already; give a new folder")
     check((source / "checkpoints").exists(), f"--workdir {str(source)!r} has no checkpoints to fork from")
+    open_source(setup)  # data that is not there leaves no folder behind
     with open_checkpoints(config, source) as checkpoints:
-        step, state, _ = restore_or_create(setup, checkpoints)
-        check(step, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
+        step = newest_whole(checkpoints)
+        check(step is not None, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
+        target = abstract_state(setup)  # without the moments: another optimizer has others
+        weights = checkpoints.restore(step, {"params": target.params, "ema": target.ema})
     fresh = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
     storage.make_workdir(workdir)
     with open_checkpoints(config, workdir) as checkpoints:
-        items = fresh.replace(params=state.params, ema=state.ema).items()
-        checkpoints.save(0, items, {"forked_from": f"{source}, step {step}"})
+        checkpoints.save(0, fresh.items() | weights, {"forked_from": f"{source}, step {step}"})
     print(f"forked step {step} of {source} into {workdir}")
 
 
@@ -174,6 +182,9 @@ def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = N
         if start >= steps:
             print(f"{workdir} is already at step {start} of {steps}; raise train.steps to train on")
             return
+        if profile:
+            expected = f"expected one of {start + 1} to {steps}, which are to be trained"
+            check(start < profile[0] <= steps, f"--profile starts at step {profile[0]}; {expected}")
         batches = stack.enter_context(open_batches(setup, source, start))
         batches = itertools.chain([next(batches)], batches)  # unreadable data stops here, before anything is written
         log = stack.enter_context(

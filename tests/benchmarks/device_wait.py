@@ -22,7 +22,9 @@ EXECUTION = "ThunkExecutor::Execute"  # and, with a suffix, the wait for the par
 
 def busy_and_total(events: list[dict]) -> tuple[float, float]:
     """(seconds in which at least one execution runs, seconds from the first to the last)."""
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["name"].startswith(EXECUTION))
+    spans = sorted(
+        (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["name"].startswith(EXECUTION)
+    )
     busy, end = 0.0, spans[0][0]
     for first, last in spans:
         busy += max(0.0, last - max(first, end))
