@@ -24,9 +24,9 @@ from sit_jax.errors import UserError, check, unknown_name
 from sit_jax.latents import CODECS
 from sit_jax.models import sit, sizes
 from sit_jax.optimizer import SCHEDULES
-from sit_jax.sampling import ode
+from sit_jax.sampling import ode, sde
 from sit_jax.sampling.guidance import check_scale
-from sit_jax.transport import interval, losses, paths, prediction, times
+from sit_jax.transport import diffusion, interval, losses, paths, prediction, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +96,20 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True)
 class Sample:
     weights: str = "ema"  # ema | raw
-    solver: str = "dopri5"  # euler | heun take `steps`; dopri5 adapts its steps to atol and rtol
-    steps: int = 50
+    solver: str = "dopri5"  # ODE: euler midpoint heun ralston bosh3 tsit5 dopri5 dopri8
+    #                         SDE: euler-maruyama reference-heun sra1 shark
+    steps: int | None = None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
+    time_shift: float = 1.0  # s of t' = s t / (1 + (s - 1) t) for an ODE's fixed steps; above 1: more steps near data
     atol: float = 1e-6
     rtol: float = 1e-3
+    error_norm: str = "sample"  # sample: every sample has its own steps | batch: one error for all, as torchdiffeq
+    diffusion_form: str = "SBDM"  # constant | SBDM | sigma | linear | decreasing | increasing-decreasing, for an SDE
+    diffusion_norm: float = 1.0
+    last_step: str = "mean"  # none | mean | tweedie | euler: noiseless, after an SDE's steps
+    last_step_size: float = 0.04
     cfg_scale: float = 1.0  # classifier-free guidance; 1 is none
     cfg_channels: int | None = 3  # guide the first channels only, as published numbers do; None: all
+    cfg_interval: tuple[float, ...] = (0.0, 1.0)  # guide at these times only
     count: int = 64
     batch: int = 64
     labels: tuple[int, ...] = ()  # repeated in turn to `count`; empty: balanced over the classes
@@ -232,8 +240,7 @@ def validate(config: Config) -> None:
     sizes.tokens(CODECS[config.latents.codec].shape((data.image_size, data.image_size, data.channels))[0], size.patch)
     _one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
     _one_of("sample.weights", sample.weights, ("ema", "raw"))
-    _one_of("sample.solver", sample.solver, ode.SOLVERS)
-    check_scale(sample.cfg_scale)
+    _check_sampler(sample)
     _one_of("precision.compute", config.precision.compute, ("float32", "bfloat16"))
     if config.precision.matmul is not None:
         _one_of("precision.matmul", config.precision.matmul, ("default", "high", "highest"))
@@ -252,11 +259,30 @@ def validate(config: Config) -> None:
     sharding.check_axes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
+def _check_sampler(sample: Sample) -> None:
+    _one_of("sample.solver", sample.solver, [*ode.SOLVERS, *sde.SOLVERS])
+    if sample.solver in sde.SOLVERS:
+        check(sample.steps is not None, f"sample.solver {sample.solver!r} needs sample.steps, such as 250")
+    else:
+        ode.check_solver(sample.solver, sample.steps)
+    _one_of("sample.error_norm", sample.error_norm, ode.ERROR_NORMS)
+    _one_of("sample.diffusion_form", sample.diffusion_form, diffusion.FORMS)
+    _one_of("sample.last_step", sample.last_step, sde.LAST_STEPS)
+    size = sample.last_step_size
+    check(0 < size < 1, f"sample.last_step_size is {size}; expected a number inside (0, 1), or sample.last_step=none")
+    check_scale(sample.cfg_scale)
+    low_high = sample.cfg_interval
+    check(
+        len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1,
+        f"sample.cfg_interval is {low_high}; expected two times with 0 <= first < last <= 1",
+    )
+
+
 _POSITIVE = """
     data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
-    optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.atol sample.rtol sample.count sample.batch
-    sample.columns sample.scale sample.cfg_channels checkpoint.every checkpoint.keep_last checkpoint.keep_every
-    log.every log.sheet_count
+    optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift sample.atol sample.rtol
+    sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns sample.scale checkpoint.every
+    checkpoint.keep_last checkpoint.keep_every log.every log.sheet_count
 """.split()
 _NOT_NEGATIVE = """
     seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed log.sheet_every
@@ -364,11 +390,10 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _typed(key, typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, (tuple, list)) and all(type(v) is int for v in value):
-            return tuple(value)
-        if type(value) is int:
-            return (value,)
-        raise UserError(f"{key} is {value!r}; expected a list of whole numbers such as 3,1,4")
+        element, several = typing.get_args(kind)[0], value if isinstance(value, (tuple, list)) else (value,)
+        example = "whole numbers such as 3,1,4" if element is int else "numbers such as 0.1,0.9"
+        check(all(type(v) in (int, element) for v in several), f"{key} is {value!r}; expected a list of {example}")
+        return tuple(map(element, several))
     if kind is float and type(value) is int:
         return float(value)
     wanted = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}.get(

@@ -19,15 +19,17 @@ from sit_jax.config import Config
 from sit_jax.errors import check
 from sit_jax.image_io import ImageWriter, encode_png, sheet, to_uint8
 from sit_jax.jobs.setup import Setup, set_up
-from sit_jax.sampling import ode
+from sit_jax.sampling import ode, sde
+from sit_jax.sampling.brownian import keyed_draw
 from sit_jax.sampling.guidance import guide
-from sit_jax.transport.prediction import velocity_field
+from sit_jax.transport.interval import ode_interval, sde_interval
+from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
 
-Sampler = Callable[[Any, np.ndarray, np.ndarray], jax.Array]
+Sampler = Callable[[Any, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
 
 
 def make_sampler(setup: Setup) -> Sampler:
-    """`(params, indices_b, labels_b) -> images_bhwc` in [-1, 1], the whole trajectory compiled once.
+    """`(params, indices_b, labels_b) -> (images_bhwc in [-1, 1], evaluations)`, compiled once, trajectory and all.
 
     Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with.
     """
@@ -38,28 +40,57 @@ def make_sampler(setup: Setup) -> Sampler:
             return lambda x, t_b: setup.network(params, x, t_b, y_b)
 
         null_b = jnp.full_like(labels_b, setup.null_label)
-        guided = guide(predict(labels_b), predict(null_b), options.cfg_scale, options.cfg_channels)
-        velocity = velocity_field(guided, setup.path, setup.config.transport.prediction)
+        guided = guide(
+            predict(labels_b), predict(null_b), options.cfg_scale, options.cfg_channels, options.cfg_interval
+        )
         x_bhwc = rng.normal_by_index(options.seed, "sample", indices_b, setup.input_shape)
         x_bhwc = jax.lax.with_sharding_constraint(x_bhwc, sharding.batch_sharding(setup.mesh))
-        x_bhwc = ode.solve(
-            velocity,
-            x_bhwc,
-            setup.sample_interval,
-            solver=options.solver,
-            steps=options.steps,
-            atol=options.atol,
-            rtol=options.rtol,
-        )
-        return setup.codec.decode(x_bhwc)
+        solve = _solve_sde if options.solver in sde.SOLVERS else _solve_ode
+        x_bhwc, evaluations = solve(setup, guided, x_bhwc, indices_b)
+        return setup.codec.decode(x_bhwc), evaluations
 
-    compiled = jax.jit(run, out_shardings=sharding.batch_sharding(setup.mesh))
+    images_and_count = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
+    compiled = jax.jit(run, out_shardings=images_and_count)
 
     def sampler(params, indices_b, labels_b):
         with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
             return compiled(params, *sharding.put_batch(setup.mesh, (indices_b, labels_b)))
 
     return sampler
+
+
+def _solve_ode(setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    options, transport = setup.config.sample, setup.config.transport
+    return ode.solve(
+        velocity_field(predict, setup.path, transport.prediction),
+        x_bhwc,
+        ode_interval(setup.path, transport.prediction, transport.sample_eps),
+        solver=options.solver,
+        steps=options.steps,
+        shift=options.time_shift,
+        atol=options.atol,
+        rtol=options.rtol,
+        error_norm=options.error_norm,
+    )
+
+
+def _solve_sde(setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    options, transport = setup.config.sample, setup.config.transport
+    size = options.last_step_size if options.last_step != "none" else 0.0
+    keys_b = jax.vmap(lambda i: rng.key(options.seed, "sample noise", i))(indices_b)
+    return sde.solve(
+        velocity_and_score(predict, setup.path, transport.prediction),
+        setup.path,
+        x_bhwc,
+        sde_interval(setup.path, transport.prediction, options.diffusion_form, size, transport.sample_eps),
+        keyed_draw(keys_b, setup.input_shape),
+        solver=options.solver,
+        steps=options.steps,
+        form=options.diffusion_form,
+        norm=options.diffusion_norm,
+        last_step=options.last_step,
+        last_step_size=options.last_step_size,
+    )
 
 
 def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
@@ -70,20 +101,21 @@ def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
 
 def sample_images(
     setup: Setup, sampler: Sampler, params: Any, indices: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (indices, uint8 images) a batch at a time; the last batch is padded to the same shape, and cut again."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yields (indices, uint8 images, network evaluations) a batch at a time; the last one is padded, and cut again."""
     size = setup.config.sample.batch
     for start in range(0, len(indices), size):
         chunk = indices[start : start + size]
         padded = np.pad(chunk, (0, size - len(chunk)), mode="edge").astype(np.int32)
-        images = np.asarray(sampler(params, padded, labels_of(setup, padded)))[: len(chunk)]
+        images, evaluations = jax.device_get(sampler(params, padded, labels_of(setup, padded)))
+        images = images[: len(chunk)]
         bad = chunk[~np.isfinite(images).all(axis=(1, 2, 3))]
         check(
             not len(bad),
             f"samples {bad[:8].tolist()} are not finite; use more steps, looser tolerances or a lower cfg scale, "
             "or look whether training diverged",
         )
-        yield chunk, to_uint8(images)
+        yield chunk, to_uint8(images), int(evaluations)
 
 
 def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:
@@ -123,10 +155,13 @@ def run(config: Config, workdir: epath.Path) -> None:
     missing = np.asarray(writer.missing(config.sample.count))
     print(f"sampling {len(missing)} of {config.sample.count} images from step {step} into {folder}", flush=True)
     with tqdm(total=len(missing), unit="image", disable=None) as bar:
-        for indices, images in sample_images(setup, make_sampler(setup), params, missing):
+        for indices, images, evaluations in sample_images(setup, make_sampler(setup), params, missing):
             for index, image in zip(indices, images, strict=True):
                 writer.write(int(index), image)
             bar.update(len(indices))
+            bar.set_postfix(evaluations=evaluations)
     shown = [writer.read(index) for index in range(min(config.sample.count, config.log.sheet_count))]
     storage.write_bytes(folder / "sheet.png", encode_png(make_sheet(setup, np.stack(shown))))
+    if len(missing):
+        print(f"{evaluations} evaluations of the velocity" + (", two networks each" if options.cfg_scale > 1 else ""))
     print(f"sheet: {folder / 'sheet.png'}")

@@ -16,7 +16,7 @@ from sit_jax.latents import CODECS, Codec
 from sit_jax.models.sit import SiT
 from sit_jax.models.sizes import Size, forward_flops, size_by_name
 from sit_jax.train_step import Objective
-from sit_jax.transport.interval import ode_interval, train_interval
+from sit_jax.transport.interval import train_interval
 from sit_jax.transport.paths import Path, path_by_name
 
 
@@ -91,11 +91,6 @@ class Setup:
             label_dropout=self.config.train.label_dropout,
             null_label=self.null_label,
         )
-
-    @property
-    def sample_interval(self) -> tuple[float, float]:
-        transport = self.config.transport
-        return ode_interval(self.path, transport.prediction, transport.sample_eps)
 
     @property
     def schedule(self) -> optax.Schedule:

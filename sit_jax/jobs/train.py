@@ -262,7 +262,7 @@ class Loop:
         indices = np.arange(self._setup.config.log.sheet_count)
         try:
             drawn = sample.sample_images(self._setup, self._sampler, ema, indices)
-            images = np.concatenate([images for _, images in drawn])
+            images = np.concatenate([images for _, images, _ in drawn])
         except UserError as error:  # a young model under strong guidance may have no finite sample: no reason to stop
             self._progress.write(f"no sheet at step {step}: {error}")
             return

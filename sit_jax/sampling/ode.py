@@ -1,29 +1,51 @@
 """The probability-flow ODE dx/dt = v(x, t) (paper eq. 2), solved by diffrax."""
 
-import dataclasses
-
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from sit_jax.errors import unknown_name
+from sit_jax.errors import check, unknown_name
 from sit_jax.transport.interval import Interval
 from sit_jax.transport.prediction import Predict
 
-
-@dataclasses.dataclass(frozen=True)
-class _Solver:
-    make: type
-    adaptive: bool
-
-
 SOLVERS = {
-    "euler": _Solver(diffrax.Euler, adaptive=False),
-    "heun": _Solver(diffrax.Heun, adaptive=False),
-    "dopri5": _Solver(diffrax.Dopri5, adaptive=True),
+    "euler": diffrax.Euler,
+    "midpoint": diffrax.Midpoint,
+    "heun": diffrax.Heun,
+    "ralston": diffrax.Ralston,
+    "bosh3": diffrax.Bosh3,
+    "tsit5": diffrax.Tsit5,
+    "dopri5": diffrax.Dopri5,
+    "dopri8": diffrax.Dopri8,
 }
+ADAPTIVE = ("bosh3", "tsit5", "dopri5", "dopri8")  # those whose error estimate is worth steering by
+ERROR_NORMS = ("sample", "batch")
+_MAX_STEPS = 16**4
+
+
+def check_solver(solver: str, steps: int | None) -> None:
+    """`UserError` for an unknown solver, or one that cannot choose its own steps without a number of them."""
+    if solver not in SOLVERS:
+        raise unknown_name("solver", solver, SOLVERS)
+    check(
+        steps is not None or solver in ADAPTIVE,
+        f"solver {solver!r} takes fixed steps only, so atol and rtol mean nothing to it; give sample.steps, "
+        f"or one of {', '.join(ADAPTIVE)}",
+    )
+
+
+def time_grid(interval: Interval, steps: int, shift: float = 1.0) -> jax.Array:
+    """steps + 1 times from interval[0] to interval[1], float32, equal in u where t' = s u / (1 + (s - 1) u).
+
+    A shift s > 1 spends more of the steps near data (Esser et al., arXiv 2403.03206, eq. 23, in our direction of time).
+    Backwards, the grid is the same one reversed.
+    """
+    t0, t1 = interval
+    u = jnp.linspace(0.0, 1.0, steps + 1) if t1 > t0 else jnp.linspace(1.0, 0.0, steps + 1)
+    low, high = min(interval), max(interval)
+    return low + (high - low) * shift * u / (1 + (shift - 1) * u)
 
 
 def solve(
@@ -32,26 +54,33 @@ def solve(
     interval: Interval,
     *,
     solver: str,
-    steps: int,
-    atol: float,
-    rtol: float,
-) -> jax.Array:
-    """x carried from interval[0] to interval[1] (backwards if that is smaller), like x_bhwc.
+    steps: int | None = None,
+    shift: float = 1.0,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    error_norm: str = "sample",
+) -> tuple[jax.Array, jax.Array]:
+    """x carried from interval[0] to interval[1] (backwards if that is smaller), and how often velocity was called.
 
-    euler and heun take `steps` equal steps. dopri5 chooses its steps by `atol` and `rtol` for every sample alone, so
-    a sample does not depend on its neighbours. NaN where the solver gave up. `UserError` for an unknown solver.
+    `steps` fixed ones on `time_grid`; or, with steps None, steps chosen by `atol` and `rtol`: for every sample alone
+    ("sample", so that none depends on its neighbours) or by the RMS over the batch ("batch", as torchdiffeq). NaN where
+    the solver gave up. `UserError` for an unknown solver or one without an error estimate.
     """
-    if solver not in SOLVERS:
-        raise unknown_name("solver", solver, SOLVERS)
-    if SOLVERS[solver].adaptive:
-        return _solve_each(velocity, x_bhwc, interval, SOLVERS[solver].make(), atol, rtol)
+    check_solver(solver, steps)
+    made = SOLVERS[solver]()
 
-    def drift(t, x, _):
+    def drift(t, x, _=None):
         return velocity(x, jnp.full(x.shape[:1], t))
 
-    t0, t1 = interval
-    controller = diffrax.StepTo(jnp.linspace(t0, t1, steps + 1))
-    return _final(drift, SOLVERS[solver].make(), interval, None, x_bhwc, controller, steps)
+    if steps is not None:
+        times = time_grid(interval, steps, shift)
+        x_bhwc, taken = _diffeqsolve(drift, made, times[0], times[-1], None, x_bhwc, diffrax.StepTo(times), steps)
+        return x_bhwc, _evaluations(made, taken)
+    if error_norm not in ERROR_NORMS:
+        raise unknown_name("error norm", error_norm, ERROR_NORMS)
+    solve_adaptively = _solve_each if error_norm == "sample" else _solve_adaptively
+    x_bhwc, taken = solve_adaptively(velocity if error_norm == "sample" else drift, x_bhwc, interval, made, atol, rtol)
+    return x_bhwc, _evaluations(made, jnp.max(taken)) + 2  # the choice of the first step takes two
 
 
 def _solve_each(velocity, x_bhwc, interval, solver, atol, rtol):
@@ -69,16 +98,17 @@ def _solve_each(velocity, x_bhwc, interval, solver, atol, rtol):
         t_b = t_b if batched[2] else jnp.full((n,), t_b)
         return eqx.combine(arrays, static)(x_bhwc, t_b), True
 
+    def drift(t, x, _=None):
+        return one(arrays, x, t)
+
+    return jax.vmap(lambda x_hwc: _solve_adaptively(drift, x_hwc, interval, solver, atol, rtol))(x_bhwc)
+
+
+def _solve_adaptively(drift, x, interval, solver, atol, rtol):
+    dt0 = _first_step(drift, x, interval, solver.order(None), atol, rtol)
     controller = diffrax.PIDController(rtol=rtol, atol=atol)
-
-    def solve_one(x_hwc):
-        def drift(t, x, _):
-            return one(arrays, x, t)
-
-        dt0 = _first_step(drift, x_hwc, interval, solver.order(None), atol, rtol)
-        return _final(drift, solver, interval, dt0, x_hwc, controller, 16**4)
-
-    return jax.vmap(solve_one)(x_bhwc)
+    t0, t1 = map(jnp.float32, interval)
+    return _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, _MAX_STEPS)
 
 
 def _first_step(drift, x, interval, order, atol, rtol):
@@ -91,24 +121,33 @@ def _first_step(drift, x, interval, order, atol, rtol):
     def size(a):
         return jnp.sqrt(jnp.mean((a / (atol + rtol * jnp.abs(x))) ** 2))
 
-    f0 = drift(t0, x, None)
+    f0 = drift(t0, x)
     h0 = jnp.where(jnp.minimum(size(x), size(f0)) < 1e-5, 1e-6, 0.01 * size(x) / size(f0))
-    f1 = drift(t0 + direction * h0, x + direction * h0 * f0, None)
+    f1 = drift(t0 + direction * h0, x + direction * h0 * f0)
     change = jnp.maximum(size(f0), size(f1 - f0) / h0)
     h1 = (0.01 / jnp.maximum(change, 1e-15)) ** (1 / order)
     return direction * jnp.minimum(jnp.minimum(100 * h0, h1), abs(interval[1] - interval[0]))
 
 
-def _final(drift, solver, interval, dt0, x, controller, max_steps):
+def _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, max_steps):
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(drift),
         solver,
-        t0=jnp.float32(interval[0]),
-        t1=jnp.float32(interval[1]),
+        t0=t0,
+        t1=t1,
         dt0=dt0,
         y0=x,
         stepsize_controller=controller,
         max_steps=max_steps,
         throw=False,  # a host callback, which would keep the program out of the compilation cache
     )
-    return jnp.where(solution.result == diffrax.RESULTS.successful, solution.ys[0], jnp.nan)
+    reached = solution.result == diffrax.RESULTS.successful
+    return jnp.where(reached, solution.ys[0], jnp.nan), solution.stats["num_steps"]
+
+
+def _evaluations(solver, steps):
+    """Calls of the drift in `steps` tried steps: one a stage; the last stage of some is the next step's first."""
+    if isinstance(solver, diffrax.Euler):
+        return steps
+    tableau = solver.tableau
+    return steps * (tableau.num_stages - 1) + 1 if tableau.fsal else steps * tableau.num_stages

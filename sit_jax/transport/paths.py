@@ -33,14 +33,15 @@ def _linear() -> Path:
 
 def _gvp() -> Path:
     half_pi = math.pi / 2
-    return Path(
-        "GVP",
-        alpha=lambda t: jnp.sin(half_pi * t),
-        d_alpha=lambda t: half_pi * jnp.cos(half_pi * t),
-        sigma=lambda t: jnp.cos(half_pi * t),
-        d_sigma=lambda t: -half_pi * jnp.sin(half_pi * t),
-        noise_remains_at_0=False,
-    )
+
+    def alpha(t):
+        return jnp.sin(half_pi * t)
+
+    def sigma(t):
+        # cos(pi t / 2), which in float32 is not quite 0 at t=1, but below it: a square root of D would be NaN.
+        return jnp.sin(half_pi * (1 - t))
+
+    return Path("GVP", alpha, lambda t: half_pi * sigma(t), sigma, lambda t: -half_pi * alpha(t), False)
 
 
 def _vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:

@@ -62,3 +62,13 @@ def velocity_field(predict: Predict, path: Path, prediction: str) -> Predict:
 def score_field(predict: Predict, path: Path, prediction: str) -> Predict:
     """The network as a score: (x, t_b) -> grad log p_t(x)."""
     return lambda x, t_b: to_score(path, prediction, predict(x, t_b), x, t_b)
+
+
+def velocity_and_score(predict: Predict, path: Path, prediction: str) -> Callable:
+    """Both fields from one call of the network: (x, t_b) -> (velocity, score)."""
+
+    def fields(x, t_b):
+        output = predict(x, t_b)
+        return to_velocity(path, prediction, output, x, t_b), to_score(path, prediction, output, x, t_b)
+
+    return fields

@@ -45,7 +45,7 @@ def draw(config: config_lib.Config, workdir: epath.Path, cfg_scale: float) -> tu
     setup = set_up(dataclasses.replace(config, sample=options))
     _, params = sample.restore_weights(setup, workdir)
     began, indices = time.perf_counter(), np.arange(COUNT)
-    batches = [images for _, images in sample.sample_images(setup, sample.make_sampler(setup), params, indices)]
+    batches = [images for _, images, _ in sample.sample_images(setup, sample.make_sampler(setup), params, indices)]
     return np.concatenate(batches), sample.labels_of(setup, indices), time.perf_counter() - began
 
 

@@ -43,12 +43,15 @@ def solve_golden(case):
     if case["cfg_scale"]:
         predict = guide(predict, labelled(y[n:]), case["cfg_scale"], channels=3)
     velocity = prediction.velocity_field(predict, path, case["prediction"])
-    steps, (atol, rtol) = case["num_steps"] - 1, (case.get("atol", 1e-6), case.get("rtol", 1e-3))
+    options = {"solver": OURS[case["method"]], "steps": case["num_steps"] - 1}
+    if case["method"] == "dopri5":
+        options |= {"steps": None, "atol": case["atol"], "rtol": case["rtol"], "error_norm": "batch"}
 
     def solve(x):
-        return ode.solve(velocity, x, case["interval"], solver=OURS[case["method"]], steps=steps, atol=atol, rtol=rtol)
+        return ode.solve(velocity, x, case["interval"], **options)
 
-    return jax.jit(solve)(jnp.asarray(nhwc(z[:n]))), nhwc(arrays[case["final"]])[:n], nhwc(arrays[case["truth"]])[:n]
+    ours, evaluations = jax.jit(solve)(jnp.asarray(nhwc(z[:n])))
+    return ours, int(evaluations), nhwc(arrays[case["final"]])[:n], nhwc(arrays[case["truth"]])[:n]
 
 
 def rms(x):
@@ -59,78 +62,108 @@ def rms(x):
     "case", [c for c in goldens.cases("ode", "ode") if solvable(c) and c["method"] != "dopri5"], ids=lambda c: c["name"]
 )
 def test_fixed_steps_equal_reference(case):
-    ours, theirs, _ = solve_golden(case)
+    ours, evaluations, theirs, _ = solve_golden(case)
     # tests/golden/README.md: 3e-7 for velocity, 1e-4 where the drift has 1/t, which magnifies the rounding of t.
     tolerance = 3e-6 if case["prediction"] == "velocity" else 1e-4
     assert rms(ours - theirs) < tolerance * rms(theirs)
+    assert evaluations == case["nfe"]
 
 
 @pytest.mark.parametrize(
     "case", [c for c in goldens.cases("ode", "ode") if solvable(c) and c["method"] == "dopri5"], ids=lambda c: c["name"]
 )
-def test_adaptive_steps_are_as_near_to_the_truth(case):
-    ours, _, truth = solve_golden(case)
-    assert rms(ours - truth) / rms(truth) < max(2 * case["rms_error_relative_to_truth"], case["rtol"])
+def test_adaptive_steps_are_as_near_to_the_truth_at_the_same_cost(case):
+    ours, evaluations, _, truth = solve_golden(case)
+    error = rms(ours - truth) / rms(truth)
+    assert error < max(2 * case["rms_error_relative_to_truth"], case["rtol"])
+    # Towards t=0 of a 1/t drift the reference steps past the end and interpolates: cheaper, but further from the truth.
+    towards_the_singularity = case["reverse"] and case["prediction"] != "velocity"
+    assert evaluations <= 1.1 * case["nfe"] or (towards_the_singularity and error < case["rms_error_relative_to_truth"])
 
 
 def exponential(x, t_b):
     return x * (1 + t_b).reshape(-1, 1, 1, 1)  # x(1) = x(0) exp(3/2)
 
 
-@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def final(field, x, interval=(0.0, 1.0), **options):
+    return ode.solve(field, x, interval, **options)[0]
+
+
+ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "ralston": 2, "bosh3": 3, "tsit5": 5, "dopri5": 5}
+
+
+@pytest.mark.parametrize("solver", ORDERS)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-def test_convergence_order(solver, order, guided):
+def test_convergence_order(solver, guided):
     field, factor = exponential, np.exp(1.5)
     if guided:  # u + 3 (c - u) with u = c/2 is twice c
         field = guide(exponential, lambda x, t: exponential(x, t) / 2, 3.0)
         factor = factor**2
-    x = jnp.ones((1, 1, 1, 1))
-    errors = [
-        abs(float(ode.solve(field, x, (0.0, 1.0), solver=solver, steps=n, atol=1, rtol=1)[0, 0, 0, 0]) - factor)
-        for n in (16, 32)
-    ]
-    assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
+    with jax.enable_x64(True):  # in float32 the error of a fifth-order method is soon rounding
+        x = jnp.ones((1, 1, 1, 1))
+        errors = [abs(float(final(field, x, solver=solver, steps=n)[0, 0, 0, 0]) - factor) for n in (32, 64)]
+    assert np.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[solver], abs=0.4)
 
 
-def test_dopri5_meets_its_tolerance_and_loosens_with_it():
+@pytest.mark.parametrize("solver", ode.ADAPTIVE)
+def test_adaptive_solvers_meet_their_tolerance_and_loosen_with_it(solver):
     x, truth = jnp.ones((1, 1, 1, 1)), np.exp(1.5)
 
-    def error(rtol):
-        return abs(
-            float(ode.solve(exponential, x, (0.0, 1.0), solver="dopri5", steps=1, atol=rtol, rtol=rtol)[0, 0, 0, 0])
-            - truth
-        )
+    def error_and_cost(rtol):
+        x1, evaluations = ode.solve(exponential, x, (0.0, 1.0), solver=solver, atol=rtol, rtol=rtol)
+        return abs(float(x1[0, 0, 0, 0]) - truth), int(evaluations)
 
-    assert error(1e-6) < 1e-5
-    assert error(1e-1) > 10 * error(1e-6)
+    (tight, dear), (loose, cheap) = error_and_cost(1e-6), error_and_cost(1e-1)
+    assert tight < 2e-5 and loose < 0.5 and cheap < dear
 
 
-@pytest.mark.parametrize("solver", ode.SOLVERS)
-def test_round_trip_and_independence_of_neighbours(solver):
+@pytest.mark.parametrize(
+    "options", [{"solver": "euler", "steps": 200}, {"solver": "heun", "steps": 200}, {"solver": "dopri5"}]
+)
+def test_round_trip_and_independence_of_neighbours(options):
     def field(x, t_b):  # each sample has its own stiffness, so a shared step size would show
         return jnp.sin(5 * x) * (1 + 4 * t_b).reshape(-1, 1, 1, 1)
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 2, 1)), jnp.float32)
-    options = {"solver": solver, "steps": 200, "atol": 1e-7, "rtol": 1e-6}
-    there = ode.solve(field, x, (0.0, 0.3), **options)
-    back = ode.solve(field, there, (0.3, 0.0), **options)
-    assert np.abs(back - x).max() < (0.1 if solver == "euler" else 2e-3)
-    alone = ode.solve(field, x[2:3], (0.0, 0.3), **options)
-    np.testing.assert_allclose(alone[0], there[2], rtol=1e-6)
+    options = options | {"atol": 1e-7, "rtol": 1e-6}
+    there = final(field, x, (0.0, 0.3), **options)
+    back = final(field, there, (0.3, 0.0), **options)
+    assert np.abs(back - x).max() < (0.1 if options["solver"] == "euler" else 1e-3)
+    np.testing.assert_allclose(final(field, x[2:3], (0.0, 0.3), **options)[0], there[2], rtol=1e-6)
 
 
 def test_every_sample_sees_its_own_condition_under_dopri5():
     speed_b = jnp.array([0.0, 1.0, 2.0])
-    out = ode.solve(
-        lambda x, t_b: jnp.broadcast_to(speed_b.reshape(-1, 1, 1, 1), x.shape),
-        jnp.zeros((3, 2, 2, 1)),
-        (0.0, 1.0),
-        solver="dopri5",
-        steps=1,
-        atol=1e-6,
-        rtol=1e-6,
+    out = final(
+        lambda x, t_b: jnp.broadcast_to(speed_b.reshape(-1, 1, 1, 1), x.shape), jnp.zeros((3, 2, 2, 1)), solver="dopri5"
     )
     np.testing.assert_allclose(out[:, 0, 0, 0], speed_b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ode.SOLVERS)
+def test_evaluations_are_counted(solver):
+    for steps in (3, None) if solver in ode.ADAPTIVE else (3,):
+        calls = []
+
+        def field(x, t_b):
+            jax.debug.callback(lambda: calls.append(1))
+            return exponential(x, t_b)
+
+        _, evaluations = ode.solve(
+            field, jnp.ones((2, 1, 1, 1)), (0.0, 1.0), solver=solver, steps=steps, error_norm="batch"
+        )
+        jax.effects_barrier()
+        assert int(evaluations) == len(calls)
+
+
+def test_time_shift():
+    grid = ode.time_grid((0.0, 1.0), 4, shift=3.0)
+    u = np.linspace(0, 1, 5)
+    np.testing.assert_allclose(grid, 3 * u / (1 + 2 * u), rtol=1e-6)
+    np.testing.assert_allclose(ode.time_grid((1.0, 0.0), 4, shift=3.0), grid[::-1], rtol=1e-6)
+    np.testing.assert_allclose(ode.time_grid((0.1, 0.9), 4), np.linspace(0.1, 0.9, 5), rtol=1e-6)
+    exact = float(final(exponential, jnp.ones((1, 1, 1, 1)), solver="heun", steps=64, shift=3.0)[0, 0, 0, 0])
+    assert exact == pytest.approx(np.exp(1.5), rel=2e-3)
 
 
 def test_guidance_leaves_later_channels_conditional():
@@ -141,8 +174,33 @@ def test_guidance_leaves_later_channels_conditional():
     assert guide(conditional, unconditional, 1.0) is conditional
 
 
-def test_bad_input():
-    with pytest.raises(UserError, match="unknown solver 'dopri'; did you mean 'dopri5'"):
-        ode.solve(exponential, jnp.ones((1, 1, 1, 1)), (0, 1), solver="dopri", steps=1, atol=1, rtol=1)
-    with pytest.raises(UserError, match="cfg scale is 0.5; expected 1"):
-        check_scale(0.5)
+def test_guidance_outside_its_interval_is_conditional_and_costs_nothing():
+    calls = []
+
+    def unconditional(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.ones_like(x)
+
+    guided = jax.jit(guide(lambda x, t: jnp.full_like(x, 2.0), unconditional, 3.0, interval=(0.25, 0.75)))
+    x = jnp.zeros((2, 1, 1, 1))
+    for times, want, cost in (([0.1, 0.9], [2, 2], 0), ([0.5, 0.9], [4, 2], 1), ([0.25, 0.75], [4, 4], 1)):
+        calls.clear()
+        np.testing.assert_array_equal(guided(x, jnp.array(times)).ravel(), want)
+        jax.effects_barrier()
+        assert len(calls) == cost
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: ode.check_solver("dopri", None), "unknown solver 'dopri'; did you mean 'dopri8' or 'dopri5'"),
+        (
+            lambda: ode.check_solver("heun", None),
+            "solver 'heun' takes fixed steps only, so atol and rtol mean nothing to it",
+        ),
+        (lambda: check_scale(0.5), "cfg scale is 0.5; expected 1"),
+    ],
+)
+def test_bad_input(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
