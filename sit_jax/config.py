@@ -38,7 +38,7 @@ class Model:
     patch: int | None = None
     qk_norm: bool = False  # RMSNorm of queries and keys: steadier in bfloat16; the published weights have none
     learn_sigma: bool = False  # twice the output channels, half of them unused: the published weights are so
-    remat: str = "none"  # none | dots | full: what the backward pass recomputes instead of keeping
+    remat: str = "dots"  # what the backward pass keeps: none: all; dots: the matmuls' outputs; full: nothing
 
 
 @dataclasses.dataclass(frozen=True)

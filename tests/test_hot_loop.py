@@ -15,7 +15,8 @@ CONFIG = config_lib.load(
     "configs/digits.py",
     [
         ("model.depth", "1"), ("model.width", "16"), ("model.heads", "2"), ("train.batch", "8"), ("sample.batch", "8"),
-        ("train.steps", str(STEPS)), ("log.every", str(EVERY)), ("checkpoint.every", str(SAVE)), ("log.sheet_every", "0"),
+        ("train.steps", str(STEPS)), ("log.every", str(EVERY)), ("checkpoint.every", str(SAVE)),
+        ("log.sheet_every", "0"),
     ],
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.errors import unknown_name
 from sit_jax.models.embeddings import patchify, position_embedding, time_features, unpatchify
@@ -18,7 +19,10 @@ from sit_jax.models.sizes import Size, tokens
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the linear layers' outputs
+    "dots": jax.checkpoint_policies.save_from_both_policies(  # keeps the outputs of the linear layers and of attention
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 _xavier = nn.initializers.xavier_uniform()
@@ -41,6 +45,17 @@ def _modulate(x_btd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array, dtype:
     return (_norm(x_btd) * (1 + scale_bd[:, None]) + shift_bd[:, None]).astype(dtype)
 
 
+def _attend(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
+    """Softmax attention, the softmax in float32.
+
+    Heads come before tokens, as batched products want them, and the scale is applied to q, smaller than the logits: on
+    one CPU core 1.7x as fast as jax.nn.dot_product_attention forward, 1.15x forward and back.
+    """
+    scale = q_bsth.shape[-1] ** -0.5
+    logits_bstu = jnp.einsum("bsth,bsuh->bstu", q_bsth * scale, k_bsth, preferred_element_type=jnp.float32)
+    return jnp.einsum("bstu,bsuh->bsth", jax.nn.softmax(logits_bstu).astype(v_bsth.dtype), v_bsth)
+
+
 class Attention(nn.Module):
     heads: int
     qk_norm: bool
@@ -52,15 +67,17 @@ class Attention(nn.Module):
         # Heads are an axis of the kernel, so that a mesh can split them. Its initial spread is that of the fused
         # matrix.
         qkv = nn.DenseGeneral((3, self.heads, d // self.heads), dtype=self.dtype, kernel_init=_xavier, name="qkv")
-        q_btsh, k_btsh, v_btsh = jnp.unstack(qkv(x_btd.reshape(b * t, d)).reshape(b, t, 3, self.heads, -1), axis=2)
+        parts_nsh = jnp.unstack(qkv(x_btd.reshape(b * t, d)), axis=1)
+        q_bsth, k_bsth, v_bsth = (part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in parts_nsh)
         if self.qk_norm:  # Dehghani et al. (arXiv 2302.05442): bounds the logits, which bfloat16 training may need
-            q_btsh, k_btsh = (
+            q_bsth, k_bsth = (
                 nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x).astype(self.dtype)
-                for x, name in ((q_btsh, "q_norm"), (k_btsh, "k_norm"))
+                for x, name in ((q_bsth, "q_norm"), (k_bsth, "k_norm"))
             )
-        out_btsh = jax.nn.dot_product_attention(q_btsh, k_btsh, v_btsh)  # softmax in float32
+        out_btsh = _attend(q_bsth, k_bsth, v_bsth).transpose(0, 2, 1, 3)
+        out_nd = checkpoint_name(out_btsh.reshape(b * t, d), "attention")
         proj = nn.Dense(d, dtype=self.dtype, kernel_init=_xavier, name="proj")
-        return proj(out_btsh.reshape(b * t, d)).reshape(b, t, d)
+        return proj(out_nd).reshape(b, t, d)
 
 
 class Mlp(nn.Module):

@@ -181,3 +181,20 @@ def test_bad_sizes(call, words):
     with pytest.raises(UserError) as error:
         call()
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_qk_norm_bounds_the_logits_and_adds_two_scales():
+    model = goldens.model(True).clone(qk_norm=True)
+    x, t, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([0.2, 0.7]), jnp.array([1, 10])
+    params = model.init(jax.random.key(1), x, t, y)["params"]
+    extra = {name: params["blocks"]["attn"].pop(name) for name in ("q_norm", "k_norm")}
+    assert {name: scale["scale"].shape for name, scale in extra.items()} == {"q_norm": (3, 12), "k_norm": (3, 12)}
+
+    def output(factor):  # the size of queries and keys no longer matters
+        params = jax.tree.map(jnp.asarray, goldens.params("sit_bare.pt", None))
+        attention = params["blocks"]["attn"]
+        attention["qkv"] = jax.tree.map(lambda w: w.at[..., :2, :, :].multiply(factor), attention["qkv"])
+        attention |= extra
+        return model.apply({"params": params}, x, t, y)
+
+    np.testing.assert_allclose(output(100.0), output(1.0), rtol=0, atol=2e-3)  # but for the norm's epsilon

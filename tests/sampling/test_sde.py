@@ -16,7 +16,13 @@ OURS = {"Euler": "euler-maruyama", "Heun": "reference-heun"}
 
 
 def comparable(case):
-    """What the reference can do itself; its Heun up to t=1 is nan there, and here it stops before."""
+    """What the reference can do itself; its Heun up to t=1 is nan there, and here it stops before.
+
+    Of the last steps, which follow any form alike, Linear velocity is compared for one form each.
+    """
+    repeated = (case["path_type"], case["prediction"]) == ("Linear", "velocity") and case["diffusion_form"] != "sigma"
+    if repeated and case["last_step"] != "Mean":
+        return False
     return case["finite"] and not (case["method"] == "Heun" and case["interval"][1] == 1)
 
 
@@ -129,7 +135,9 @@ def test_no_combination_is_nan(path, kind, monkeypatch):
         return [sde.solve(fields, path, x, span, draw, last_step=last, **options)[0] for last in last_steps]
 
     for solver in sde.SOLVERS:
-        for last_steps, size in ((("none",), 0.0), (("mean", "tweedie", "euler"), 0.04)):
+        # A last step follows the solver's end, whichever solver it was: two of them are enough.
+        several = ("mean", "tweedie", "euler") if solver in ("euler-maruyama", "reference-heun") else ("mean",)
+        for last_steps, size in ((("none",), 0.0), (several, 0.04)):
             run = jax.jit(lambda index, span, solver=solver, last=last_steps: finals(solver, index, span, last))
             for index, form in enumerate(list(diffusion.FORMS)[: len(forms)]):
                 span = interval.sde_interval(path, kind, form, size)
