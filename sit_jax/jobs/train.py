@@ -224,18 +224,27 @@ class Loop:
         self._setup, self._workdir, self._checkpoints = setup, workdir, checkpoints
         self._log, self._progress, self._watcher = log, progress, watcher
         self._sampler = sample.make_sampler(setup)
+        self._saved: int | None = None  # the step last given to checkpoints
 
     def run(
         self, state: TrainState, batches: Iterator[dict], start: int, stop: threading.Event, profile: tuple | None
     ) -> int:
         """Trains from `start` until train.steps or `stop`; returns the step it reached, whose state is being saved."""
         config, step_function = self._setup.config, make_train_step(self._setup)
+        self._saved = start
         for step in range(start + 1, config.train.steps + 1):
-            last = step == config.train.steps or stop.is_set()
+            try:
+                batch = next(batches)
+            except Exception:  # a signal to the whole process group ends the reader processes too
+                if not stop.is_set():
+                    raise
+                self._save(step - 1, state)
+                return step - 1
             if profile and step == profile[0]:
                 start_profile(self._workdir / "profile")
-            state, metrics = step_function(state, next(batches))
+            state, metrics = step_function(state, batch)
             self._watcher.add(step, metrics)
+            last = step == config.train.steps or stop.is_set()
             if profile and profile[0] <= step and (last or step == profile[1]):
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
@@ -246,9 +255,13 @@ class Loop:
                 with self._watcher.paused():
                     self._draw_sheet(step, state.ema)
             if last:
-                return step
+                break
+        return step
 
     def _save(self, step: int, state: TrainState) -> None:
+        if step == self._saved:
+            return
+        self._saved = step
         # The log's rows first: a run that is continued from here finds them all.
         self._watcher.write_due_line()
         note = {"config": config_lib.flatten(self._setup.config), "log": self._watcher.to_carry()}
