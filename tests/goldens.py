@@ -10,6 +10,9 @@ from convert.names import params_from_torch
 from convert.torch_file import read_torch_file
 from sit_jax.models.sit import SiT
 from sit_jax.models.sizes import Size
+from sit_jax.sampling.guidance import guide
+from sit_jax.transport.paths import Path, path_by_name
+from sit_jax.transport.prediction import Predict
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 HEADS, CLASSES = 4, 10
@@ -28,7 +31,7 @@ def cases(name: str, kind: str) -> list[dict]:
 
 
 @functools.cache
-def params(file: str, entry: str | None):
+def params(file: str, entry: str | None) -> dict:
     content = read_torch_file(str(FOLDER / file))
     return params_from_torch(content[entry] if entry else content, HEADS)
 
@@ -41,6 +44,23 @@ def model(learn_sigma: bool) -> SiT:
 def bare():
     """The model and weights that every fixture but `model` and `train` uses."""
     return model(True), params("sit_bare.pt", None)
+
+
+def sampling(case: dict, y: np.ndarray) -> tuple[Path, Predict, int]:
+    """The path, the (guided) network and the number of samples of a sampling case with labels y.
+
+    With guidance the reference doubles the batch; the first half of it is the samples.
+    """
+    net, params = bare()
+    n = len(y) // 2 if case["cfg_scale"] else len(y)
+
+    def labelled(y):
+        return lambda x, t: net.apply({"params": params}, x, t, y.astype(np.int32))
+
+    predict = labelled(y[:n])
+    if case["cfg_scale"]:
+        predict = guide(predict, labelled(y[n:]), case["cfg_scale"], channels=3)
+    return path_by_name(case["path_type"]), predict, n
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:

@@ -31,17 +31,9 @@ def solvable(case):
 
 
 def solve_golden(case):
-    arrays, (model, params) = goldens.load("ode")[1], goldens.bare()
+    arrays = goldens.load("ode")[1]
     z, y = (arrays[name + ("_cfg" if case["cfg_scale"] else "")] for name in "zy")
-    n = len(z) // 2 if case["cfg_scale"] else len(z)
-    path = paths.path_by_name(case["path_type"])
-
-    def labelled(y):
-        return lambda x, t: model.apply({"params": params}, x, t, y.astype(np.int32))
-
-    predict = labelled(y[:n])
-    if case["cfg_scale"]:
-        predict = guide(predict, labelled(y[n:]), case["cfg_scale"], channels=3)
+    path, predict, n = goldens.sampling(case, y)
     velocity = prediction.velocity_field(predict, path, case["prediction"])
     options = {"solver": OURS[case["method"]], "steps": case["num_steps"] - 1}
     if case["method"] == "dopri5":

@@ -7,7 +7,6 @@ import pytest
 
 from sit_jax.sampling import sde
 from sit_jax.sampling.brownian import keyed_draw
-from sit_jax.sampling.guidance import guide
 from sit_jax.transport import diffusion, interval, paths, prediction
 from tests import goldens
 from tests.goldens import nhwc
@@ -27,17 +26,9 @@ def comparable(case):
 
 
 def solve_golden(case):
-    arrays, (model, params) = goldens.load("sde")[1], goldens.bare()
+    arrays = goldens.load("sde")[1]
     z, y, w = (arrays[name] for name in case["inputs"])
-    n = len(z) // 2 if case["cfg_scale"] else len(z)
-    path = paths.path_by_name(case["path_type"])
-
-    def labelled(y):
-        return lambda x, t: model.apply({"params": params}, x, t, y.astype(np.int32))
-
-    predict = labelled(y[:n])
-    if case["cfg_scale"]:
-        predict = guide(predict, labelled(y[n:]), case["cfg_scale"], channels=3)
+    path, predict, n = goldens.sampling(case, y)
     noise = jnp.asarray(np.moveaxis(w, -3, -1))[:, :n]
     last_step = (case["last_step"] or "none").lower()
 
