@@ -199,8 +199,10 @@ def test_some_numbers_may_be_0_and_not_less(key):
 def test_values_at_the_border_are_good():
     good = {"transport.train_eps": "0.499", "sample.cfg_scale": "1", "sample.labels": "0,9", "train.label_dropout": "0",
             "train.ema_decay": "1", "train.accumulation": "128", "seed": "4294967295"}  # fmt: skip
-    load(DIGITS, list(good.items()))
-    load(DIGITS, [("transport.prediction", "noise"), ("transport.loss_weight", "velocity")])
+    flat = config_lib.flatten(load(DIGITS, list(good.items())))
+    assert (flat["sample.labels"], flat["transport.train_eps"], flat["seed"]) == ((0, 9), 0.499, 2**32 - 1)
+    weighted = load(DIGITS, [("transport.prediction", "noise"), ("transport.loss_weight", "velocity")])
+    assert weighted.transport.loss_weight == "velocity"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ PIP = "unset: -m pip install --quiet --disable-pip-version-check -e "
     "script", [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"], ids=lambda p: p.name
 )
 def test_bash_can_parse(script):
-    subprocess.run([BASH, "-n", str(script)], check=True)
+    assert subprocess.run([BASH, "-n", str(script)], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("script", ["test.sh", "quickstart.sh"])

@@ -122,6 +122,14 @@ def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:
     return sheet(images, setup.config.sample.columns, scale=setup.config.sample.scale)
 
 
+def newest_whole(checkpoints: Checkpoints) -> int | None:
+    """The newest step that can be trusted, after a warning for each newer one that cannot."""
+    step, problems = checkpoints.newest_whole()
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    return step
+
+
 def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
     """The newest checkpoint's step, and its EMA or raw parameters as sample.weights says.
 
@@ -132,9 +140,7 @@ def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
     check(folder.exists(), f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
     target = getattr(train_state.abstract(setup.init_params, setup.optimizer, setup.mesh), which)
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
-        step, problems = checkpoints.newest_whole()
-        for problem in problems:
-            print(f"warning: {problem}", file=sys.stderr)
+        step = newest_whole(checkpoints)
         check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")
         return step, checkpoints.restore(step, {which: target})[which]
 

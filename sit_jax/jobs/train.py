@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -96,17 +95,9 @@ def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[I
         yield pipeline.prefetch_to_device(batches, lambda batch: sharding.put_batch(setup.mesh, batch))
 
 
-def newest_whole(checkpoints: Checkpoints) -> int | None:
-    """The newest step that can be trusted, after a warning for each newer one that cannot."""
-    step, problems = checkpoints.newest_whole()
-    for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
-    return step
-
-
 def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState, dict]:
     """The step to continue from, its state and its note: the newest whole checkpoint, or fresh weights at step 0."""
-    start = newest_whole(checkpoints)
+    start = sample.newest_whole(checkpoints)
     if start is None:
         return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh), {}
     target = abstract_state(setup)
@@ -126,7 +117,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     check((source / "checkpoints").exists(), f"--workdir {str(source)!r} has no checkpoints to fork from")
     open_source(setup)  # data that is not there leaves no folder behind
     with open_checkpoints(config, source) as checkpoints:
-        step = newest_whole(checkpoints)
+        step = sample.newest_whole(checkpoints)
         check(step is not None, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
         target = abstract_state(setup)  # without the moments: another optimizer has others
         weights = checkpoints.restore(step, {"params": target.params, "ema": target.ema})

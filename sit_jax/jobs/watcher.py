@@ -91,7 +91,7 @@ class Watcher:
     def to_carry(self) -> dict:
         """What a continued run needs so that its log has neither gap nor double."""
         self.read()
-        return {"steps": list(self._known), "skipped_updates": self._skipped}  # a copy: it is written in the background
+        return {"steps": self._known, "skipped_updates": self._skipped}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
