@@ -12,6 +12,7 @@ from sit_jax import config as config_lib
 from sit_jax import report
 from sit_jax.errors import UserError, check, unknown_name
 from sit_jax.jobs import sample, train
+from sit_jax.settings import Config
 
 JOBS = {"train": train.run, "sample": sample.run}
 
@@ -19,7 +20,7 @@ _USAGE = """\
 python -m sit_jax.main --config configs/digits.py --workdir runs/digits      train, or continue what is there
        python -m sit_jax.main --workdir runs/digits                                 continue, with the recorded config
        python -m sit_jax.main --workdir runs/digits --mode sample --config.sample.cfg_scale=4"""
-_EPILOG = "Every setting of sit_jax/config.py is a flag: --config.train.steps=1000, --config.sample.labels=3,1,4."
+_EPILOG = "Every setting of sit_jax/settings.py is a flag: --config.train.steps=1000, --config.sample.labels=3,1,4."
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -57,7 +58,7 @@ def _refuse(message: str) -> None:
     raise UserError(f"{message}; see python -m sit_jax.main --help")
 
 
-def load_config(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> config_lib.Config:
+def load_config(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Config:
     """The config of the flags, or the workdir's own. `UserError` if they are not of the same run."""
     recorded = epath.Path(flags.workdir) / "config.json"
     check(
@@ -70,7 +71,7 @@ def load_config(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]])
     return config
 
 
-def refuse_another_run(recorded: config_lib.Config, config: config_lib.Config, flags: argparse.Namespace) -> None:
+def refuse_another_run(recorded: Config, config: Config, flags: argparse.Namespace) -> None:
     """`UserError` that names every setting which this mode may not change, with both values."""
     changes = config_lib.changes(recorded, config).items()
     if flags.mode == "train":

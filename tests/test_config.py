@@ -8,8 +8,9 @@ import re
 import pytest
 
 from sit_jax import config as config_lib
-from sit_jax.config import Config, load
+from sit_jax.config import load
 from sit_jax.errors import UserError
+from sit_jax.settings import Config
 
 DIGITS = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits.py")
 HEAD = "from sit_jax.config import default\n"

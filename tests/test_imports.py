@@ -14,7 +14,7 @@ LEVELS = {
     0: "transport sampling rng ema metrics storage errors",
     1: "models latents data optimizer sharding checkpoint image_io metric_log report",
     2: "train_state train_step",
-    3: "jobs config convert",
+    3: "jobs config settings convert",
     4: "main",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
@@ -25,8 +25,9 @@ BESIDE = {
     "metrics": {"errors"},
     "storage": {"errors"},
     "train_step": {"train_state"},
-    "jobs": {"config"},
-    "convert": {"config", "jobs"},
+    "config": {"settings"},
+    "jobs": {"config", "settings"},
+    "convert": {"config", "settings", "jobs"},
 }
 
 
@@ -104,7 +105,7 @@ def test_the_check_sees_an_import_that_points_up_or_sideways(name, line):
 def test_the_check_lets_imports_that_point_down_pass():
     source = "import jax\nfrom sit_jax import rng, storage\nfrom sit_jax.errors import check\nfrom . import sizes"
     assert not list(violations("sit_jax.models.sit", source, "sit_jax.models"))
-    assert not list(violations("sit_jax.jobs.train", "from sit_jax.config import Config", "sit_jax.jobs"))
+    assert not list(violations("sit_jax.jobs.train", "from sit_jax.settings import Config", "sit_jax.jobs"))
 
 
 def test_a_part_without_a_level_is_noticed():

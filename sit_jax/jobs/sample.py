@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from sit_jax import rng, sharding, storage, train_state
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.config import Config
 from sit_jax.errors import check
 from sit_jax.image_io import ImageWriter, encode_png, sheet, to_uint8
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.sampling import ode, sde
 from sit_jax.sampling.brownian import keyed_draw
 from sit_jax.sampling.guidance import guide
+from sit_jax.settings import Config
 from sit_jax.transport.interval import ode_interval, sde_interval
 from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
 

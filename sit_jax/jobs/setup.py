@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from sit_jax import optimizer, rng, sharding
-from sit_jax.config import Config
 from sit_jax.errors import check
 from sit_jax.latents import CODECS, Codec
 from sit_jax.models.sit import SiT
 from sit_jax.models.sizes import Size, forward_flops, size_by_name
+from sit_jax.settings import Config
 from sit_jax.train_step import Objective
 from sit_jax.transport.interval import train_interval
 from sit_jax.transport.paths import Path, path_by_name

@@ -17,7 +17,6 @@ from etils import epath
 from sit_jax import config as config_lib
 from sit_jax import sharding, storage, train_state, train_step
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.config import Config
 from sit_jax.data import pipeline, sources, transforms
 from sit_jax.errors import UserError, check
 from sit_jax.image_io import encode_png
@@ -25,6 +24,7 @@ from sit_jax.jobs import sample
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.watcher import Watcher
 from sit_jax.metric_log import MetricLog, Progress
+from sit_jax.settings import Config
 from sit_jax.train_state import TrainState
 
 

@@ -23,6 +23,7 @@ from sit_jax.errors import UserError
 from sit_jax.image_io import encode_png, sheet
 from sit_jax.jobs import sample
 from sit_jax.jobs.setup import set_up
+from sit_jax.settings import Config
 
 COUNT = 200
 
@@ -39,7 +40,7 @@ def as_features(images: np.ndarray) -> np.ndarray:
     return images.reshape(len(images), -1) / 255.0
 
 
-def draw(config: config_lib.Config, workdir: epath.Path, cfg_scale: float) -> tuple[np.ndarray, np.ndarray, float]:
+def draw(config: Config, workdir: epath.Path, cfg_scale: float) -> tuple[np.ndarray, np.ndarray, float]:
     """(uint8 images, labels, seconds) of COUNT samples."""
     options = dataclasses.replace(config.sample, cfg_scale=cfg_scale, labels=(), weights="ema")
     setup = set_up(dataclasses.replace(config, sample=options))

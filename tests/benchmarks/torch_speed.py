@@ -39,8 +39,8 @@ def ours(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     import jax
 
     from sit_jax import train_state, train_step
-    from sit_jax.config import Config, Data, Model
     from sit_jax.jobs.setup import set_up
+    from sit_jax.settings import Config, Data, Model
 
     setup = set_up(
         Config(
