@@ -38,10 +38,11 @@ def ours(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """What there is to time, as calls that return when the work is done."""
     import jax
 
-    from sit_jax import train_state, train_step
+    from sit_jax import main, train_state, train_step
     from sit_jax.jobs.setup import set_up
     from sit_jax.settings import Config, Data, Model
 
+    main.keep_host_memory()
     setup = set_up(
         Config(
             model=Model(name=options.model, remat=options.remat),
