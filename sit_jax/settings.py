@@ -99,6 +99,7 @@ class Sample:
     cfg_scale: float = 1.0  # classifier-free guidance; 1 is none
     cfg_channels: int | None = 3  # guide the first channels only, as published numbers do; None: all
     cfg_interval: tuple[float, ...] = (0.0, 1.0)  # guide at these times only
+    guide: str | None = None  # workdir of a weaker run, which guidance leads away from in place of the null label
     count: int = 64
     batch: int = 64
     labels: tuple[int, ...] = ()  # repeated in turn to `count`; empty: balanced over the classes
@@ -222,6 +223,11 @@ def _check_sampler(sample: Sample) -> None:
     size = sample.last_step_size
     check(0 < size < 1, f"sample.last_step_size is {size}; expected a number inside (0, 1), or sample.last_step=none")
     check_scale(sample.cfg_scale)
+    check(
+        sample.guide is None or sample.cfg_scale > 1,
+        f"sample.guide is {sample.guide!r}, but sample.cfg_scale is {sample.cfg_scale:g}, which guides by nothing; "
+        "set it above 1",
+    )
     low_high = sample.cfg_interval
     check(
         len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1,

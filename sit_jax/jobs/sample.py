@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from sit_jax import config as config_lib
 from sit_jax import rng, sharding, storage, train_state
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import check
@@ -28,21 +29,33 @@ from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_f
 Sampler = Callable[[Any, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
 
 
-def make_sampler(setup: Setup) -> Sampler:
+@dataclasses.dataclass(frozen=True)
+class Weak:
+    """The network that guidance leads away from, with its weights: `(params, x_bhwc, t_b, labels_b) -> like x_bhwc`."""
+
+    step: int  # of its checkpoint
+    network: Callable[..., jax.Array]
+    params: Any
+
+
+def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
     """`(params, indices_b, labels_b) -> (images_bhwc in [-1, 1], evaluations)`, compiled once, trajectory and all.
 
-    Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with.
+    Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with. Guidance leads
+    away from the null label, or from `weak`.
     """
     options = setup.config.sample
 
-    def run(params, indices_b, labels_b):
-        def predict(y_b):
-            return lambda x, t_b: setup.network(params, x, t_b, y_b)
+    def run(params, weak_params, indices_b, labels_b):
+        def conditional(x, t_b):
+            return setup.network(params, x, t_b, labels_b)
 
-        null_b = jnp.full_like(labels_b, setup.null_label)
-        guided = guide(
-            predict(labels_b), predict(null_b), options.cfg_scale, options.cfg_channels, options.cfg_interval
-        )
+        def unconditional(x, t_b):
+            if weak:
+                return weak.network(weak_params, x, t_b, labels_b)
+            return setup.network(params, x, t_b, jnp.full_like(labels_b, setup.null_label))
+
+        guided = guide(conditional, unconditional, options.cfg_scale, options.cfg_channels, options.cfg_interval)
         x_bhwc = rng.normal_by_index(options.seed, "sample", indices_b, setup.input_shape)
         x_bhwc = jax.lax.with_sharding_constraint(x_bhwc, sharding.batch_sharding(setup.mesh))
         solve = _solve_sde if options.solver in sde.SOLVERS else _solve_ode
@@ -54,7 +67,9 @@ def make_sampler(setup: Setup) -> Sampler:
 
     def sampler(params, indices_b, labels_b):
         with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
-            return compiled(params, *sharding.put_batch(setup.mesh, (indices_b, labels_b)))
+            return compiled(
+                params, weak.params if weak else None, *sharding.put_batch(setup.mesh, (indices_b, labels_b))
+            )
 
     return sampler
 
@@ -145,11 +160,38 @@ def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
         return step, checkpoints.restore(step, {which: target})[which]
 
 
+def open_weak(config: Config) -> Weak | None:
+    """The newest checkpoint of the run that sample.guide names, for autoguidance (Karras et al., arXiv 2406.02507).
+
+    It may be smaller and less trained, but must be of the same data and transport; `UserError` names what is not.
+    """
+    if config.sample.guide is None:
+        return None
+    folder = epath.Path(config.sample.guide)
+    check(
+        (folder / "config.json").exists(), f"sample.guide {config.sample.guide!r} holds no run; give a trained workdir"
+    )
+    theirs = config_lib.load(str(folder / "config.json"))
+    shared = [key for key in config_lib.NETWORK if key != "model."]
+    differing = [
+        f"{key} is {new!r} there and {old!r} here"
+        for key, (old, new) in config_lib.changes(config, theirs).items()
+        if key.startswith(tuple(shared))
+    ]
+    check(not differing, f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differing)}")
+    setup = set_up(dataclasses.replace(config, model=theirs.model))
+    step, params = restore_weights(setup, folder)
+    return Weak(step, setup.network, params)
+
+
 def run(config: Config, workdir: epath.Path) -> None:
     """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; what is there is not made again."""
     setup = set_up(config)
     step, params = restore_weights(setup, workdir)
+    weak = open_weak(config)
     settings = {"step": step, **dataclasses.asdict(config.sample), **dataclasses.asdict(config.transport)}
+    if weak:
+        settings["guide_step"] = weak.step
     for key in ("count", "batch", "columns", "scale"):  # these change no image
         del settings[key]
     text = json.dumps(settings, indent=2)
@@ -161,7 +203,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     missing = np.asarray(writer.missing(config.sample.count))
     print(f"sampling {len(missing)} of {config.sample.count} images from step {step} into {folder}", flush=True)
     with tqdm(total=len(missing), unit="image", disable=None) as bar:
-        for indices, images, evaluations in sample_images(setup, make_sampler(setup), params, missing):
+        for indices, images, evaluations in sample_images(setup, make_sampler(setup, weak), params, missing):
             for index, image in zip(indices, images, strict=True):
                 writer.write(int(index), image)
             bar.update(len(indices))

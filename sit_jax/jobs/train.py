@@ -214,7 +214,7 @@ class Loop:
     def __init__(self, setup, workdir, checkpoints: Checkpoints, log: MetricLog, progress: Progress, watcher: Watcher):
         self._setup, self._workdir, self._checkpoints = setup, workdir, checkpoints
         self._log, self._progress, self._watcher = log, progress, watcher
-        self._sampler = sample.make_sampler(setup)
+        self._sampler = sample.make_sampler(setup, sample.open_weak(setup.config))
         self._saved: int | None = None  # the step last given to checkpoints
 
     def run(
