@@ -65,7 +65,7 @@ def divergence(
 def log_prob(
     velocity: Predict, x_bhwc: jax.Array, interval: Interval, probes_nbhwc: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log p [b] in nats, the noise like x that flows to it, evaluations) of x under the flow of N(0, I) over `interval`.
+    """(log p [b] in nats, the noise like x that flows to x, evaluations) under the flow of N(0, I) over `interval`.
 
     The probes stay the same along a trajectory, so an adaptive solver meets a smooth function; None takes the exact
     trace. An evaluation is one of the velocity with its divergence. `options` are those of `ode.solve`, whose steps
