@@ -12,16 +12,17 @@ from etils import epath
 from sit_jax import config as config_lib
 from sit_jax import report
 from sit_jax.errors import UserError, check, unknown_name
-from sit_jax.jobs import sample, train
+from sit_jax.jobs import likelihood, sample, train
 from sit_jax.settings import Config
 
-JOBS = {"train": train.run, "sample": sample.run}
+JOBS = {"train": train.run, "sample": sample.run, "likelihood": likelihood.run}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 _USAGE = """\
 python -m sit_jax.main --config configs/digits.py --workdir runs/digits      train, or continue what is there
        python -m sit_jax.main --workdir runs/digits                                 continue, with the recorded config
-       python -m sit_jax.main --workdir runs/digits --mode sample --config.sample.cfg_scale=4"""
+       python -m sit_jax.main --workdir runs/digits --mode sample --config.sample.cfg_scale=4
+       python -m sit_jax.main --workdir runs/digits --mode likelihood               bits/dim of the data"""
 _EPILOG = "Every setting of sit_jax/settings.py is a flag: --config.train.steps=1000, --config.sample.labels=3,1,4."
 
 
@@ -52,6 +53,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
         if not equals and rest and not rest[0].startswith("--config."):
             text = rest.pop(0)
         check(text, f"{flag} has no value; expected {flag}=VALUE")
+        check(
+            flags.mode != "likelihood" or not flag.startswith("--config.sample."),
+            f"{flag} means nothing to --mode likelihood: log p is of the unguided ODE, with settings of its own; "
+            "see --config.likelihood.solver and the others in sit_jax/settings.py",
+        )
         overrides.append((flag.removeprefix("--config."), text))
     return flags, overrides
 

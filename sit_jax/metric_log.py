@@ -114,16 +114,8 @@ class _Jsonl:
 
 
 def _rows_up_to(step: int, log: bytes) -> bytes:
-    """The rows of a log up to `step`, without what a kill or a full disk tore."""
-
-    def is_kept(line: bytes) -> bool:
-        try:
-            return json.loads(line)["step"] <= step
-        except (ValueError, TypeError, KeyError):
-            return False
-
-    whole_lines = log.split(b"\n")[:-1]  # what follows the last newline is torn, or empty
-    return b"".join(line + b"\n" for line in whole_lines if is_kept(line))
+    """The whole rows of a log up to `step`."""
+    return b"".join(line + b"\n" for line, row in storage.json_rows(log) if row.get("step", math.inf) <= step)
 
 
 class _TensorBoard:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from sit_jax import sharding
-from sit_jax.data import sources
+from sit_jax.data import dequantise, sources
 from sit_jax.errors import check, unknown_name
 from sit_jax.latents import CODECS
 from sit_jax.models import sit, sizes
 from sit_jax.optimizer import SCHEDULES
-from sit_jax.sampling import ode, sde
+from sit_jax.sampling import density, ode, sde
 from sit_jax.sampling.guidance import check_scale
 from sit_jax.transport import diffusion, interval, losses, paths, prediction, times
 
@@ -109,6 +109,24 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Likelihood:
+    weights: str = "ema"  # ema | raw
+    split: str | None = None  # of the data source; None: data.split
+    count: int | None = None  # the first images of the split; None: all
+    batch: int = 64
+    labels: str = "data"  # data: each image's own | null: the null label for all
+    solver: str = "dopri5"  # euler midpoint heun ralston bosh3 tsit5 dopri5 dopri8: of an ODE alone, without guidance
+    steps: int | None = None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
+    atol: float = 1e-5
+    rtol: float = 1e-5
+    trace: str = "hutchinson"  # hutchinson | exact: as many derivatives as there are dimensions, for small ones
+    probe: str = "rademacher"  # rademacher | gaussian: of Hutchinson's trace
+    probes: int = 1  # averaged, the same ones along a trajectory
+    dequantisation: str | None = None  # of pixels: uniform | gaussian; None: uniform. Latents are continuous: None
+    seed: int = 0  # of probes and dequantisation
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     every: int = 50_000  # steps
     keep_last: int = 2
@@ -129,7 +147,7 @@ class Precision:
     compute: str = (
         "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax and loss stay float32
     )
-    matmul: str | None = None  # default | high | highest; None: default when training, highest when sampling
+    matmul: str | None = None  # default | high | highest; None: default when training, else highest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +167,7 @@ class Config:
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     sample: Sample = Sample()
+    likelihood: Likelihood = Likelihood()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     precision: Precision = Precision()
@@ -193,10 +212,11 @@ def validate(config: Config) -> None:
     _one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
     _one_of("sample.weights", sample.weights, ("ema", "raw"))
     _check_sampler(sample)
+    _check_likelihood(config)
     _one_of("precision.compute", config.precision.compute, ("float32", "bfloat16"))
     if config.precision.matmul is not None:
         _one_of("precision.matmul", config.precision.matmul, ("default", "high", "highest"))
-    for key in ("seed", "sample.seed"):
+    for key in ("seed", "sample.seed", "likelihood.seed"):
         check(get(config, key) < 2**32, f"{key} is {get(config, key)}; expected less than 2**32")
     for key in ("train.label_dropout", "train.ema_decay", "optimizer.b1", "optimizer.b2"):
         check(0 <= get(config, key) <= 1, f"{key} is {get(config, key)}; expected a number from 0 to 1")
@@ -235,14 +255,38 @@ def _check_sampler(sample: Sample) -> None:
     )
 
 
+def _check_likelihood(config: Config) -> None:
+    likelihood, codec = config.likelihood, CODECS[config.latents.codec]
+    _one_of("likelihood.weights", likelihood.weights, ("ema", "raw"))
+    _one_of("likelihood.labels", likelihood.labels, ("data", "null"))
+    check(
+        likelihood.solver not in sde.SOLVERS,
+        f"likelihood.solver {likelihood.solver!r} solves an SDE, which gives no log p; expected one of an ODE: "
+        f"{', '.join(ode.SOLVERS)}",
+    )
+    _one_of("likelihood.solver", likelihood.solver, ode.SOLVERS)
+    ode.check_solver(likelihood.solver, likelihood.steps, "likelihood")
+    _one_of("likelihood.trace", likelihood.trace, ("hutchinson", "exact"))
+    _one_of("likelihood.probe", likelihood.probe, density.PROBES)
+    if likelihood.dequantisation is not None:
+        _one_of("likelihood.dequantisation", likelihood.dequantisation, dequantise.KINDS)
+        check(
+            codec.scale is None,
+            f"likelihood.dequantisation is {likelihood.dequantisation!r}, but latents.codec {config.latents.codec!r} "
+            "gives latents, which are continuous; set it to none",
+        )
+
+
 _POSITIVE = """
     data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
     optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift sample.atol sample.rtol
-    sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns sample.scale checkpoint.every
+    sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns sample.scale likelihood.count
+    likelihood.batch likelihood.steps likelihood.atol likelihood.rtol likelihood.probes checkpoint.every
     checkpoint.keep_last checkpoint.keep_every log.every log.sheet_count
 """.split()
 _NOT_NEGATIVE = """
-    seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed log.sheet_every
+    seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed likelihood.seed
+    log.sheet_every
 """.split()
 
 

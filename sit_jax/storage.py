@@ -4,8 +4,10 @@ A local file is written beside its target and renamed, so a reader sees the old 
 either. An object store writes an object whole anyway, and has no rename worth its price.
 """
 
+import json
 import os
 import uuid
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -38,6 +40,29 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes `text` as UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def append_text(path: epath.PathLike, text: str) -> None:
+    """Adds UTF-8 to the end of a file. A kill may leave a part of it; an object store writes the whole object anew."""
+    if is_remote(path):
+        path = epath.Path(path)
+        path.write_text((path.read_text() if path.exists() else "") + text)
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def json_rows(text: bytes) -> Iterator[tuple[bytes, dict]]:
+    """(line, its object) of every whole line of JSONL, passing over what a kill or a full disk tore."""
+    for line in text.split(b"\n")[:-1]:  # what follows the last newline is torn, or empty
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield line, row
 
 
 def make_workdir(path: epath.PathLike) -> epath.Path:

@@ -8,7 +8,7 @@ import collections
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -55,6 +55,18 @@ def batches(
     if flip:  # before the choice of rows, so that its randomness is keyed by a row's place in the global order
         rows = rows.random_map(_flip)
     return _ProcessRows(rows, batch_size, process_index, process_count).batch(batch_size // process_count)
+
+
+def in_order(
+    source: Source, indices: Sequence[int], *, batch_size: int, skip_unreadable: bool, shape: tuple[int, int, int]
+) -> grain.MapDataset:
+    """The records of these indices, each once and in this order, in batches; the last one may be smaller.
+
+    An element is {"index": int32 [b], "image": uint8 [b, h, w, c], "label": int32 [b], "skipped": int32 [b]}. An image
+    that cannot be read raises `UserError`, or with `skip_unreadable` is black, of this `shape`, its "skipped" 1.
+    """
+    read = functools.partial(_read_or_blank, source, shape) if skip_unreadable else functools.partial(_read, source)
+    return grain.MapDataset.source(indices).map(functools.partial(_with_index, read)).batch(batch_size)
 
 
 def iterate(dataset: grain.MapDataset, start: int, *, workers: int) -> grain.DatasetIterator:
@@ -117,6 +129,19 @@ def _read_or_skip(source: Source, index: int) -> Record:
         except UnreadableImage as error:
             _warn_once(str(error))
     raise UserError(f"none of the {len(source)} images can be read; check data.path")
+
+
+def _read_or_blank(source: Source, shape: tuple[int, int, int], index: int) -> Record:
+    """Record `index` of `source`, or a black image marked as skipped."""
+    try:
+        return _read(source, index)
+    except UserError as error:
+        _warn_once(str(error.__cause__))
+        return {"image": np.zeros(shape, np.uint8), "label": np.int32(0), "skipped": np.int32(1)}
+
+
+def _with_index(read: Callable[[int], Record], index: int) -> Record:
+    return {"index": np.int32(index), **read(index)}
 
 
 @functools.cache

@@ -8,6 +8,9 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+LEVELS = 256  # of a uint8 pixel
+BIN = 2 / (LEVELS - 1)  # between neighbouring levels, as `normalise` gives them
+
 
 def decode_rgb(data: bytes) -> Image.Image:
     """The RGB image in `data`, an encoded file. An alpha channel is dropped, not blended, as the reference does.

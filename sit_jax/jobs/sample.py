@@ -1,9 +1,6 @@
 """`--mode sample`: images from a run's newest checkpoint, as single PNGs and one sheet."""
 
 import dataclasses
-import hashlib
-import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,11 +11,11 @@ from etils import epath
 from tqdm import tqdm
 
 from sit_jax import config as config_lib
-from sit_jax import rng, sharding, storage, train_state
-from sit_jax.checkpoint import Checkpoints
+from sit_jax import rng, sharding, storage
 from sit_jax.errors import check
 from sit_jax.image_io import ImageWriter, encode_png, sheet, to_uint8
-from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.jobs.setup import Setup, compile_for_batches, set_up
+from sit_jax.jobs.workdir import restore_weights, results_folder
 from sit_jax.sampling import ode, sde
 from sit_jax.sampling.brownian import keyed_draw
 from sit_jax.sampling.guidance import guide
@@ -46,7 +43,9 @@ def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
     """
     options = setup.config.sample
 
-    def run(params, weak_params, indices_b, labels_b):
+    def run(both_params, indices_b, labels_b):
+        params, weak_params = both_params
+
         def conditional(x, t_b):
             return setup.network(params, x, t_b, labels_b)
 
@@ -62,16 +61,8 @@ def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
         x_bhwc, evaluations = solve(setup, guided, x_bhwc, indices_b)
         return setup.codec.decode(x_bhwc), evaluations
 
-    images_and_count = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
-    compiled = jax.jit(run, out_shardings=images_and_count)
-
-    def sampler(params, indices_b, labels_b):
-        with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
-            return compiled(
-                params, weak.params if weak else None, *sharding.put_batch(setup.mesh, (indices_b, labels_b))
-            )
-
-    return sampler
+    compiled = compile_for_batches(setup, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)))
+    return lambda params, *batch: compiled((params, weak.params if weak else None), *batch)
 
 
 def _solve_ode(setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -137,29 +128,6 @@ def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:
     return sheet(images, setup.config.sample.columns, scale=setup.config.sample.scale)
 
 
-def newest_whole(checkpoints: Checkpoints) -> int | None:
-    """The newest step that can be trusted, after a warning for each newer one that cannot."""
-    step, problems = checkpoints.newest_whole()
-    for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
-    return step
-
-
-def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
-    """The newest checkpoint's step, and its EMA or raw parameters as sample.weights says.
-
-    `UserError` if there is none.
-    """
-    which = {"ema": "ema", "raw": "params"}[setup.config.sample.weights]
-    folder = workdir / "checkpoints"
-    check(folder.exists(), f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
-    target = getattr(train_state.abstract(setup.init_params, setup.optimizer, setup.mesh), which)
-    with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
-        step = newest_whole(checkpoints)
-        check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")
-        return step, checkpoints.restore(step, {which: target})[which]
-
-
 def open_weak(config: Config) -> Weak | None:
     """The newest checkpoint of the run that sample.guide names, for autoguidance (Karras et al., arXiv 2406.02507).
 
@@ -180,26 +148,24 @@ def open_weak(config: Config) -> Weak | None:
     ]
     check(not differing, f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differing)}")
     setup = set_up(dataclasses.replace(config, model=theirs.model))
-    step, params = restore_weights(setup, folder)
+    step, params = restore_weights(setup, folder, config.sample.weights)
     return Weak(step, setup.network, params)
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; what is there is not made again."""
     setup = set_up(config)
-    step, params = restore_weights(setup, workdir)
+    step, params = restore_weights(setup, workdir, config.sample.weights)
     weak = open_weak(config)
     settings = {"step": step, **dataclasses.asdict(config.sample), **dataclasses.asdict(config.transport)}
     if weak:
         settings["guide_step"] = weak.step
     for key in ("count", "batch", "columns", "scale"):  # these change no image
         del settings[key]
-    text = json.dumps(settings, indent=2)
     options = config.sample
     name = f"step{step}-{options.weights}-{options.solver}-cfg{options.cfg_scale:g}-seed{options.seed}"
-    folder = workdir / "samples" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    writer = ImageWriter(storage.make_workdir(folder))
-    storage.write_text(folder / "settings.json", text + "\n")
+    folder = results_folder(workdir / "samples", name, settings)
+    writer = ImageWriter(folder)
     missing = np.asarray(writer.missing(config.sample.count))
     print(f"sampling {len(missing)} of {config.sample.count} images from step {step} into {folder}", flush=True)
     with tqdm(total=len(missing), unit="image", disable=None) as bar:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -114,13 +115,29 @@ class Setup:
 def set_up(config: Config) -> Setup:
     """`UserError` if the config does not fit this machine's devices."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    shards = sharding.batch_shards(mesh)
-    for key, size in (
-        ("train.batch / train.accumulation", config.train.batch // config.train.accumulation),
-        ("sample.batch", config.sample.batch),
-    ):
-        check(
-            size % shards == 0,
-            f"{key} = {size} is not divisible by the {shards} devices it is split over; make it a multiple of {shards}",
-        )
+    check_batch(mesh, "train.batch / train.accumulation", config.train.batch // config.train.accumulation)
+    check_batch(mesh, "sample.batch", config.sample.batch)
     return Setup(config, mesh)
+
+
+def check_batch(mesh: Mesh, key: str, size: int) -> None:
+    """`UserError` unless the devices can share a batch of this size."""
+    shards = sharding.batch_shards(mesh)
+    check(
+        size % shards == 0,
+        f"{key} = {size} is not divisible by the {shards} devices it is split over; make it a multiple of {shards}",
+    )
+
+
+def compile_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
+    """`function(params, *batch)` jitted, its numpy batch spread over the devices, matmuls "highest" unless configured.
+
+    A float32 matmul is a few bfloat16 passes on a TPU otherwise: enough for training, not for what is measured.
+    """
+    compiled = jax.jit(function, out_shardings=out_shardings)
+
+    def call(params, *batch):
+        with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
+            return compiled(params, *sharding.put_batch(setup.mesh, batch))
+
+    return call

@@ -23,6 +23,7 @@ from sit_jax.image_io import encode_png
 from sit_jax.jobs import sample
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.watcher import Watcher
+from sit_jax.jobs.workdir import newest_whole
 from sit_jax.metric_log import MetricLog, Progress
 from sit_jax.settings import Config
 from sit_jax.train_state import TrainState
@@ -97,7 +98,7 @@ def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[I
 
 def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState, dict]:
     """The step to continue from, its state and its note: the newest whole checkpoint, or fresh weights at step 0."""
-    start = sample.newest_whole(checkpoints)
+    start = newest_whole(checkpoints)
     if start is None:
         return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh), {}
     target = abstract_state(setup)
@@ -117,7 +118,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     check((source / "checkpoints").exists(), f"--workdir {str(source)!r} has no checkpoints to fork from")
     open_source(setup)  # data that is not there leaves no folder behind
     with open_checkpoints(config, source) as checkpoints:
-        step = sample.newest_whole(checkpoints)
+        step = newest_whole(checkpoints)
         check(step is not None, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
         target = abstract_state(setup)  # without the moments: another optimizer has others
         weights = checkpoints.restore(step, {"params": target.params, "ema": target.ema})

@@ -1,4 +1,10 @@
-"""The probability-flow ODE dx/dt = v(x, t) (paper eq. 2), solved by diffrax."""
+"""The probability-flow ODE dx/dt = v(x, t) (paper eq. 2), solved by diffrax.
+
+A state may be any pytree of arrays [b, ...], so that `density` carries log p along with x.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -8,7 +14,9 @@ from jax.custom_batching import custom_vmap
 
 from sit_jax.errors import check, unknown_name
 from sit_jax.transport.interval import Interval
-from sit_jax.transport.prediction import Predict
+
+State = Any  # one array [b, ...], or a pytree of them
+Field = Callable[[State, jax.Array], State]  # (x, t_b) -> dx/dt like x
 
 SOLVERS = {
     "euler": diffrax.Euler,
@@ -25,13 +33,16 @@ ERROR_NORMS = ("sample", "batch")
 _MAX_STEPS = 16**4
 
 
-def check_solver(solver: str, steps: int | None) -> None:
-    """`UserError` for an unknown solver, or one that cannot choose its own steps without a number of them."""
+def check_solver(solver: str, steps: int | None, section: str = "sample") -> None:
+    """`UserError` for an unknown solver, or one that cannot choose its own steps without a number of them.
+
+    `section` is where the settings are, for the message.
+    """
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     check(
         steps is not None or solver in ADAPTIVE,
-        f"solver {solver!r} takes fixed steps only, so atol and rtol mean nothing to it; give sample.steps, "
+        f"solver {solver!r} takes fixed steps only, so atol and rtol mean nothing to it; give {section}.steps, "
         f"or one of {', '.join(ADAPTIVE)}",
     )
 
@@ -49,8 +60,8 @@ def time_grid(interval: Interval, steps: int, shift: float = 1.0) -> jax.Array:
 
 
 def solve(
-    velocity: Predict,
-    x_bhwc: jax.Array,
+    field: Field,
+    x: State,
     interval: Interval,
     *,
     solver: str,
@@ -59,56 +70,61 @@ def solve(
     atol: float = 1e-6,
     rtol: float = 1e-3,
     error_norm: str = "sample",
-) -> tuple[jax.Array, jax.Array]:
-    """x carried from interval[0] to interval[1] (backwards if that is smaller), and how often velocity was called.
+) -> tuple[State, jax.Array]:
+    """x carried from interval[0] to interval[1] (backwards if that is smaller), and how often `field` was called.
 
     `steps` fixed ones on `time_grid`; or, with steps None, steps chosen by `atol` and `rtol`: for every sample alone
     ("sample", so that none depends on its neighbours) or by the RMS over the batch ("batch", as torchdiffeq). NaN where
     the solver gave up. `UserError` for an unknown solver or one without an error estimate.
     """
     check_solver(solver, steps)
-    made = SOLVERS[solver]()
+    made, n = SOLVERS[solver](), len(jax.tree.leaves(x)[0])
 
     def drift(t, x, _=None):
-        return velocity(x, jnp.full(x.shape[:1], t))
+        return field(x, jnp.full((n,), t))
 
     if steps is not None:
         times = time_grid(interval, steps, shift)
-        x_bhwc, taken = _diffeqsolve(drift, made, times[0], times[-1], None, x_bhwc, diffrax.StepTo(times), steps)
-        return x_bhwc, _evaluations(made, taken)
+        x, taken = _diffeqsolve(drift, made, times[0], times[-1], None, x, diffrax.StepTo(times), steps)
+        return x, _evaluations(made, taken)
     if error_norm not in ERROR_NORMS:
         raise unknown_name("error norm", error_norm, ERROR_NORMS)
     solve_adaptively = _solve_each if error_norm == "sample" else _solve_adaptively
-    x_bhwc, taken = solve_adaptively(velocity if error_norm == "sample" else drift, x_bhwc, interval, made, atol, rtol)
-    return x_bhwc, _evaluations(made, jnp.max(taken)) + 2  # the choice of the first step takes two
+    x, taken = solve_adaptively(field if error_norm == "sample" else drift, x, interval, made, atol, rtol)
+    return x, _evaluations(made, jnp.max(taken)) + 2  # the choice of the first step takes two
 
 
-def _solve_each(velocity, x_bhwc, interval, solver, atol, rtol):
+def _solve_each(field, x, interval, solver, atol, rtol):
     # Each sample has its own clock, while the network is still called on the whole batch at once: below vmap the rule
-    # is what runs, and `one` itself only lends its shapes. What velocity closes over must be an argument there.
-    closed = eqx.filter_closure_convert(velocity, x_bhwc, jnp.zeros(len(x_bhwc)))
+    # is what runs, and `one` itself only lends its shapes. What field closes over must be an argument there.
+    closed = eqx.filter_closure_convert(field, x, jnp.zeros(len(jax.tree.leaves(x)[0])))
     arrays, static = eqx.partition(closed, eqx.is_array)
 
     @custom_vmap
-    def one(arrays, x_hwc, t):
-        return jnp.zeros_like(x_hwc)
+    def one(arrays, x, t):
+        return jax.tree.map(jnp.zeros_like, x)
 
     @one.def_vmap
-    def _(n, batched, arrays, x_bhwc, t_b):
+    def _(n, batched, arrays, x, t_b):
         t_b = t_b if batched[2] else jnp.full((n,), t_b)
-        return eqx.combine(arrays, static)(x_bhwc, t_b), True
+        return eqx.combine(arrays, static)(x, t_b), jax.tree.map(lambda _: True, x)
 
     def drift(t, x, _=None):
         return one(arrays, x, t)
 
-    return jax.vmap(lambda x_hwc: _solve_adaptively(drift, x_hwc, interval, solver, atol, rtol))(x_bhwc)
+    return jax.vmap(lambda x: _solve_adaptively(drift, x, interval, solver, atol, rtol))(x)
 
 
 def _solve_adaptively(drift, x, interval, solver, atol, rtol):
     dt0 = _first_step(drift, x, interval, solver.order(None), atol, rtol)
-    controller = diffrax.PIDController(rtol=rtol, atol=atol)
+    controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm)
     t0, t1 = map(jnp.float32, interval)
     return _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, _MAX_STEPS)
+
+
+def _norm(x):
+    """The largest RMS of the state's arrays: one number beside thousands of pixels is steered by like them."""
+    return jnp.max(jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(x)]))
 
 
 def _first_step(drift, x, interval, order, atol, rtol):
@@ -119,12 +135,12 @@ def _first_step(drift, x, interval, order, atol, rtol):
     t0, direction = jnp.float32(interval[0]), 1.0 if interval[1] > interval[0] else -1.0
 
     def size(a):
-        return jnp.sqrt(jnp.mean((a / (atol + rtol * jnp.abs(x))) ** 2))
+        return _norm(jax.tree.map(lambda a, x: a / (atol + rtol * jnp.abs(x)), a, x))
 
     f0 = drift(t0, x)
     h0 = jnp.where(jnp.minimum(size(x), size(f0)) < 1e-5, 1e-6, 0.01 * size(x) / size(f0))
-    f1 = drift(t0 + direction * h0, x + direction * h0 * f0)
-    change = jnp.maximum(size(f0), size(f1 - f0) / h0)
+    f1 = drift(t0 + direction * h0, jax.tree.map(lambda x, f: x + direction * h0 * f, x, f0))
+    change = jnp.maximum(size(f0), size(jax.tree.map(jnp.subtract, f1, f0)) / h0)
     h1 = (0.01 / jnp.maximum(change, 1e-15)) ** (1 / order)
     return direction * jnp.minimum(jnp.minimum(100 * h0, h1), abs(interval[1] - interval[0]))
 
@@ -142,7 +158,7 @@ def _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, max_steps):
         throw=False,  # a host callback, which would keep the program out of the compilation cache
     )
     reached = solution.result == diffrax.RESULTS.successful
-    return jnp.where(reached, solution.ys[0], jnp.nan), solution.stats["num_steps"]
+    return jax.tree.map(lambda ys: jnp.where(reached, ys[0], jnp.nan), solution.ys), solution.stats["num_steps"]
 
 
 def _evaluations(solver, steps):

@@ -80,6 +80,16 @@ def path_by_name(name: str) -> Path:
     return PATHS[name]
 
 
+def time_of_noise(path: Path, ratio: float) -> float:
+    """The t where sigma / alpha, which falls from noise to data, has come down to `ratio`; by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        t = (low + high) / 2
+        above = path.sigma(jnp.float32(t)) > ratio * path.alpha(jnp.float32(t))
+        low, high = (t, high) if above else (low, t)
+    return high
+
+
 def over(t_b: jax.Array, x: jax.Array) -> jax.Array:
     """t_b with trailing axes of size 1, so that it broadcasts against x [b, ...]; a scalar t is left alone."""
     return t_b.reshape(t_b.shape + (1,) * (x.ndim - t_b.ndim)) if t_b.ndim else t_b

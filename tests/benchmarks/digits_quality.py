@@ -23,6 +23,7 @@ from sit_jax.errors import UserError
 from sit_jax.image_io import encode_png, sheet
 from sit_jax.jobs import sample
 from sit_jax.jobs.setup import set_up
+from sit_jax.jobs.workdir import restore_weights
 from sit_jax.settings import Config
 
 COUNT = 200
@@ -42,9 +43,9 @@ def as_features(images: np.ndarray) -> np.ndarray:
 
 def draw(config: Config, workdir: epath.Path, cfg_scale: float) -> tuple[np.ndarray, np.ndarray, float]:
     """(uint8 images, labels, seconds) of COUNT samples."""
-    options = dataclasses.replace(config.sample, cfg_scale=cfg_scale, labels=(), weights="ema")
+    options = dataclasses.replace(config.sample, cfg_scale=cfg_scale, labels=())
     setup = set_up(dataclasses.replace(config, sample=options))
-    _, params = sample.restore_weights(setup, workdir)
+    _, params = restore_weights(setup, workdir, "ema")
     began, indices = time.perf_counter(), np.arange(COUNT)
     batches = [images for _, images, _ in sample.sample_images(setup, sample.make_sampler(setup), params, indices)]
     return np.concatenate(batches), sample.labels_of(setup, indices), time.perf_counter() - began

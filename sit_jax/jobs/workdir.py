@@ -1,0 +1,45 @@
+"""What jobs take from a trained run's workdir, and where in it they put what they make."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from sit_jax import storage, train_state
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.errors import check
+from sit_jax.jobs.setup import Setup
+
+
+def newest_whole(checkpoints: Checkpoints) -> int | None:
+    """The newest step that can be trusted, after a warning for each newer one that cannot."""
+    step, problems = checkpoints.newest_whole()
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    return step
+
+
+def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[int, Any]:
+    """The newest checkpoint's step, and its parameters: those of the EMA ("ema") or the trained ones ("raw").
+
+    `UserError` if there is none.
+    """
+    which = {"ema": "ema", "raw": "params"}[weights]
+    folder = workdir / "checkpoints"
+    check(folder.exists(), f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
+    target = getattr(train_state.abstract(setup.init_params, setup.optimizer, setup.mesh), which)
+    with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
+        step = newest_whole(checkpoints)
+        check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")
+        return step, checkpoints.restore(step, {which: target})[which]
+
+
+def results_folder(parent: epath.Path, name: str, settings: Mapping[str, Any]) -> epath.Path:
+    """parent/NAME-HASH with a settings.json, made if need be: other settings never share a folder."""
+    text = json.dumps(settings, indent=2)
+    folder = storage.make_workdir(parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}")
+    storage.write_text(folder / "settings.json", text + "\n")
+    return folder
