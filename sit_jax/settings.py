@@ -88,7 +88,8 @@ class Sample:
     solver: str = "dopri5"  # ODE: euler midpoint heun ralston bosh3 tsit5 dopri5 dopri8
     #                         SDE: euler-maruyama reference-heun sra1 shark
     steps: int | None = None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
-    time_shift: float = 1.0  # s of t' = s t / (1 + (s - 1) t) for an ODE's fixed steps; above 1: more steps near data
+    times: tuple[float, ...] = ()  # in place of steps: fractions of the way from noise to data, rising from 0 to 1
+    time_shift: float = 1.0  # s of t' = s t / (1 + (s - 1) t) for fixed steps; above 1: more of them near data
     atol: float = 1e-6
     rtol: float = 1e-3
     error_norm: str = "sample"  # sample: every sample has its own steps | batch: one error for all, as torchdiffeq
@@ -104,8 +105,14 @@ class Sample:
     batch: int = 64
     labels: tuple[int, ...] = ()  # repeated in turn to `count`; empty: balanced over the classes
     seed: int = 0
+    frames: int | None = None  # also write each image at so many times of its way from noise, as one strip
     columns: int = 10  # of the sheet
     scale: int = 1  # of the sheet: enlargement by whole pixels
+
+    @property
+    def grid(self) -> int | tuple[float, ...] | None:
+        """The number of fixed steps, or their times, or None."""
+        return self.times or self.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,10 +240,14 @@ def validate(config: Config) -> None:
 
 def _check_sampler(sample: Sample) -> None:
     _one_of("sample.solver", sample.solver, [*ode.SOLVERS, *sde.SOLVERS])
+    check(not (sample.times and sample.steps), "sample.times and sample.steps are both given; set sample.steps=none")
+    if sample.times:
+        ode.check_times("sample.times", sample.times)
     if sample.solver in sde.SOLVERS:
-        check(sample.steps is not None, f"sample.solver {sample.solver!r} needs sample.steps, such as 250")
+        check(sample.grid is not None, f"sample.solver {sample.solver!r} needs sample.steps, such as 250")
     else:
-        ode.check_solver(sample.solver, sample.steps)
+        ode.check_solver(sample.solver, sample.grid)
+    check(sample.frames is None or sample.frames > 1, f"sample.frames is {sample.frames}; expected 2 or more, or none")
     _one_of("sample.error_norm", sample.error_norm, ode.ERROR_NORMS)
     _one_of("sample.diffusion_form", sample.diffusion_form, diffusion.FORMS)
     _one_of("sample.last_step", sample.last_step, sde.LAST_STEPS)

@@ -7,7 +7,7 @@ import numpy as np
 
 from sit_jax import config as config_lib
 from sit_jax import train_state
-from sit_jax.jobs import sample, train
+from sit_jax.jobs import sampler, train
 from sit_jax.jobs.setup import set_up
 
 TINY = [
@@ -27,7 +27,7 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
             state, metrics = step(state, next(batches))
             losses.append(float(metrics["loss"]))
     kernel = state.opt_state[0].mu["blocks"]["mlp"]["fc1"]["kernel"]
-    (_, images, _), *_ = sample.sample_images(setup, sample.make_sampler(setup), state.params, np.arange(16))
+    (_, images, _), *_ = sampler.sample_images(setup, sampler.make_sampler(setup), state.params, np.arange(16))
     return {
         "losses": losses,
         "shard": list(kernel.addressable_shards[0].data.shape),

@@ -69,6 +69,14 @@ def in_order(
     return grain.MapDataset.source(indices).map(functools.partial(_with_index, read)).batch(batch_size)
 
 
+def pad(batch: Record, size: int) -> Record:
+    """A batch of at most `size` rows with its last row repeated to `size`: one shape, one compilation."""
+    return {
+        name: np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1), mode="edge")
+        for name, rows in batch.items()
+    }
+
+
 def iterate(dataset: grain.MapDataset, start: int, *, workers: int) -> grain.DatasetIterator:
     """Elements `start`, `start + 1`, ... of `dataset`, read in the background; takes no longer for a large `start`.
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sit_jax import rng, sharding, storage
 from sit_jax.data import dequantise, pipeline
 from sit_jax.data.sources import Source
-from sit_jax.data.transforms import BIN, normalise
+from sit_jax.data.transforms import BIN
 from sit_jax.errors import check
 from sit_jax.jobs.setup import Setup, check_batch, compile_for_batches, set_up
 from sit_jax.jobs.train import open_source
@@ -47,7 +47,7 @@ def continuous(setup: Setup) -> Continuous:
         correction = math.prod(setup.input_shape) * math.log(codec.scale)
 
         def encode(keys_b, images_bhwc):
-            x_bhwc = jax.vmap(lambda key, x_hwc: codec.encode(key, x_hwc[None])[0])(keys_b, normalise(images_bhwc))
+            x_bhwc = setup.encode_each(keys_b, images_bhwc)
             return x_bhwc, jnp.full(len(x_bhwc), correction)
 
         meaning = f"density of the latents, their factor {codec.scale:g} taken out; continuous, so not dequantised"
@@ -107,7 +107,7 @@ def evaluate(
     with contextlib.closing(pipeline.iterate(dataset, 0, workers=data.workers)) as batches:
         for batch in batches:
             n = len(batch["index"])
-            padded = {k: np.pad(v, [(0, size - n)] + [(0, 0)] * (v.ndim - 1), mode="edge") for k, v in batch.items()}
+            padded = pipeline.pad(batch, size)
             found_b, evaluations = jax.device_get(log_prob(params, padded["index"], padded["image"], padded["label"]))
             kept = [i for i in range(n) if not batch["skipped"][i]]
             bad = [int(batch["index"][i]) for i in kept if not np.isfinite(found_b[i])]

@@ -1,180 +1,39 @@
 """`--mode sample`: images from a run's newest checkpoint, as single PNGs and one sheet."""
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from sit_jax import config as config_lib
-from sit_jax import rng, sharding, storage
-from sit_jax.errors import check
-from sit_jax.image_io import ImageWriter, encode_png, sheet, to_uint8
-from sit_jax.jobs.setup import Setup, compile_for_batches, set_up
+from sit_jax import storage
+from sit_jax.image_io import ImageWriter, encode_png, sheet
+from sit_jax.jobs.sampler import make_sampler, make_sheet, open_weak, sample_images, sampler_name, sampler_settings
+from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.workdir import restore_weights, results_folder
-from sit_jax.sampling import ode, sde
-from sit_jax.sampling.brownian import keyed_draw
-from sit_jax.sampling.guidance import guide
 from sit_jax.settings import Config
-from sit_jax.transport.interval import ode_interval, sde_interval
-from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
-
-Sampler = Callable[[Any, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weak:
-    """The network that guidance leads away from, with its weights: `(params, x_bhwc, t_b, labels_b) -> like x_bhwc`."""
-
-    step: int  # of its checkpoint
-    network: Callable[..., jax.Array]
-    params: Any
-
-
-def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
-    """`(params, indices_b, labels_b) -> (images_bhwc in [-1, 1], evaluations)`, compiled once, trajectory and all.
-
-    Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with. Guidance leads
-    away from the null label, or from `weak`.
-    """
-    options = setup.config.sample
-
-    def run(both_params, indices_b, labels_b):
-        params, weak_params = both_params
-
-        def conditional(x, t_b):
-            return setup.network(params, x, t_b, labels_b)
-
-        def unconditional(x, t_b):
-            if weak:
-                return weak.network(weak_params, x, t_b, labels_b)
-            return setup.network(params, x, t_b, jnp.full_like(labels_b, setup.null_label))
-
-        guided = guide(conditional, unconditional, options.cfg_scale, options.cfg_channels, options.cfg_interval)
-        x_bhwc = rng.normal_by_index(options.seed, "sample", indices_b, setup.input_shape)
-        x_bhwc = jax.lax.with_sharding_constraint(x_bhwc, sharding.batch_sharding(setup.mesh))
-        solve = _solve_sde if options.solver in sde.SOLVERS else _solve_ode
-        x_bhwc, evaluations = solve(setup, guided, x_bhwc, indices_b)
-        return setup.codec.decode(x_bhwc), evaluations
-
-    compiled = compile_for_batches(setup, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)))
-    return lambda params, *batch: compiled((params, weak.params if weak else None), *batch)
-
-
-def _solve_ode(setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    options, transport = setup.config.sample, setup.config.transport
-    return ode.solve(
-        velocity_field(predict, setup.path, transport.prediction),
-        x_bhwc,
-        ode_interval(setup.path, transport.prediction, transport.sample_eps),
-        solver=options.solver,
-        steps=options.steps,
-        shift=options.time_shift,
-        atol=options.atol,
-        rtol=options.rtol,
-        error_norm=options.error_norm,
-    )
-
-
-def _solve_sde(setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    options, transport = setup.config.sample, setup.config.transport
-    size = options.last_step_size if options.last_step != "none" else 0.0
-    keys_b = jax.vmap(lambda i: rng.key(options.seed, "sample noise", i))(indices_b)
-    return sde.solve(
-        velocity_and_score(predict, setup.path, transport.prediction),
-        setup.path,
-        x_bhwc,
-        sde_interval(setup.path, transport.prediction, options.diffusion_form, size, transport.sample_eps),
-        keyed_draw(keys_b, setup.input_shape),
-        solver=options.solver,
-        steps=options.steps,
-        form=options.diffusion_form,
-        norm=options.diffusion_norm,
-        last_step=options.last_step,
-        last_step_size=options.last_step_size,
-    )
-
-
-def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
-    """The label of each sample index, int32: the chosen labels in turn, or the classes in turn."""
-    labels = np.asarray(setup.config.sample.labels or range(setup.config.data.classes), np.int32)
-    return labels[indices % len(labels)]
-
-
-def sample_images(
-    setup: Setup, sampler: Sampler, params: Any, indices: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Yields (indices, uint8 images, network evaluations) a batch at a time; the last one is padded, and cut again."""
-    size = setup.config.sample.batch
-    for start in range(0, len(indices), size):
-        chunk = indices[start : start + size]
-        padded = np.pad(chunk, (0, size - len(chunk)), mode="edge").astype(np.int32)
-        images, evaluations = jax.device_get(sampler(params, padded, labels_of(setup, padded)))
-        images = images[: len(chunk)]
-        bad = chunk[~np.isfinite(images).all(axis=(1, 2, 3))]
-        check(
-            not len(bad),
-            f"samples {bad[:8].tolist()} are not finite; use more steps, looser tolerances or a lower cfg scale, "
-            "or look whether training diverged",
-        )
-        yield chunk, to_uint8(images), int(evaluations)
-
-
-def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:
-    return sheet(images, setup.config.sample.columns, scale=setup.config.sample.scale)
-
-
-def open_weak(config: Config) -> Weak | None:
-    """The newest checkpoint of the run that sample.guide names, for autoguidance (Karras et al., arXiv 2406.02507).
-
-    It may be smaller and less trained, but must be of the same data and transport; `UserError` names what is not.
-    """
-    if config.sample.guide is None:
-        return None
-    folder = epath.Path(config.sample.guide)
-    check(
-        (folder / "config.json").exists(), f"sample.guide {config.sample.guide!r} holds no run; give a trained workdir"
-    )
-    theirs = config_lib.load(str(folder / "config.json"))
-    shared = [key for key in config_lib.NETWORK if key != "model."]
-    differing = [
-        f"{key} is {new!r} there and {old!r} here"
-        for key, (old, new) in config_lib.changes(config, theirs).items()
-        if key.startswith(tuple(shared))
-    ]
-    check(not differing, f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differing)}")
-    setup = set_up(dataclasses.replace(config, model=theirs.model))
-    step, params = restore_weights(setup, folder, config.sample.weights)
-    return Weak(step, setup.network, params)
 
 
 def run(config: Config, workdir: epath.Path) -> None:
-    """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; what is there is not made again."""
-    setup = set_up(config)
-    step, params = restore_weights(setup, workdir, config.sample.weights)
+    """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; what is there is not made again.
+
+    With sample.frames also NAME/frames/000000.png, ...: each sample's way from noise, left to right.
+    """
+    setup, options = set_up(config), config.sample
+    step, params = restore_weights(setup, workdir, options.weights)
     weak = open_weak(config)
-    settings = {"step": step, **dataclasses.asdict(config.sample), **dataclasses.asdict(config.transport)}
-    if weak:
-        settings["guide_step"] = weak.step
-    for key in ("count", "batch", "columns", "scale"):  # these change no image
-        del settings[key]
-    options = config.sample
-    name = f"step{step}-{options.weights}-{options.solver}-cfg{options.cfg_scale:g}-seed{options.seed}"
-    folder = results_folder(workdir / "samples", name, settings)
+    folder = results_folder(workdir / "samples", sampler_name(options, step), sampler_settings(config, step, weak))
     writer = ImageWriter(folder)
-    missing = np.asarray(writer.missing(config.sample.count))
-    print(f"sampling {len(missing)} of {config.sample.count} images from step {step} into {folder}", flush=True)
+    frames = ImageWriter(folder / "frames") if options.frames else None
+    missing = np.asarray(writer.missing(options.count))
+    print(f"sampling {len(missing)} of {options.count} images from step {step} into {folder}", flush=True)
     with tqdm(total=len(missing), unit="image", disable=None) as bar:
-        for indices, images, evaluations in sample_images(setup, make_sampler(setup, weak), params, missing):
-            for index, image in zip(indices, images, strict=True):
-                writer.write(int(index), image)
+        for indices, images_bfhwc, evaluations in sample_images(setup, make_sampler(setup, weak), params, missing):
+            for index, images in zip(indices, images_bfhwc, strict=True):
+                if frames:  # before the sample itself, which says that all of it is there
+                    frames.write(int(index), sheet(images, len(images), scale=options.scale))
+                writer.write(int(index), images[-1])
             bar.update(len(indices))
             bar.set_postfix(evaluations=evaluations)
-    shown = [writer.read(index) for index in range(min(config.sample.count, config.log.sheet_count))]
+    shown = [writer.read(index) for index in range(min(options.count, config.log.sheet_count))]
     storage.write_bytes(folder / "sheet.png", encode_png(make_sheet(setup, np.stack(shown))))
     if len(missing):
         print(f"{evaluations} evaluations of the velocity" + (", two networks each" if options.cfg_scale > 1 else ""))

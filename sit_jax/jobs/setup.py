@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from sit_jax import optimizer, rng, sharding
+from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
 from sit_jax.latents import CODECS, Codec
 from sit_jax.models.sit import SiT
@@ -77,6 +78,10 @@ class Setup:
 
     def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
         return self.model.apply({"params": params}, x_bhwc, t_b, y_b)
+
+    def encode_each(self, keys_b: jax.Array, images_bhwc: jax.Array) -> jax.Array:
+        """uint8 images -> what the network sees of them, what is random of each from its own key."""
+        return jax.vmap(lambda key, x_hwc: self.codec.encode(key, x_hwc[None])[0])(keys_b, normalise(images_bhwc))
 
     @property
     def objective(self) -> Objective:

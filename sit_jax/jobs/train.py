@@ -20,7 +20,7 @@ from sit_jax.checkpoint import Checkpoints
 from sit_jax.data import pipeline, sources, transforms
 from sit_jax.errors import UserError, check
 from sit_jax.image_io import encode_png
-from sit_jax.jobs import sample
+from sit_jax.jobs import sampler
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.watcher import Watcher
 from sit_jax.jobs.workdir import newest_whole
@@ -215,7 +215,7 @@ class Loop:
     def __init__(self, setup, workdir, checkpoints: Checkpoints, log: MetricLog, progress: Progress, watcher: Watcher):
         self._setup, self._workdir, self._checkpoints = setup, workdir, checkpoints
         self._log, self._progress, self._watcher = log, progress, watcher
-        self._sampler = sample.make_sampler(setup, sample.open_weak(setup.config))
+        self._sampler = sampler.make_sampler(setup, sampler.open_weak(setup.config))
         self._saved: int | None = None  # the step last given to checkpoints
 
     def run(
@@ -266,12 +266,12 @@ class Loop:
     def _draw_sheet(self, step: int, ema: Any) -> None:
         indices = np.arange(self._setup.config.log.sheet_count)
         try:
-            drawn = sample.sample_images(self._setup, self._sampler, ema, indices)
-            images = np.concatenate([images for _, images, _ in drawn])
+            drawn = sampler.sample_images(self._setup, self._sampler, ema, indices)
+            images = np.concatenate([images[:, -1] for _, images, _ in drawn])
         except UserError as error:  # a young model under strong guidance may have no finite sample: no reason to stop
             self._progress.write(f"no sheet at step {step}: {error}")
             return
-        image = sample.make_sheet(self._setup, images)
+        image = sampler.make_sheet(self._setup, images)
         self._log.image(step, "samples", image)
         folder = self._workdir / "sheets"
         folder.mkdir(exist_ok=True)

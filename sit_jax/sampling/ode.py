@@ -3,7 +3,8 @@
 A state may be any pytree of arrays [b, ...], so that `density` carries log p along with x.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -16,6 +17,7 @@ from sit_jax.errors import check, unknown_name
 from sit_jax.transport.interval import Interval
 
 State = Any  # one array [b, ...], or a pytree of them
+Steps = int | Sequence[float] | None  # how many equal ones, or their times as fractions of the way, or the solver's own
 Field = Callable[[State, jax.Array], State]  # (x, t_b) -> dx/dt like x
 
 SOLVERS = {
@@ -33,7 +35,7 @@ ERROR_NORMS = ("sample", "batch")
 _MAX_STEPS = 16**4
 
 
-def check_solver(solver: str, steps: int | None, section: str = "sample") -> None:
+def check_solver(solver: str, steps: Steps, section: str = "sample") -> None:
     """`UserError` for an unknown solver, or one that cannot choose its own steps without a number of them.
 
     `section` is where the settings are, for the message.
@@ -47,16 +49,29 @@ def check_solver(solver: str, steps: int | None, section: str = "sample") -> Non
     )
 
 
-def time_grid(interval: Interval, steps: int, shift: float = 1.0) -> jax.Array:
-    """steps + 1 times from interval[0] to interval[1], float32, equal in u where t' = s u / (1 + (s - 1) u).
+def check_times(name: str, times: Sequence[float]) -> None:
+    """`UserError` unless the fractions rise from 0 to 1."""
+    rising = all(a < b for a, b in itertools.pairwise(times))
+    check(
+        len(times) >= 2 and rising and times[0] == 0 and times[-1] == 1,
+        f"{name} is {tuple(times)}; expected fractions of the way from noise to data that rise from 0 to 1",
+    )
 
-    A shift s > 1 spends more of the steps near data (Esser et al., arXiv 2403.03206, eq. 23, in our direction of time).
-    Backwards, the grid is the same one reversed.
+
+def time_grid(interval: Interval, steps: int | Sequence[float], shift: float = 1.0) -> jax.Array:
+    """The times of the steps from interval[0] to interval[1], float32: `steps` equal ones, or given as fractions u.
+
+    t' = s u / (1 + (s - 1) u): a shift s > 1 spends more of the steps near data (Esser et al., arXiv 2403.03206, eq.
+    23, in our direction of time). Backwards, the grid is the same one reversed. `UserError` for impossible fractions.
     """
-    t0, t1 = interval
-    u = jnp.linspace(0.0, 1.0, steps + 1) if t1 > t0 else jnp.linspace(1.0, 0.0, steps + 1)
-    low, high = min(interval), max(interval)
-    return low + (high - low) * shift * u / (1 + (shift - 1) * u)
+    if isinstance(steps, int):
+        u = jnp.linspace(0.0, 1.0, steps + 1)
+    else:
+        check_times("the grid of times", steps)
+        u = jnp.array(steps, jnp.float32)
+    low, high = jnp.minimum(*interval), jnp.maximum(*interval)
+    times = low + (high - low) * shift * u / (1 + (shift - 1) * u)
+    return jnp.where(interval[1] > interval[0], times, times[::-1])
 
 
 def solve(
@@ -65,17 +80,19 @@ def solve(
     interval: Interval,
     *,
     solver: str,
-    steps: int | None = None,
+    steps: Steps = None,
     shift: float = 1.0,
     atol: float = 1e-6,
     rtol: float = 1e-3,
     error_norm: str = "sample",
+    frames: int | None = None,
 ) -> tuple[State, jax.Array]:
     """x carried from interval[0] to interval[1] (backwards if that is smaller), and how often `field` was called.
 
     `steps` fixed ones on `time_grid`; or, with steps None, steps chosen by `atol` and `rtol`: for every sample alone
-    ("sample", so that none depends on its neighbours) or by the RMS over the batch ("batch", as torchdiffeq). NaN where
-    the solver gave up. `UserError` for an unknown solver or one without an error estimate.
+    ("sample", so that none depends on its neighbours) or by the RMS over the batch ("batch", as torchdiffeq). With
+    `frames`, x is [b, frames, ...]: at that many equal times from the first to the last, interpolated between steps.
+    NaN where the solver gave up. `UserError` for an unknown solver or one without an error estimate.
     """
     check_solver(solver, steps)
     made, n = SOLVERS[solver](), len(jax.tree.leaves(x)[0])
@@ -85,16 +102,24 @@ def solve(
 
     if steps is not None:
         times = time_grid(interval, steps, shift)
-        x, taken = _diffeqsolve(drift, made, times[0], times[-1], None, x, diffrax.StepTo(times), steps)
-        return x, _evaluations(made, taken)
+        controller = diffrax.StepTo(times)
+        x, taken = _diffeqsolve(drift, made, times[0], times[-1], None, x, controller, len(times) - 1, frames)
+        return _samples_first(x, frames), _evaluations(made, taken)
     if error_norm not in ERROR_NORMS:
         raise unknown_name("error norm", error_norm, ERROR_NORMS)
-    solve_adaptively = _solve_each if error_norm == "sample" else _solve_adaptively
-    x, taken = solve_adaptively(field if error_norm == "sample" else drift, x, interval, made, atol, rtol)
+    if error_norm == "sample":
+        x, taken = _solve_each(field, x, interval, made, atol, rtol, frames)
+    else:
+        x, taken = _solve_adaptively(drift, x, interval, made, atol, rtol, frames)
+        x = _samples_first(x, frames)
     return x, _evaluations(made, jnp.max(taken)) + 2  # the choice of the first step takes two
 
 
-def _solve_each(field, x, interval, solver, atol, rtol):
+def _samples_first(x: State, frames: int | None) -> State:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), x) if frames else x
+
+
+def _solve_each(field, x, interval, solver, atol, rtol, frames):
     # Each sample has its own clock, while the network is still called on the whole batch at once: below vmap the rule
     # is what runs, and `one` itself only lends its shapes. What field closes over must be an argument there.
     closed = eqx.filter_closure_convert(field, x, jnp.zeros(len(jax.tree.leaves(x)[0])))
@@ -112,14 +137,14 @@ def _solve_each(field, x, interval, solver, atol, rtol):
     def drift(t, x, _=None):
         return one(arrays, x, t)
 
-    return jax.vmap(lambda x: _solve_adaptively(drift, x, interval, solver, atol, rtol))(x)
+    return jax.vmap(lambda x: _solve_adaptively(drift, x, interval, solver, atol, rtol, frames))(x)
 
 
-def _solve_adaptively(drift, x, interval, solver, atol, rtol):
+def _solve_adaptively(drift, x, interval, solver, atol, rtol, frames):
     dt0 = _first_step(drift, x, interval, solver.order(None), atol, rtol)
     controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_norm)
     t0, t1 = map(jnp.float32, interval)
-    return _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, _MAX_STEPS)
+    return _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, _MAX_STEPS, frames)
 
 
 def _norm(x):
@@ -145,7 +170,7 @@ def _first_step(drift, x, interval, order, atol, rtol):
     return direction * jnp.minimum(jnp.minimum(100 * h0, h1), abs(interval[1] - interval[0]))
 
 
-def _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, max_steps):
+def _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, max_steps, frames):
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(drift),
         solver,
@@ -154,11 +179,18 @@ def _diffeqsolve(drift, solver, t0, t1, dt0, x, controller, max_steps):
         dt0=dt0,
         y0=x,
         stepsize_controller=controller,
+        saveat=save_at(t0, t1, frames),
         max_steps=max_steps,
         throw=False,  # a host callback, which would keep the program out of the compilation cache
     )
     reached = solution.result == diffrax.RESULTS.successful
-    return jax.tree.map(lambda ys: jnp.where(reached, ys[0], jnp.nan), solution.ys), solution.stats["num_steps"]
+    x = jax.tree.map(lambda ys: jnp.where(reached, ys if frames else ys[0], jnp.nan), solution.ys)
+    return x, solution.stats["num_steps"]
+
+
+def save_at(t0: jax.Array, t1: jax.Array, frames: int | None) -> diffrax.SaveAt:
+    """The end alone, or `frames` equal times from t0 to t1."""
+    return diffrax.SaveAt(ts=jnp.linspace(t0, t1, frames)) if frames else diffrax.SaveAt(t1=True)
 
 
 def _evaluations(solver, steps):

@@ -4,7 +4,7 @@ Every D gives the same marginals, so it is chosen when sampling. It depends on t
 order-1.5 solvers need.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import diffrax
 import jax
@@ -13,6 +13,7 @@ import lineax as lx
 
 from sit_jax.errors import unknown_name
 from sit_jax.sampling.brownian import Draw, GridBrownianPath
+from sit_jax.sampling.ode import save_at, time_grid
 from sit_jax.transport.diffusion import diffusion
 from sit_jax.transport.interval import Interval
 from sit_jax.transport.paths import Path
@@ -70,24 +71,25 @@ def solve(
     draw: Draw,
     *,
     solver: str,
-    steps: int,
+    steps: int | Sequence[float],
+    shift: float = 1.0,
     form: str,
     norm: float,
     last_step: str,
     last_step_size: float,
+    frames: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """x carried from interval[0] to interval[1] in `steps` equal stochastic steps, then the last step; like x_bhwc.
-
-    Also how often `fields` was called.
+    """x carried from interval[0] to interval[1] on `ode.time_grid`, then the last step; and how often `fields` ran.
 
     The last step is noiseless, of `last_step_size` from interval[1]: "mean" follows the SDE's drift, "euler" the ODE's,
-    "tweedie" jumps to E[x1 | x] (Efron 2011), "none" stays. `UserError` for unknown names.
+    "tweedie" jumps to E[x1 | x] (Efron 2011), "none" stays. With `frames`, x is [b, frames, ...]: at that many equal
+    times of the interval, the last one after the last step. `UserError` for unknown names.
     """
     if solver not in SOLVERS:
         raise unknown_name("SDE solver", solver, SOLVERS)
     if last_step not in LAST_STEPS:
         raise unknown_name("last step", last_step, LAST_STEPS)
-    times = jnp.linspace(*stop_before_the_end(solver, interval), steps + 1)
+    times = time_grid(stop_before_the_end(solver, interval), steps, shift)
 
     def coefficient(t):
         return diffusion(path, form, t, norm)
@@ -107,11 +109,14 @@ def solve(
         dt0=None,
         y0=x_bhwc,
         stepsize_controller=diffrax.StepTo(times),
-        max_steps=steps,
+        saveat=save_at(times[0], times[-1], frames),
+        max_steps=len(times) - 1,
         throw=False,
     )
-    evaluations = steps * _EVALUATIONS[solver] + (last_step != "none")
-    x_bhwc = _take_last_step(last_step, last_step_size, fields, drift, path, solution.ys[0], times[-1])
+    evaluations = (len(times) - 1) * _EVALUATIONS[solver] + (last_step != "none")
+    x_bhwc = _take_last_step(last_step, last_step_size, fields, drift, path, solution.ys[-1], times[-1])
+    if frames:
+        x_bhwc = jnp.moveaxis(jnp.concatenate([solution.ys[:-1], x_bhwc[None]]), 0, 1)
     return x_bhwc, jnp.asarray(evaluations)
 
 

@@ -21,7 +21,7 @@ from sit_jax import main, storage
 from sit_jax.data.sources import open_source
 from sit_jax.errors import UserError
 from sit_jax.image_io import encode_png, sheet
-from sit_jax.jobs import sample
+from sit_jax.jobs import sampler
 from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.workdir import restore_weights
 from sit_jax.settings import Config
@@ -47,8 +47,10 @@ def draw(config: Config, workdir: epath.Path, cfg_scale: float) -> tuple[np.ndar
     setup = set_up(dataclasses.replace(config, sample=options))
     _, params = restore_weights(setup, workdir, "ema")
     began, indices = time.perf_counter(), np.arange(COUNT)
-    batches = [images for _, images, _ in sample.sample_images(setup, sample.make_sampler(setup), params, indices)]
-    return np.concatenate(batches), sample.labels_of(setup, indices), time.perf_counter() - began
+    batches = [
+        images[:, -1] for _, images, _ in sampler.sample_images(setup, sampler.make_sampler(setup), params, indices)
+    ]
+    return np.concatenate(batches), sampler.labels_of(setup, indices), time.perf_counter() - began
 
 
 def run(workdir: epath.Path) -> bool:

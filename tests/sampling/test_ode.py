@@ -1,5 +1,7 @@
 """The ODE solvers against the PyTorch reference's samples, and by the order at which their error falls."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +160,30 @@ def test_time_shift():
     assert exact == pytest.approx(np.exp(1.5), rel=2e-3)
 
 
+def test_a_grid_of_ones_own():
+    u = (0.0, 0.5, 0.75, 1.0)
+    np.testing.assert_allclose(ode.time_grid((0.0, 1.0), u), u, rtol=1e-6)
+    np.testing.assert_allclose(ode.time_grid((1.0, 0.0), u), u[::-1], rtol=1e-6)
+    np.testing.assert_allclose(ode.time_grid((0.2, 0.6), u), [0.2, 0.4, 0.5, 0.6], rtol=1e-6)
+    x, evaluations = ode.solve(exponential, jnp.ones((1, 1, 1, 1)), (0.0, 1.0), solver="euler", steps=u)
+    want = (1 + 0.5 * 1) * (1 + 0.25 * 1.5) * (1 + 0.25 * 1.75)
+    assert (float(x[0, 0, 0, 0]), int(evaluations)) == (pytest.approx(want), 3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 40}, {"error_norm": "sample", "rtol": 1e-6}, {"error_norm": "batch", "rtol": 1e-6}]
+)
+def test_frames_are_the_way_from_the_first_time_to_the_last(options):
+    x = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
+    for span in ((0.0, 1.0), (1.0, 0.0)):
+        end, cost = ode.solve(exponential, x, span, solver="dopri5", **options)
+        way, same = ode.solve(exponential, x, span, solver="dopri5", frames=5, **options)
+        assert way.shape == (2, 5, 2, 1, 1) and int(cost) == int(same)
+        np.testing.assert_allclose(way[:, -1], end, rtol=5e-6)  # the rounding of an interpolation
+        t, start = np.linspace(*span, 5).reshape(1, 5, 1, 1, 1), span[0]
+        np.testing.assert_allclose(way, x[:, None] * np.exp(t + t**2 / 2 - start - start**2 / 2), rtol=1e-4)
+
+
 def test_guidance_leaves_later_channels_conditional():
     conditional, unconditional = (lambda x, t, v=v: jnp.full_like(x, v) for v in (2.0, 1.0))
     x, t = jnp.zeros((1, 1, 1, 4)), jnp.zeros(1)
@@ -189,6 +215,12 @@ def test_guidance_outside_its_interval_is_conditional_and_costs_nothing():
         (
             lambda: ode.check_solver("heun", None),
             "solver 'heun' takes fixed steps only, so atol and rtol mean nothing to it",
+        ),
+        (
+            lambda: ode.check_times("sample.times", (0.0, 0.5, 0.5, 1.0)),
+            re.escape(
+                "sample.times is (0.0, 0.5, 0.5, 1.0); expected fractions of the way from noise to data that rise"
+            ),
         ),
         (lambda: check_scale(0.5), "cfg scale is 0.5; expected 1"),
     ],

@@ -183,3 +183,23 @@ def test_strong_order(solver, order):
     """For additive noise: Euler-Maruyama 1, the stochastic Runge-Kutta methods 1.5."""
     found = np.log2(strong_error(solver, 8) / strong_error(solver, 32)) / 2
     assert found == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize("last_step", ["none", "mean"])
+def test_frames_are_the_way_and_end_after_the_last_step(last_step):
+    path, x = paths.PATHS["Linear"], jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
+    draw = keyed_draw(jax.random.split(jax.random.key(1), 3), x.shape[1:])
+    fields = prediction.velocity_and_score(lambda x, t: jnp.tanh(x), path, "velocity")
+
+    def solve(until, steps, frames=None, last_step=last_step):
+        options = {"form": "sigma", "norm": 1.0, "last_step": last_step, "last_step_size": 0.04, "frames": frames}
+        return sde.solve(fields, path, x, (0.0, until), draw, solver="euler-maruyama", steps=steps, **options)
+
+    end, cost = solve(0.96, 8)
+    way, same = solve(0.96, 8, frames=5)
+    assert way.shape == (3, 5, 2, 2, 1) and int(cost) == int(same)
+    np.testing.assert_array_equal(way[:, 0], x)
+    np.testing.assert_allclose(way[:, -1], end, rtol=1e-6)
+    # Five frames of eight equal steps lie on every second time; the first four steps end where the third frame is.
+    np.testing.assert_allclose(way[:, 2], solve(0.48, 4, last_step="none")[0], rtol=1e-5)
+    np.testing.assert_allclose(solve(0.96, tuple(np.linspace(0, 1, 9)))[0], end, rtol=1e-5)
