@@ -24,7 +24,8 @@ from sit_jax.settings import Config, fields, get, validate
 # What may differ between a run's start and its continuation: none of these changes the function that is being learned.
 CHANGEABLE = (
     "train.steps", "train.skip_nonfinite", "data.path", "data.workers", "data.skip_unreadable", "model.remat",
-    "optimizer.learning_rate", "transport.sample_eps", "sample.", "likelihood.", "checkpoint.", "log.", "mesh.",
+    "optimizer.learning_rate", "transport.sample_eps", "sample.", "likelihood.", "sweep.", "checkpoint.", "log.",
+    "mesh.",
 )  # fmt: skip
 # What a finished run's weights mean: other modes may change all the rest.
 NETWORK = (
@@ -126,6 +127,8 @@ def _parse(key: str, text: str) -> Any:
         raise unknown_name("config key", key, known)
     if known[key] is str or (known[key] == str | None and text.lower() != "none"):
         return text
+    if known[key] == tuple[str, ...] and not text.startswith("("):
+        return tuple(filter(None, text.split(",")))
     if text.lower() in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[text.lower()]
     try:
@@ -157,8 +160,9 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
         return None if value is None else _typed(key, typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:
         element, several = typing.get_args(kind)[0], value if isinstance(value, (tuple, list)) else (value,)
-        example = "whole numbers such as 3,1,4" if element is int else "numbers such as 0.1,0.9"
-        check(all(type(v) in (int, element) for v in several), f"{key} is {value!r}; expected a list of {example}")
+        example = {int: "whole numbers such as 3,1,4", float: "numbers such as 0.1,0.9", str: "names such as a,b"}
+        right = (int, float) if element is float else (element,)
+        check(all(type(v) in right for v in several), f"{key} is {value!r}; expected a list of {example[element]}")
         return tuple(map(element, several))
     if kind is float and type(value) is int:
         return float(value)

@@ -12,10 +12,16 @@ from etils import epath
 from sit_jax import config as config_lib
 from sit_jax import report
 from sit_jax.errors import UserError, check, unknown_name
-from sit_jax.jobs import invert, likelihood, sample, train
+from sit_jax.jobs import invert, likelihood, sample, sweep, train
 from sit_jax.settings import Config
 
-JOBS = {"train": train.run, "sample": sample.run, "invert": invert.run, "likelihood": likelihood.run}
+JOBS = {
+    "train": train.run,
+    "sample": sample.run,
+    "sweep": sweep.run,
+    "invert": invert.run,
+    "likelihood": likelihood.run,
+}
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 _USAGE = """\

@@ -134,6 +134,20 @@ class Likelihood:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The samplers that --mode sweep compares; all else of them is as in `sample`."""
+
+    solvers: tuple[str, ...] = ("euler", "heun", "dopri5", "euler-maruyama", "sra1", "shark")
+    steps: tuple[int, ...] = (5, 10, 25, 50, 100)
+    rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)  # adaptive solvers also choose their steps by these; atol is a tenth
+    forms: tuple[str, ...] = ("SBDM",)  # of an SDE's diffusion
+    cfg_scales: tuple[float, ...] = (1.0,)
+    count: int = 1000  # images of each sampler
+    reference_count: int = 10_000  # real images that they are compared with, at most
+    components: int = 64  # principal components of the Frechet distance
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     every: int = 50_000  # steps
     keep_last: int = 2
@@ -175,6 +189,7 @@ class Config:
     optimizer: Optimizer = Optimizer()
     sample: Sample = Sample()
     likelihood: Likelihood = Likelihood()
+    sweep: Sweep = Sweep()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     precision: Precision = Precision()
@@ -220,6 +235,7 @@ def validate(config: Config) -> None:
     _one_of("sample.weights", sample.weights, ("ema", "raw"))
     _check_sampler(sample)
     _check_likelihood(config)
+    _check_sweep(config.sweep)
     _one_of("precision.compute", config.precision.compute, ("float32", "bfloat16"))
     if config.precision.matmul is not None:
         _one_of("precision.matmul", config.precision.matmul, ("default", "high", "highest"))
@@ -288,12 +304,29 @@ def _check_likelihood(config: Config) -> None:
         )
 
 
+def _check_sweep(sweep: Sweep) -> None:
+    for key in ("solvers", "steps", "cfg_scales"):
+        check(getattr(sweep, key), f"sweep.{key} is empty; give one or more")
+    for solver in sweep.solvers:
+        _one_of("sweep.solvers", solver, [*ode.SOLVERS, *sde.SOLVERS])
+    for form in sweep.forms:
+        _one_of("sweep.forms", form, diffusion.FORMS)
+    check(sweep.forms or not set(sweep.solvers) & set(sde.SOLVERS), "sweep.forms is empty, but an SDE needs one")
+    for key in ("steps", "rtols"):
+        for value in getattr(sweep, key):
+            check(value > 0, f"sweep.{key} holds {value}; expected more than 0")
+    for scale in sweep.cfg_scales:
+        check_scale(scale)
+    check(sweep.count >= 2, f"sweep.count is {sweep.count}; a Frechet distance needs 2 or more")
+
+
 _POSITIVE = """
     data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
     optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift sample.atol sample.rtol
     sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns sample.scale likelihood.count
     likelihood.batch likelihood.steps likelihood.atol likelihood.rtol likelihood.probes checkpoint.every
-    checkpoint.keep_last checkpoint.keep_every log.every log.sheet_count
+    sweep.count sweep.reference_count sweep.components checkpoint.keep_last checkpoint.keep_every log.every
+    log.sheet_count
 """.split()
 _NOT_NEGATIVE = """
     seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed likelihood.seed

@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 from etils import epath
-from sklearn.svm import SVC
 
 from sit_jax import config as config_lib
 from sit_jax import main, storage
@@ -24,6 +23,7 @@ from sit_jax.image_io import encode_png, sheet
 from sit_jax.jobs import sampler
 from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.workdir import restore_weights
+from sit_jax.metrics.pixels import as_features, fit_judge
 from sit_jax.settings import Config
 
 COUNT = 200
@@ -34,11 +34,6 @@ def real_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     source = open_source("digits", path=None, image_size=8, channels=1, split=split)
     records = [source[i] for i in range(len(source))]
     return as_features(np.stack([r["image"] for r in records])), np.stack([r["label"] for r in records])
-
-
-def as_features(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, h, w, c] -> float [n, h*w*c] in [0, 1]."""
-    return images.reshape(len(images), -1) / 255.0
 
 
 def draw(config: Config, workdir: epath.Path, cfg_scale: float) -> tuple[np.ndarray, np.ndarray, float]:
@@ -57,7 +52,7 @@ def run(workdir: epath.Path) -> bool:
     """Prints the report; True if both figures reach their bars."""
     config = config_lib.load(str(workdir / "config.json"))
     guided = config.sample.cfg_scale
-    judge = SVC(gamma="scale").fit(*real_digits("train"))
+    judge = fit_judge(*real_digits("train"))
     print(f"the SVC reads {judge.score(*real_digits('test')):.1%} of the real digits it has not seen")
     passed = True
     for scale, bar in ((guided, 0.97), (1.0, 0.95)):
