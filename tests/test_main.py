@@ -1,112 +1,36 @@
-"""main: a tiny run from its first step to its samples, every mistake as one line that leaves all files as they were."""
+"""main: a tiny run from its first step to its samples."""
 
 import contextlib
 import gzip
 import io
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from sit_jax import checkpoint, main, report, sharding
+from sit_jax import checkpoint, main
 from sit_jax import config as config_lib
 from sit_jax.data import transforms
 from sit_jax.jobs import train
 from sit_jax.jobs.setup import set_up
+from tests.commands import (
+    TINY,
+    call,
+    flags,
+    pictures,
+    refusal,
+    rows,
+    snapshot,
+    succeed,
+)
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-DIGITS = str(ROOT / "configs" / "digits.py")
-
-
-def flags(**settings):
-    return [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
-
-
-TINY = [
-    "--config", DIGITS,
-    *flags(
-        model__depth=1, model__width=16, model__heads=2, train__batch=8, train__steps=4,
-        optimizer__learning_rate=0.02, train__ema_decay=0.5,
-        checkpoint__every=2, log__every=1, log__sheet_every=2, log__sheet_count=8,
-        sample__steps=2, sample__count=8, sample__batch=8, sample__columns=5, sample__scale=3,
-    ),
-]  # fmt: skip
-FOLDER = flags(data__source="folder", data__split="all", data__channels=3, data__classes=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_machine(tmp_path_factory):
-    """Programs are compiled once for all tests here, not into the user's cache; no accelerator is missed."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-                "jax_persistent_cache_min_compile_time_secs": 0.1}  # fmt: skip
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", settings["jax_compilation_cache_dir"])
-        patch.setattr(report, "unused_accelerator_warning", lambda: None)
-        for values in (settings, before):
-            for name, value in values.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()  # jax looks at these settings once
-            if values is settings:
-                yield
-
-
-def call(*arguments):
-    """main's exit status, and what it wrote to stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main.main([str(argument) for argument in arguments])
-    return status, out.getvalue(), err.getvalue()
-
-
-def succeed(*arguments):
-    status, out, err = call(*arguments)
-    assert (status, err) == (0, "")
-    return out
-
-
-def refusal(*arguments):
-    """The one line by which main refuses."""
-    status, _, err = call(*arguments)
-    assert status == 2 and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
-    return err
-
-
-def snapshot(folder):
-    """Names and contents of all that is below a folder; None if there is no such folder."""
-    if not folder.exists():
-        return None
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def pictures(folder):
-    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("0*.png")}
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A workdir with a finished run of 4 steps, not to be written, and what the run printed."""
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    return workdir, succeed(*TINY, "--workdir", workdir)
-
-
-@pytest.fixture
-def run_copy(trained, tmp_path):
-    return pathlib.Path(shutil.copytree(trained[0], tmp_path / "run"))
+pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 
 @pytest.fixture(scope="module")
@@ -378,238 +302,3 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setitem(main.JOBS, "train", job)
     with pytest.raises(ValueError, match="a bug"):
         call(*TINY, "--workdir", tmp_path)
-
-
-# What does not: no folder is made for it
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--mode", "trian"], "unknown mode 'trian'; did you mean 'train'?"),
-        (["--modes", "train"], "unknown flag '--modes'; see python -m sit_jax.main --help"),
-        (["train"], "unknown flag 'train'; see python -m sit_jax.main --help"),
-        (["--configs.seed=1"], "unknown flag '--configs.seed'"),
-        (["--mode"], "argument --mode: expected one argument; see python -m sit_jax.main --help"),
-        (["--config.seed"], "--config.seed has no value; expected --config.seed=VALUE"),
-        (["--config.data.path=", "--config.seed=1"], "--config.data.path has no value; expected"),
-        (["--config.data.path", "--config.seed=1"], "--config.data.path has no value; expected"),
-        (flags(train__stpes=3), "unknown config key 'train.stpes'; did you mean 'train.steps'"),
-        (flags(train__steps="many"), "train.steps is 'many'; expected a whole number"),
-        (["--config", "configs/no_such.py"], "--config 'configs/no_such.py' does not exist; expected a file such as"),
-        (flags(model__name="SiT-S/3"), "unknown model 'SiT-S/3'; did you mean 'SiT-S/"),
-        (flags(transport__path="Lineal"), "unknown path 'Lineal'; did you mean 'Linear'?"),
-        (flags(transport__prediction="x0"), "unknown prediction 'x0'; known: 'velocity', 'score', 'noise'"),
-        (flags(transport__loss_weight="likely"), "unknown loss weight 'likely'; did you mean 'likelihood'?"),
-        (flags(sample__solver="rk4"), "unknown sample.solver 'rk4'"),
-        (flags(data__source="digit"), "unknown data.source 'digit'; did you mean 'digits'?"),
-        (flags(train__accumulation=3), "train.batch 8 is not divisible by train.accumulation 3"),
-        (flags(data__image_size=10), "input size 10 is not divisible by the patch size 4"),
-        (flags(data__image_size=16), "data.image_size=16, but the digits are 8x8; set it to 8"),
-        (flags(data__classes=11), "data.classes is 11, but the digits source has 10 classes; set data.classes=10"),
-        (flags(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9"),
-        (flags(sample__cfg_scale=0.5), "cfg scale is 0.5; expected 1 (no guidance) or more"),
-        (flags(train__steps=0), "train.steps is 0; expected more than 0"),
-        (flags(sample__steps=-1), "sample.steps is -1; expected more than 0"),
-        (flags(transport__train_eps=0.5), "transport.train_eps is 0.5; expected a number inside (0, 0.5)"),
-        (flags(transport__sample_eps=0), "transport.sample_eps is 0.0; expected a number inside (0, 0.5)"),
-        (flags(mesh__data=3), "mesh data x fsdp x tensor = 3 x 1 x 1 does not use"),
-        (["--mode", "sample"], "has no checkpoints; train first, with --mode train"),
-        (["--fork", "runs/fork"], "--workdir 'runs/new' has no checkpoints to fork from"),
-        (["--profile", "3"], "--profile is '3'; expected two steps FIRST:LAST such as 100:110"),
-        (["--profile", "3:2"], "--profile is '3:2'; expected two steps"),
-        (["--profile", "0:2"], "--profile is '0:2'; expected two steps"),
-        (["--profile", "a:b"], "--profile is 'a:b'; expected two steps"),
-        (["--profile=-1:2"], "--profile is '-1:2'; expected two steps"),
-        (["--profile="], "--profile is ''; expected two steps"),
-        (["--profile", "2:3", "--mode", "sample"], "--profile is for --mode train, not sample"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_bad_flag_is_one_line_and_makes_nothing(tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    assert words in refusal(*TINY, "--workdir", "runs/new", *arguments)
-    assert snapshot(tmp_path) == {}
-
-
-def test_a_missing_workdir_flag_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "arguments are required: --workdir; see python -m sit_jax.main --help" in refusal(*TINY)
-    assert "--workdir is empty; expected a folder such as runs/digits" in refusal(*TINY, "--workdir=")
-    assert snapshot(tmp_path) == {}
-
-
-@pytest.mark.parametrize("mode", ["train", "sample"])
-def test_a_workdir_without_a_run_needs_a_config(tmp_path, mode):
-    words = "new' holds no run yet; give --config as well, such as --config configs/digits.py"
-    assert words in refusal("--workdir", tmp_path / "new", "--mode", mode)
-    assert snapshot(tmp_path) == {}
-
-
-@pytest.mark.parametrize("below", ["file", "file/run", "file/runs/new"])
-def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, below):
-    (tmp_path / "file").write_text("mine")
-    message = refusal(*TINY, "--workdir", tmp_path / below)
-    assert re.search(rf"--workdir '.*{below}' cannot be written \(.+\); give a folder", message)
-    assert snapshot(tmp_path) == {"file": b"mine"}
-
-
-def write_images(folder, *names):
-    for number, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (10, 9), (number, 100, 200)).save(folder / name)
-
-
-@pytest.mark.parametrize(
-    ("there", "words"),
-    [
-        (None, "data.path='{data}' is no folder; give a folder with a sub-folder for each class"),
-        ([], "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder"),
-        (["a.png", "b.png"], "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder"),
-        (["a/0.png", "b/0.bmp"], "data.path='{data}' has 1 class folders without images"),
-        (["a/0.png", "b/0.png", "c/0.png"], "data.classes is 2, but the folder source has 3 classes; set"),
-    ],
-)
-def test_a_bad_data_folder_is_one_line_and_makes_nothing(tmp_path, there, words):
-    data = tmp_path / "data"
-    if there is not None:
-        data.mkdir()
-        write_images(data, *there)
-    before = snapshot(tmp_path)
-    message = refusal(*TINY, *FOLDER, *flags(data__path=data), "--workdir", tmp_path / "new")
-    assert words.format(data=data) in message
-    assert snapshot(tmp_path) == before
-
-
-def test_an_empty_data_path_is_one_line(tmp_path):
-    message = refusal(*TINY, *FOLDER, "--workdir", tmp_path / "new")
-    assert "data.path is empty, but data.source='folder' needs a folder" in message
-    assert snapshot(tmp_path) == {}
-
-
-def test_an_unreadable_image_is_named_and_may_be_skipped(tmp_path):
-    data, workdir = tmp_path / "data", tmp_path / "run"
-    write_images(data, "a/0.png", "a/1.png", "b/0.png")
-    (data / "a" / "1.png").write_bytes((data / "a" / "0.png").read_bytes()[:40])
-    before = snapshot(data)
-    arguments = [*TINY, *FOLDER, *flags(data__path=data, train__steps=1, log__sheet_every=0), "--workdir", workdir]
-    message = refusal(*arguments)
-    assert f"image '{data}/a/1.png' cannot be read (" in message
-    assert "remove it, or set data.skip_unreadable=True to pass over it" in message
-    assert snapshot(data) == before
-    assert not [path for path in workdir.rglob("*") if path.is_file()]
-
-    succeed(*arguments, "--config.data.skip_unreadable=True")  # the remedy works where the mistake was made
-    # Every epoch has each of the 3 images once, so of the batch's 8 places 2 or 3 fell to the broken one.
-    assert [row["skipped_images"] for row in rows(workdir)] in ([2], [3])
-
-
-def test_a_batch_that_devices_cannot_share_is_one_line(tmp_path):
-    """In a process of its own, for its three devices: also the exit status and all of stderr are as they should be."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sit_jax.main", *TINY, "--workdir", str(tmp_path / "new")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-             "XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    words = "train.batch / train.accumulation = 8 is not divisible by the 3 devices it is split over; make"
-    assert done.returncode == 2
-    assert re.fullmatch(rf"error: {words}.*\n", done.stderr)
-    assert snapshot(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"train__batch": 9}, "sample.batch = 8 is not divisible by the 3 devices"),
-        ({"train__batch": 18, "train__accumulation": 9}, "train.batch / train.accumulation = 2 is not divisible by"),
-    ],
-)
-def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settings, words):
-    monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 3)
-    assert words in refusal(*TINY, *flags(**settings), "--workdir", tmp_path / "new")
-    assert snapshot(tmp_path) == {}
-
-
-# What does not, where a run is: every file stays as it was
-
-
-@pytest.mark.parametrize("mode", ["train", "sample"])
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (flags(train__stpes=6), "unknown config key 'train.stpes'"),
-        (flags(sample__labels="10"), "sample.labels holds 10; expected 0 to 9"),
-        (flags(sample__cfg_scale=0), "cfg scale is 0.0; expected 1 (no guidance) or more"),
-        (flags(train__steps=-6), "train.steps is -6; expected more than 0"),
-        (flags(model__depth=2), "run in '{workdir}' is another one: model.depth is 2 but was 1; keep what was, use"),
-        (flags(transport__path="GVP"), "run in '{workdir}' is another one: transport.path is 'GVP' but was 'Linear'; "),
-        (
-            flags(seed=1, model__depth=2, transport__prediction="noise", data__flip=True),
-            "is another one: {all}; keep what was, use another --workdir, or --fork NEWDIR for a new run from these",
-        ),
-        (
-            ["--config", DIGITS],
-            "is another one: model.depth is 4 but was 1, model.width is 128 but was 16, model.heads",
-        ),
-        (flags(mesh__data=3, train__steps=6), "mesh data x fsdp x tensor = 3 x 1 x 1 does not use"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_mistake_leaves_a_run_as_it_was(trained, mode, arguments, words):
-    workdir, _ = trained
-    before = snapshot(workdir)
-    changed = ["model.depth is 2 but was 1", "transport.prediction is 'noise' but was 'velocity'"]
-    if mode == "train":  # samples depend on neither of these
-        changed = ["seed is 1 but was 0", *changed, "data.flip is True but was False"]
-    words = words.format(workdir=workdir, all=", ".join(changed))
-    assert words in refusal("--workdir", workdir, "--mode", mode, *arguments)
-    assert snapshot(workdir) == before
-
-
-def test_a_profile_of_steps_that_are_done_is_one_line(trained):
-    before = snapshot(trained[0])
-    for steps in ("2:3", "7:8"):
-        message = refusal("--workdir", trained[0], "--profile", steps, "--config.train.steps=6")
-        assert f"--profile starts at step {steps[0]}; expected one of 5 to 6, which are to be trained" in message
-    assert snapshot(trained[0]) == before
-
-
-def test_data_that_is_gone_leaves_a_run_as_it_was(trained):
-    before = snapshot(trained[0])
-    assert "data.path='/no/such'" in refusal("--workdir", trained[0], *flags(data__path="/no/such", train__steps=6))
-    assert snapshot(trained[0]) == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "item"), [(["--mode", "train", "--config.train.steps=6"], "params"), (["--mode", "sample"], "ema")]
-)
-def test_a_checkpoint_of_another_model_is_one_line(run_copy, arguments, item):
-    values = json.loads((run_copy / "config.json").read_text())
-    values["model"]["depth"] = 2
-    (run_copy / "config.json").write_text(json.dumps(values))
-    before = snapshot(run_copy)
-    message = refusal("--workdir", run_copy, *arguments)
-    mismatch = r"blocks/\S+ has shape \(1, .*\) there and \(2, .*\) in this config"
-    assert re.search(rf"checkpoint 4: {item} is of another model: {mismatch}", message)
-    assert "use the config it was trained with, or another --workdir" in message
-    assert snapshot(run_copy) == before
-
-
-def test_a_run_without_checkpoints_cannot_be_sampled(run_copy):
-    shutil.rmtree(run_copy / "checkpoints")
-    before = snapshot(run_copy)
-    assert "has no checkpoints; train first, with --mode train" in refusal("--workdir", run_copy, "--mode", "sample")
-    assert snapshot(run_copy) == before
-
-    (run_copy / "checkpoints").mkdir()
-    before = snapshot(run_copy)
-    assert "holds no whole checkpoint; train first" in refusal("--workdir", run_copy, "--mode", "sample")
-    assert snapshot(run_copy) == before
-
-
-def test_a_damaged_recorded_config_is_one_line(run_copy):
-    (run_copy / "config.json").write_text('{"seed": 0')
-    before = snapshot(run_copy)
-    assert "config.json cannot be read as a recorded config" in refusal("--workdir", run_copy)
-    assert snapshot(run_copy) == before

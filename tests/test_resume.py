@@ -14,7 +14,8 @@ from sit_jax import config as config_lib
 from sit_jax.errors import UserError
 from sit_jax.jobs import train
 from sit_jax.jobs.setup import set_up
-from tests.test_main import quiet_machine  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 
 def config(**settings):

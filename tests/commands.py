@@ -1,0 +1,72 @@
+"""Calling main as a user does, on a run so small that it takes a second."""
+
+import contextlib
+import io
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from sit_jax import main
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+def flags(**settings):
+    return [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
+
+
+TINY = [
+    "--config", DIGITS,
+    *flags(
+        model__depth=1, model__width=16, model__heads=2, train__batch=8, train__steps=4,
+        optimizer__learning_rate=0.02, train__ema_decay=0.5,
+        checkpoint__every=2, log__every=1, log__sheet_every=2, log__sheet_count=8,
+        sample__steps=2, sample__count=8, sample__batch=8, sample__columns=5, sample__scale=3,
+    ),
+]  # fmt: skip
+FOLDER = flags(data__source="folder", data__split="all", data__channels=3, data__classes=2)
+
+
+def call(*arguments):
+    """main's exit status, and what it wrote to stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main.main([str(argument) for argument in arguments])
+    return status, out.getvalue(), err.getvalue()
+
+
+def succeed(*arguments):
+    status, out, err = call(*arguments)
+    assert (status, err) == (0, "")
+    return out
+
+
+def refusal(*arguments):
+    """The one line by which main refuses."""
+    status, _, err = call(*arguments)
+    assert status == 2 and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err
+
+
+def snapshot(folder):
+    """Names and contents of all that is below a folder; None if there is no such folder."""
+    if not folder.exists():
+        return None
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("0*.png")}
+
+
+def write_images(folder, *names):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 9), (number, 100, 200)).save(folder / name)
