@@ -1,4 +1,4 @@
-"""--mode likelihood: every image's row, whatever the batch, the devices and the interruptions; each mistake one line."""
+"""--mode likelihood: each image's row, whatever the batch, devices and interruptions; every mistake one line."""
 
 import json
 import math
@@ -192,27 +192,27 @@ def test_latents_are_not_dequantised_and_their_factor_is_taken_out(half_latents)
     np.testing.assert_allclose(found, norm.logpdf(x).sum((1, 2, 3)) + 64 * math.log(0.5), rtol=1e-5)
 
 
-def test_the_output_says_what_the_log_p_of_latents_is(half_latents, tmp_path):
-    run = [*TINY, "--config.latents.codec=half", "--config.log.sheet_every=0", "--workdir", tmp_path / "run"]
-    succeed(*run)
-    out = evaluate(tmp_path / "run")
+def test_the_output_says_what_the_log_p_of_latents_is(half_latents, run_copy):
+    config = run_copy / "config.json"
+    config.write_text(config.read_text().replace('"codec": "pixels"', '"codec": "half"'))
+    out = evaluate(run_copy)
     assert "density of the latents, their factor 0.5 taken out; continuous, so not dequantised" in out
     words = "likelihood.dequantisation is 'uniform', but latents.codec 'half' gives latents, which are continuous; set"
-    assert words in refusal(*run, "--mode", "likelihood", "--config.likelihood.dequantisation=uniform")
+    flag = "--config.likelihood.dequantisation=uniform"
+    assert words in refusal("--workdir", run_copy, "--mode", "likelihood", flag)
 
 
-@pytest.mark.parametrize(("matmul", "wanted"), [(None, "HIGHEST"), ("default", "DEFAULT")])
-def test_matmuls_are_of_the_highest_precision_unless_configured(matmul, wanted):
-    setup = set_up(config_lib.load(DIGITS, [("precision.matmul", str(matmul)), ("sample.batch", "8")]))
-    indices, images = np.arange(8), np.zeros((8, 8, 8, 1), np.uint8)
-    for call in (
-        lambda params: likelihood.make_log_prob(setup)(params, indices, images, indices),
-        lambda params: sample.make_sampler(setup)(params, indices, indices),
-    ):
-        text = jax.jit(call).lower(setup.init_params()).as_text()
-        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-        said = [line for line in products if f"precision = [{wanted}, {wanted}]" in line or "precision" not in line]
-        assert products and said == products and (matmul or all("HIGHEST" in line for line in products))
+def test_matmuls_are_of_the_highest_precision_unless_configured():
+    def products(make, matmul):
+        config = config_lib.load(DIGITS, [("precision.matmul", matmul), ("sample.batch", "8"), ("model.depth", "1")])
+        call, setup = make(set_up(config)), set_up(config)
+        images = [np.zeros((8, 8, 8, 1), np.uint8)] if make is likelihood.make_log_prob else []
+        text = jax.jit(lambda params: call(params, np.arange(8), *images, np.arange(8))).lower(setup.init_params())
+        return [line for line in text.as_text().splitlines() if "stablehlo.dot_general" in line]
+
+    for make in (likelihood.make_log_prob, sample.make_sampler):
+        assert all("precision = [HIGHEST, HIGHEST]" in line for line in products(make, "none"))
+        assert any("precision = [DEFAULT, DEFAULT]" in line for line in products(make, "default"))
 
 
 def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):

@@ -13,7 +13,8 @@ from sit_jax.jobs.setup import set_up
 TINY = [
     ("model.depth", "2"), ("model.width", "32"), ("model.heads", "4"), ("train.batch", "32"), ("train.steps", "6"),
     ("sample.batch", "16"), ("sample.steps", "4"),
-    ("likelihood.batch", "16"), ("likelihood.solver", "heun"), ("likelihood.steps", "2"), ("optimizer.schedule", "constant"),
+    ("likelihood.batch", "16"), ("likelihood.solver", "heun"), ("likelihood.steps", "2"),
+    ("optimizer.schedule", "constant"),
 ]  # fmt: skip
 
 
