@@ -164,8 +164,8 @@ def test_uniform_dequantisation_in_the_8_bit_convention():
 
 def test_gaussian_dequantisation_is_the_noise_of_a_time():
     found, images, keys = fresh(likelihood__dequantisation="gaussian")
-    t = 1 / (1 + BIN / 6)  # (1 - t) / t = BIN / 6
-    assert paths.time_of_noise(paths.path_by_name("Linear"), BIN / 6) == pytest.approx(t, abs=1e-6)
+    t = 1 / (1 + dequantise.GAUSSIAN_NOISE)  # (1 - t) / t is the noise
+    assert paths.time_of_noise(paths.path_by_name("Linear"), dequantise.GAUSSIAN_NOISE) == pytest.approx(t, abs=1e-6)
     z, correction = dequantise.gaussian(keys, jnp.asarray(images), t, 1 - t)
     np.testing.assert_allclose(found, norm.logpdf(np.asarray(z, np.float64)).sum((1, 2, 3)) + correction, rtol=1e-4)
 

@@ -1,5 +1,7 @@
 """Dequantisation: what it says of an image's probability, where that is known."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,3 +70,12 @@ def test_an_image_does_not_depend_on_its_neighbours(kind):
     for whole, part in zip(together, alone, strict=True):
         np.testing.assert_allclose(part[0], whole[2], rtol=1e-6)
     assert len(np.unique(together[0] - normalise(images))) == images.size
+
+
+def test_gaussian_noise_costs_a_smooth_density_as_much_as_one_that_knows_the_levels():
+    """log P is the log of a smooth density times the bin, and 0 of data with one level; what is missing is lost."""
+    z, correction = dequantise.gaussian(KEYS, images_of(100), 1.0, dequantise.GAUSSIAN_NOISE)
+    smooth = math.log(BIN) - correction
+    known = -(norm.logpdf(z, normalise(np.uint8(100)), dequantise.GAUSSIAN_NOISE).sum((1, 2, 3)) + correction)
+    for loss in (smooth, known):
+        assert abs(float(loss.mean()) - 0.14 * math.log(2)) < 4 * float(loss.std()) / N**0.5
