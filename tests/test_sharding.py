@@ -35,6 +35,7 @@ def test_eight_devices_train_and_sample_as_one(runs, mesh):
     one, eight = runs["single"], runs[mesh]
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)  # float32 sums in another order
     assert one["losses"][-1] < one["losses"][0]
+    np.testing.assert_allclose(eight["log_prob"], one["log_prob"], rtol=1e-4)  # of weights that differ by rounding
     # The weights differ by rounding after six steps, which may flip an image's last bit here and there.
     difference = np.abs(np.subtract(eight["images"], one["images"]))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02

@@ -7,12 +7,14 @@ import numpy as np
 
 from sit_jax import config as config_lib
 from sit_jax import train_state
-from sit_jax.jobs import sampler, train
+from sit_jax.jobs import likelihood, sampler, train
 from sit_jax.jobs.setup import set_up
 
 TINY = [
     ("model.depth", "2"), ("model.width", "32"), ("model.heads", "4"), ("train.batch", "32"), ("train.steps", "6"),
-    ("sample.batch", "16"), ("sample.steps", "4"), ("optimizer.schedule", "constant"),
+    ("sample.batch", "16"), ("sample.steps", "4"),
+    ("likelihood.batch", "16"), ("likelihood.solver", "heun"), ("likelihood.steps", "2"),
+    ("optimizer.schedule", "constant"),
 ]  # fmt: skip
 
 
@@ -27,11 +29,17 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
             state, metrics = step(state, next(batches))
             losses.append(float(metrics["loss"]))
     kernel = state.opt_state[0].mu["blocks"]["mlp"]["fc1"]["kernel"]
+    rows = [
+        row
+        for found, _ in likelihood.evaluate(setup, train.open_source(setup), state.params, range(6))
+        for row in found
+    ]
     (_, images, _), *_ = sampler.sample_images(setup, sampler.make_sampler(setup), state.params, np.arange(16))
     return {
         "losses": losses,
         "shard": list(kernel.addressable_shards[0].data.shape),
         "whole": list(kernel.shape),
+        "log_prob": [row["log_prob"] for row in rows],
         "images": images.astype(int).ravel().tolist(),
     }
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from sit_jax import rng, sharding, storage
 from sit_jax.data import dequantise, pipeline
 from sit_jax.data.sources import Source
-from sit_jax.data.transforms import BIN
 from sit_jax.errors import check
 from sit_jax.jobs.setup import Setup, check_batch, compile_for_batches, set_up
 from sit_jax.jobs.train import open_source
@@ -26,8 +25,6 @@ from sit_jax.settings import Config
 from sit_jax.transport.interval import Interval, ode_interval, train_interval
 from sit_jax.transport.paths import time_of_noise
 from sit_jax.transport.prediction import velocity_field
-
-_GAUSSIAN_NOISE = BIN / 6  # half a bin is three standard deviations, as in Zheng et al. (arXiv 2305.03935)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,7 @@ def continuous(setup: Setup) -> Continuous:
         return Continuous(encode, (t0, t1), meaning)
     if setup.config.likelihood.dequantisation == "gaussian":
         trained = train_interval(setup.path, transport.prediction, transport.train_eps)
-        t1 = min(time_of_noise(setup.path, _GAUSSIAN_NOISE), trained[1])
+        t1 = min(time_of_noise(setup.path, dequantise.GAUSSIAN_NOISE), trained[1])
         alpha, sigma = (float(f(jnp.float32(t1))) for f in (setup.path.alpha, setup.path.sigma))
         meaning = f"lower bound of the 8-bit image's probability, dequantised by the Gaussian noise of t={t1:.6f}"
         return Continuous(lambda keys, images: dequantise.gaussian(keys, images, alpha, sigma), (t0, t1), meaning)
@@ -165,7 +162,13 @@ def run(config: Config, workdir: epath.Path) -> None:
         f"likelihood.count is {count}, but split {data.split!r} of the {data.source} source has {len(source)} images",
     )
     step, params = restore_weights(setup, workdir, options.weights)
-    settings = {"step": step, "data": dataclasses.asdict(data), "precision": dataclasses.asdict(config.precision)}
+    how = continuous(setup)
+    settings = {
+        "step": step,
+        "log_prob": how.meaning,
+        "data": dataclasses.asdict(data),
+        "precision": dataclasses.asdict(config.precision),
+    }
     settings |= {"transport": dataclasses.asdict(config.transport), "likelihood": dataclasses.asdict(options)}
     for section, keys in (("likelihood", ("count", "batch")), ("data", ("workers", "flip", "skip_unreadable"))):
         for key in keys:  # these change no image's log p
@@ -178,7 +181,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     there = {row["index"] for row in rows}
     missing = [index for index in range(count) if index not in there]
     print(f"log p of {len(missing)} of {count} images of split {data.split!r} under step {step}, into {folder}")
-    print(f"unguided; {continuous(setup).meaning}", flush=True)
+    print(f"unguided; {how.meaning}", flush=True)
     with tqdm(total=len(missing), unit="image", disable=None) as bar:
         for new, evaluations in evaluate(setup, source, params, missing):
             storage.append_text(results, "".join(json.dumps(row) + "\n" for row in new))
@@ -187,7 +190,7 @@ def run(config: Config, workdir: epath.Path) -> None:
             bar.set_postfix(evaluations=evaluations)
     rows = [row for row in rows if row["index"] < count]
     check(rows, f"none of the {count} images can be read; check data.path")
-    summary = summarise(rows) | {"unreadable": count - len(rows), "meaning": continuous(setup).meaning}
+    summary = summarise(rows) | {"unreadable": count - len(rows), "meaning": how.meaning}
     storage.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, unit in (("log_prob", "log p"), ("bits_per_dim", "bits/dim")):
         mean, error = summary[name]["mean"], summary[name]["standard_error"]

@@ -1,0 +1,81 @@
+"""Dequantisation: what it says of an image's probability, where that is known."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.scipy.special import logsumexp
+from jax.scipy.stats import norm
+
+from sit_jax.data import dequantise
+from sit_jax.data.transforms import BIN, normalise
+
+N = 4000
+KEYS = jax.vmap(jax.random.key)(jnp.arange(N))
+
+
+def images_of(level):
+    return jnp.full((N, 1, 1, 1), level, jnp.uint8)
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_uniform_noise_fills_the_bin_and_gives_its_probability(level):
+    x, correction = dequantise.uniform(KEYS, images_of(level))
+    centre = float(normalise(np.uint8(level)))
+    assert abs(float(x.min()) - (centre - BIN / 2)) < BIN / 100 and abs(float(x.max()) - (centre + BIN / 2)) < BIN / 100
+    loc, scale = centre + 2 * BIN, 1.5 * BIN  # a density that varies much within a bin
+    probability = norm.cdf(centre + BIN / 2, loc, scale) - norm.cdf(centre - BIN / 2, loc, scale)
+    estimates = jnp.exp(norm.logpdf(x, loc, scale).sum((1, 2, 3)) + correction)
+    assert abs(float(estimates.mean()) - float(probability)) < 4 * float(estimates.std()) / N**0.5
+    bound = norm.logpdf(x, loc, scale).sum((1, 2, 3)) + correction
+    assert float(bound.mean()) < float(jnp.log(probability))
+
+
+LEVELS = np.array([0, 16, 17, 200, 255])
+PROBABILITIES = np.array([0.5, 0.1, 0.2, 0.15, 0.05])
+
+
+def noisy_log_density(z, alpha, sigma):
+    """log p_t(z) of data with those levels."""
+    parts = norm.logpdf(z[..., None], alpha * normalise(LEVELS), sigma) + np.log(PROBABILITIES)
+    return logsumexp(parts, axis=-1).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("index", range(len(LEVELS)))
+def test_gaussian_noise_gives_the_probability_of_discrete_data(index):
+    """With noise that keeps the levels apart the bound is tight: uniform noise on such data has no density at all."""
+    alpha, sigma = 0.998, BIN / 8
+    z, correction = dequantise.gaussian(KEYS, images_of(LEVELS[index]), alpha, sigma)
+    found = np.asarray(noisy_log_density(z, alpha, sigma) + correction)
+    # A draw four standard deviations off may belong to the neighbouring level.
+    assert np.median(np.abs(found - np.log(PROBABILITIES[index]))) < 1e-3
+    assert found.mean() == pytest.approx(np.log(PROBABILITIES[index]), abs=2e-3)
+
+
+def test_gaussian_noise_that_mixes_levels_still_gives_a_bound():
+    alpha, sigma = 0.9, BIN
+    for level, probability in zip(LEVELS, PROBABILITIES, strict=True):
+        z, correction = dequantise.gaussian(KEYS, images_of(level), alpha, sigma)
+        assert float((noisy_log_density(z, alpha, sigma) + correction).mean()) < np.log(probability)
+
+
+@pytest.mark.parametrize("kind", dequantise.KINDS)
+def test_an_image_does_not_depend_on_its_neighbours(kind):
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 3, 2, 3)), jnp.uint8)
+    arguments = () if kind == "uniform" else (0.99, 0.01)
+    together = getattr(dequantise, kind)(KEYS[:4], images, *arguments)
+    alone = getattr(dequantise, kind)(KEYS[2:3], images[2:3], *arguments)
+    for whole, part in zip(together, alone, strict=True):
+        np.testing.assert_allclose(part[0], whole[2], rtol=1e-6)
+    assert len(np.unique(together[0] - normalise(images))) == images.size
+
+
+def test_gaussian_noise_costs_a_smooth_density_as_much_as_one_that_knows_the_levels():
+    """log P is the log of a smooth density times the bin, and 0 of data with one level; what is missing is lost."""
+    z, correction = dequantise.gaussian(KEYS, images_of(100), 1.0, dequantise.GAUSSIAN_NOISE)
+    smooth = math.log(BIN) - correction
+    known = -(norm.logpdf(z, normalise(np.uint8(100)), dequantise.GAUSSIAN_NOISE).sum((1, 2, 3)) + correction)
+    for loss in (smooth, known):
+        assert abs(float(loss.mean()) - 0.14 * math.log(2)) < 4 * float(loss.std()) / N**0.5

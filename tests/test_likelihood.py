@@ -1,0 +1,281 @@
+"""--mode likelihood: each image's row, whatever the batch, devices and interruptions; every mistake one line."""
+
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from sit_jax import config as config_lib
+from sit_jax import latents, rng, sharding
+from sit_jax.data import dequantise
+from sit_jax.data.transforms import BIN, normalise
+from sit_jax.jobs import likelihood, sampler, train
+from sit_jax.jobs.setup import set_up
+from sit_jax.transport import paths
+from tests.commands import DIGITS, FOLDER, TINY, flags, refusal, snapshot, succeed, write_images
+
+pytestmark = pytest.mark.usefixtures("quiet_machine")
+
+FAST = {"likelihood__solver": "heun", "likelihood__steps": 2, "likelihood__count": 10, "likelihood__batch": 8}
+
+
+def evaluate(workdir, **settings):
+    return succeed("--workdir", workdir, "--mode", "likelihood", *flags(**(FAST | settings)))
+
+
+def folder_of(workdir):
+    (folder,) = (workdir / "likelihood").iterdir()
+    return folder
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def column(folder, name):
+    return np.array([row[name] for row in rows_of(folder)])
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """A copy of the run with the likelihoods of ten images, and what was printed."""
+    workdir = pathlib.Path(shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "run"))
+    return workdir, evaluate(workdir)
+
+
+def test_every_image_has_its_row_and_the_summary_their_mean(evaluated):
+    workdir, out = evaluated
+    folder = folder_of(workdir)
+    assert "log p of 10 of 10 images of split 'test' under step 4" in out
+    assert "unguided; lower bound of the 8-bit image's probability, dequantised uniformly" in out
+    assert sorted(path.name for path in folder.iterdir()) == ["results.jsonl", "settings.json", "summary.json"]
+    source = train.open_source(set_up(config_lib.load(DIGITS, [("data.split", "test")])))
+    assert column(folder, "index").tolist() == list(range(10))
+    assert column(folder, "label").tolist() == [int(source[i]["label"]) for i in range(10)]
+    bits = column(folder, "bits_per_dim")
+    np.testing.assert_allclose(bits, -column(folder, "log_prob") / (64 * math.log(2)), rtol=1e-6)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["images"], summary["unreadable"]) == (10, 0)
+    assert summary["bits_per_dim"]["mean"] == pytest.approx(bits.mean())
+    assert summary["bits_per_dim"]["standard_error"] == pytest.approx(bits.std(ddof=1) / 10**0.5)
+    assert f"bits/dim: {bits.mean():.4f} +- {bits.std(ddof=1) / 10**0.5:.4f} (standard error)" in out
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["step"] == 4 and settings["likelihood"]["solver"] == "heun" and settings["data"]["split"] == "test"
+
+
+@pytest.mark.parametrize("batch", [3, 10, 16])
+def test_the_batch_changes_no_row(evaluated, run_copy, batch):
+    evaluate(run_copy, likelihood__batch=batch)
+    there = folder_of(evaluated[0])
+    assert folder_of(run_copy).name == there.name
+    assert column(folder_of(run_copy), "index").tolist() == list(range(10))
+    np.testing.assert_allclose(column(folder_of(run_copy), "log_prob"), column(there, "log_prob"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("lines", [8, 5])
+def test_a_killed_job_continues_and_redoes_a_torn_line(evaluated, tmp_path, lines):
+    workdir = pathlib.Path(shutil.copytree(evaluated[0], tmp_path / "run"))
+    results = folder_of(workdir) / "results.jsonl"
+    before = snapshot(workdir)
+    whole = results.read_bytes().splitlines(keepends=True)
+    (results.parent / "summary.json").unlink()
+    results.write_bytes(b"".join(whole[:lines]) + whole[lines][:20])
+    assert f"log p of {10 - lines} of 10 images" in evaluate(workdir)
+    if lines == 8:  # the batches are those of the first run
+        assert snapshot(workdir) == before
+    assert results.read_bytes().splitlines(keepends=True)[:lines] == whole[:lines]
+    np.testing.assert_allclose(
+        column(results.parent, "log_prob"), column(folder_of(evaluated[0]), "log_prob"), rtol=1e-5
+    )
+    assert column(results.parent, "index").tolist() == list(range(10))
+
+
+def test_a_finished_job_changes_no_file_and_a_larger_count_adds_to_it(evaluated, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(evaluated[0], tmp_path / "run"))
+    before, made_at = snapshot(workdir), (folder_of(workdir) / "results.jsonl").stat().st_mtime_ns
+    assert "log p of 0 of 10 images" in evaluate(workdir)
+    assert snapshot(workdir) == before and (folder_of(workdir) / "results.jsonl").stat().st_mtime_ns == made_at
+    assert "log p of 2 of 12 images" in evaluate(workdir, likelihood__count=12)
+    assert rows_of(folder_of(workdir))[:10] == rows_of(folder_of(evaluated[0]))
+    evaluate(workdir, likelihood__count=4)
+    assert json.loads((folder_of(workdir) / "summary.json").read_text())["images"] == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"labels": "null"}, {"weights": "raw"}, {"seed": 1}, {"dequantisation": "gaussian"}, {"trace": "exact"},
+     {"probe": "gaussian"}, {"probes": 3}, {"split": "train"}],
+    ids=str,
+)  # fmt: skip
+def test_other_settings_have_a_folder_and_numbers_of_their_own(evaluated, run_copy, change):
+    evaluate(run_copy, likelihood__count=2, **{f"likelihood__{key}": value for key, value in change.items()})
+    assert folder_of(run_copy).name != folder_of(evaluated[0]).name
+    ours, theirs = (column(folder_of(workdir), "log_prob")[:2] for workdir in (run_copy, evaluated[0]))
+    assert (np.abs(ours - theirs) > 1e-4).all()
+
+
+# A fresh network's velocity is 0, so that log p is the standard normal's
+
+
+def fresh(**settings):
+    """(setup, log p of the first 8 test digits under fresh weights, those digits, their keys of dequantisation)."""
+    config = config_lib.load(DIGITS, [(k.replace("__", "."), str(v)) for k, v in (FAST | settings).items()])
+    setup = set_up(config)
+    source, indices = train.open_source(setup), np.arange(8)
+    images = np.stack([source[i]["image"] for i in indices])
+    labels = np.stack([source[i]["label"] for i in indices])
+    log_prob, _ = likelihood.make_log_prob(setup)(setup.init_params(), indices, images, labels)
+    keys = jax.vmap(lambda i: rng.key(config.likelihood.seed, "dequantisation", i))(indices)
+    return np.asarray(log_prob), images, keys
+
+
+def test_uniform_dequantisation_in_the_8_bit_convention():
+    found, images, keys = fresh()
+    x = np.asarray(dequantise.uniform(keys, jnp.asarray(images))[0], np.float64)
+    np.testing.assert_allclose(found, norm.logpdf(x).sum((1, 2, 3)) - 64 * math.log(255 / 2), rtol=1e-5)
+
+
+def test_gaussian_dequantisation_is_the_noise_of_a_time():
+    found, images, keys = fresh(likelihood__dequantisation="gaussian")
+    t = 1 / (1 + dequantise.GAUSSIAN_NOISE)  # (1 - t) / t is the noise
+    assert paths.time_of_noise(paths.path_by_name("Linear"), dequantise.GAUSSIAN_NOISE) == pytest.approx(t, abs=1e-6)
+    z, correction = dequantise.gaussian(keys, jnp.asarray(images), t, 1 - t)
+    np.testing.assert_allclose(found, norm.logpdf(np.asarray(z, np.float64)).sum((1, 2, 3)) + correction, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", paths.PATHS)
+def test_the_time_of_a_noise_level(name):
+    path = paths.path_by_name(name)
+    for ratio in (BIN / 6, 0.1, 3.0):
+        t = jnp.float32(paths.time_of_noise(path, ratio))
+        # Near t=1 the next float32 is a step of up to 0.4 % in sigma.
+        assert float(path.sigma(t) / path.alpha(t)) == pytest.approx(ratio, rel=5e-3)
+
+
+@pytest.fixture
+def half_latents(monkeypatch):
+    """A codec whose latents are the pixels and their factor 0.5."""
+    codec = latents.Codec(lambda key, images: 0.5 * images, lambda x: 2 * x, lambda shape: shape, scale=0.5)
+    monkeypatch.setitem(latents.CODECS, "half", codec)
+
+
+def test_latents_are_not_dequantised_and_their_factor_is_taken_out(half_latents):
+    found, images, _ = fresh(latents__codec="half")
+    x = 0.5 * np.asarray(normalise(images), np.float64)
+    np.testing.assert_allclose(found, norm.logpdf(x).sum((1, 2, 3)) + 64 * math.log(0.5), rtol=1e-5)
+
+
+def test_the_output_says_what_the_log_p_of_latents_is(half_latents, run_copy):
+    config = run_copy / "config.json"
+    config.write_text(config.read_text().replace('"codec": "pixels"', '"codec": "half"'))
+    out = evaluate(run_copy)
+    assert "density of the latents, their factor 0.5 taken out; continuous, so not dequantised" in out
+    words = "likelihood.dequantisation is 'uniform', but latents.codec 'half' gives latents, which are continuous; set"
+    flag = "--config.likelihood.dequantisation=uniform"
+    assert words in refusal("--workdir", run_copy, "--mode", "likelihood", flag)
+
+
+def test_matmuls_are_of_the_highest_precision_unless_configured():
+    def products(make, matmul):
+        config = config_lib.load(DIGITS, [("precision.matmul", matmul), ("sample.batch", "8"), ("model.depth", "1")])
+        call, setup = make(set_up(config)), set_up(config)
+        images = [np.zeros((8, 8, 8, 1), np.uint8)] if make is likelihood.make_log_prob else []
+        text = jax.jit(lambda params: call(params, np.arange(8), *images, np.arange(8))).lower(setup.init_params())
+        return [line for line in text.as_text().splitlines() if "stablehlo.dot_general" in line]
+
+    for make in (likelihood.make_log_prob, sampler.make_sampler):
+        assert all("precision = [HIGHEST, HIGHEST]" in line for line in products(make, "none"))
+        assert any("precision = [DEFAULT, DEFAULT]" in line for line in products(make, "default"))
+
+
+def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    write_images(data, "a/0.png", "a/1.png", "b/0.png")
+    succeed(*TINY, *FOLDER, *flags(data__path=data, train__steps=1, log__sheet_every=0), "--workdir", workdir)
+    (data / "a" / "1.png").write_bytes(b"no image")
+    arguments = ["--workdir", workdir, "--mode", "likelihood", *flags(**FAST, likelihood__split="all")]
+    arguments = [argument for argument in arguments if "count" not in str(argument)]
+    assert f"image '{data}/a/1.png' cannot be read" in refusal(*arguments)
+    out = succeed(*arguments, "--config.data.skip_unreadable=True")
+    assert "2 images, 1 unreadable ones left out" in out
+    assert column(folder_of(workdir), "index").tolist() == [0, 2]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"sample__cfg_scale": 4},
+            "--config.sample.cfg_scale means nothing to --mode likelihood: log p is of the ungui",
+        ),
+        ({"sample__solver": "heun"}, "--config.sample.solver means nothing to --mode likelihood"),
+        ({"likelihood__cfg_scale": 4}, "unknown config key 'likelihood.cfg_scale'"),
+        (
+            {"likelihood__solver": "shark"},
+            "likelihood.solver 'shark' solves an SDE, which gives no log p; expected one",
+        ),
+        ({"likelihood__solver": "dopri"}, "unknown likelihood.solver 'dopri'; did you mean 'dopri8' or 'dopri5'"),
+        (
+            {"likelihood__solver": "heun", "likelihood__steps": None},
+            "solver 'heun' takes fixed steps only, so atol and rtol mean nothing to it; give likelihood.steps, or one",
+        ),
+        ({"likelihood__steps": 0}, "likelihood.steps is 0; expected more than 0"),
+        ({"likelihood__probes": 0}, "likelihood.probes is 0; expected more than 0"),
+        ({"likelihood__rtol": 0}, "likelihood.rtol is 0.0; expected more than 0"),
+        ({"likelihood__seed": -1}, "likelihood.seed is -1; expected 0 or more"),
+        ({"likelihood__trace": "hutchison"}, "unknown likelihood.trace 'hutchison'; did you mean 'hutchinson'?"),
+        ({"likelihood__probe": "normal"}, "unknown likelihood.probe 'normal'; known: 'rademacher', 'gaussian'"),
+        ({"likelihood__labels": "none"}, "unknown likelihood.labels 'none'"),
+        ({"likelihood__weights": "emma"}, "unknown likelihood.weights 'emma'; did you mean 'ema'"),
+        (
+            {"likelihood__dequantisation": "uniforn"},
+            "unknown likelihood.dequantisation 'uniforn'; did you mean 'unifor",
+        ),
+        ({"likelihood__split": "tset"}, "unknown data.split 'tset'; did you mean 'test'"),
+        ({"likelihood__count": 899}, "likelihood.count is 899, but split 'test' of the digits source has 898 images"),
+        ({"model__depth": 2}, "is another one: model.depth is 2 but was 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_is_one_line_and_changes_no_file(trained, settings, words):
+    before = snapshot(trained)
+    assert words in refusal("--workdir", trained, "--mode", "likelihood", *flags(**settings))
+    assert snapshot(trained) == before
+
+
+def test_a_batch_that_devices_cannot_share_is_one_line(trained, monkeypatch):
+    before = snapshot(trained)
+    monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 4)
+    arguments = ["--workdir", trained, "--mode", "likelihood", "--config.likelihood.batch=6"]
+    assert "likelihood.batch = 6 is not divisible by the 4 devices it is split over" in refusal(*arguments)
+    assert snapshot(trained) == before
+
+
+def test_a_run_without_checkpoints_has_no_likelihood(run_copy):
+    shutil.rmtree(run_copy / "checkpoints")
+    before = snapshot(run_copy)
+    message = refusal("--workdir", run_copy, "--mode", "likelihood")
+    assert "has no checkpoints; train first, with --mode train" in message
+    assert snapshot(run_copy) == before
+
+
+def test_weights_that_are_not_finite_end_in_one_line(run_copy, monkeypatch):
+    restore = likelihood.restore_weights
+
+    def broken(*arguments):
+        step, params = restore(*arguments)
+        return step, jax.tree.map(lambda leaf: leaf * np.nan, params)
+
+    monkeypatch.setattr(likelihood, "restore_weights", broken)
+    message = refusal("--workdir", run_copy, "--mode", "likelihood", *flags(**FAST))
+    assert "log p of images [0, 1, 2, 3, 4, 5, 6, 7] is not finite" in message
+    assert not (folder_of(run_copy) / "results.jsonl").exists()
