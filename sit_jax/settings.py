@@ -57,7 +57,14 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    codec: str = "pixels"  # what the network sees of an image
+    codec: str = "pixels"  # what the network sees of an image: pixels | sd-vae
+    # The rest is of sd-vae.
+    path: str | None = None  # folder with config.json and diffusion_pytorch_model.safetensors; None: from the repo
+    repo: str = "stabilityai/sd-vae-ft-ema"  # on Hugging Face; -mse has the same latents and decodes more smoothly
+    revision: str | None = None  # commit of the repo; None: the one that is known here, of these two
+    dtype: str = "float32"  # float32 | bfloat16: its activations and matmuls
+    scale: float = 0.18215  # what the encoder gives is multiplied by it
+    batch: int = 8  # images that go through it at once on each device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +185,7 @@ def validate(config: Config) -> None:
         check(value is None or value > 0, f"{key} is {value}; expected more than 0")
     for key in _NOT_NEGATIVE:
         check(get(config, key) >= 0, f"{key} is {get(config, key)}; expected 0 or more")
-    size = sizes.size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
+    sizes.size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
     _one_of("model.remat", model.remat, sit.REMAT_POLICIES)
     paths.path_by_name(transport.path)
     prediction.check_prediction(transport.prediction)
@@ -188,7 +195,7 @@ def validate(config: Config) -> None:
     _one_of("transport.times", transport.times, times.DISTRIBUTIONS)
     _one_of("data.source", data.source, sources.SOURCES)
     _one_of("latents.codec", config.latents.codec, CODECS)
-    sizes.tokens(CODECS[config.latents.codec].shape((data.image_size, data.image_size, data.channels))[0], size.patch)
+    _one_of("latents.dtype", config.latents.dtype, ("float32", "bfloat16"))
     _one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
     _one_of("sample.weights", sample.weights, ("ema", "raw"))
     _check_sampler(sample)
@@ -230,8 +237,8 @@ def _check_sampler(sample: Sample) -> None:
 
 
 _POSITIVE = """
-    data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
-    optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift sample.atol sample.rtol
+    data.image_size data.channels data.classes latents.scale latents.batch train.steps train.batch train.accumulation
+    optimizer.learning_rate optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift sample.atol sample.rtol
     sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns sample.scale checkpoint.every
     checkpoint.keep_last checkpoint.keep_every log.every log.sheet_count
 """.split()

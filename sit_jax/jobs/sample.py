@@ -35,7 +35,7 @@ def make_sampler(setup: Setup) -> Sampler:
     """
     options = setup.config.sample
 
-    def run(params, indices_b, labels_b):
+    def run(params, codec_params, indices_b, labels_b):
         def predict(y_b):
             return lambda x, t_b: setup.network(params, x, t_b, y_b)
 
@@ -47,14 +47,14 @@ def make_sampler(setup: Setup) -> Sampler:
         x_bhwc = jax.lax.with_sharding_constraint(x_bhwc, sharding.batch_sharding(setup.mesh))
         solve = _solve_sde if options.solver in sde.SOLVERS else _solve_ode
         x_bhwc, evaluations = solve(setup, guided, x_bhwc, indices_b)
-        return setup.codec.decode(x_bhwc), evaluations
+        return setup.codec.decode(codec_params, x_bhwc), evaluations
 
     images_and_count = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
     compiled = jax.jit(run, out_shardings=images_and_count)
 
     def sampler(params, indices_b, labels_b):
         with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
-            return compiled(params, *sharding.put_batch(setup.mesh, (indices_b, labels_b)))
+            return compiled(params, setup.codec_params, *sharding.put_batch(setup.mesh, (indices_b, labels_b)))
 
     return sampler
 
@@ -148,10 +148,13 @@ def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
 def run(config: Config, workdir: epath.Path) -> None:
     """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; what is there is not made again."""
     setup = set_up(config)
+    setup.codec_params  # read before anything is written
     step, params = restore_weights(setup, workdir)
     settings = {"step": step, **dataclasses.asdict(config.sample), **dataclasses.asdict(config.transport)}
     for key in ("count", "batch", "columns", "scale"):  # these change no image
         del settings[key]
+    if config.latents.codec != "pixels":
+        settings["latents"] = dataclasses.asdict(config.latents)
     text = json.dumps(settings, indent=2)
     options = config.sample
     name = f"step{step}-{options.weights}-{options.solver}-cfg{options.cfg_scale:g}-seed{options.seed}"

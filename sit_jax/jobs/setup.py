@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from sit_jax import optimizer, rng, sharding
 from sit_jax.errors import check
-from sit_jax.latents import CODECS, Codec
+from sit_jax.latents import open_codec
+from sit_jax.latents.codec import Codec
 from sit_jax.models.sit import SiT
-from sit_jax.models.sizes import Size, forward_flops, size_by_name
+from sit_jax.models.sizes import Size, forward_flops, size_by_name, tokens
 from sit_jax.settings import Config
 from sit_jax.train_step import Objective
 from sit_jax.transport.interval import train_interval
@@ -32,9 +33,14 @@ class Setup:
         model = self.config.model
         return size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
 
-    @property
+    @functools.cached_property
     def codec(self) -> Codec:
-        return CODECS[self.config.latents.codec]
+        return open_codec(**dataclasses.asdict(self.config.latents), per_device=sharding.per_device(self.mesh))
+
+    @functools.cached_property
+    def codec_params(self) -> Any:
+        """The codec's weights, read at the first call; whole on every device."""
+        return sharding.put_replicated(self.mesh, self.codec.load())
 
     @property
     def path(self) -> Path:
@@ -112,7 +118,7 @@ class Setup:
 
 
 def set_up(config: Config) -> Setup:
-    """`UserError` if the config does not fit this machine's devices."""
+    """`UserError` if the config does not fit this machine's devices, or its images not the codec and the model."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shards = sharding.batch_shards(mesh)
     for key, size in (
@@ -123,4 +129,6 @@ def set_up(config: Config) -> Setup:
             size % shards == 0,
             f"{key} = {size} is not divisible by the {shards} devices it is split over; make it a multiple of {shards}",
         )
-    return Setup(config, mesh)
+    setup = Setup(config, mesh)
+    tokens(setup.input_shape[0], setup.size.patch)
+    return setup
