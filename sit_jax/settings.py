@@ -60,7 +60,7 @@ class Latents:
     codec: str = "pixels"  # what the network sees of an image: pixels | sd-vae
     # The rest is of sd-vae.
     path: str | None = None  # folder with config.json and diffusion_pytorch_model.safetensors; None: from the repo
-    repo: str = "stabilityai/sd-vae-ft-ema"  # on Hugging Face; -mse has the same latents and decodes more smoothly
+    repo: str | None = None  # on Hugging Face; None: stabilityai/sd-vae-ft-ema; sd-vae-ft-mse has the same latents
     revision: str | None = None  # commit of the repo; None: the one that is known here, of these two
     dtype: str = "float32"  # float32 | bfloat16: its activations and matmuls
     scale: float = 0.18215  # what the encoder gives is multiplied by it
@@ -179,7 +179,8 @@ def get(config: Any, key: str) -> Any:
 
 def validate(config: Config) -> None:
     """`UserError` for a name that is in no table or a value that cannot be."""
-    model, transport, data, train, sample = config.model, config.transport, config.data, config.train, config.sample
+    model, transport, data, latents = config.model, config.transport, config.data, config.latents
+    train, sample = config.train, config.sample
     for key in _POSITIVE:
         value = get(config, key)
         check(value is None or value > 0, f"{key} is {value}; expected more than 0")
@@ -194,8 +195,12 @@ def validate(config: Config) -> None:
     interval.check_eps("transport.sample_eps", transport.sample_eps)
     _one_of("transport.times", transport.times, times.DISTRIBUTIONS)
     _one_of("data.source", data.source, sources.SOURCES)
-    _one_of("latents.codec", config.latents.codec, CODECS)
-    _one_of("latents.dtype", config.latents.dtype, ("float32", "bfloat16"))
+    _one_of("latents.codec", latents.codec, CODECS)
+    _one_of("latents.dtype", latents.dtype, ("float32", "bfloat16"))
+    check(
+        latents.path is None or latents.repo is None,
+        f"latents.path {latents.path!r} and latents.repo {latents.repo!r} are both given; set one of them to none",
+    )
     _one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
     _one_of("sample.weights", sample.weights, ("ema", "raw"))
     _check_sampler(sample)
@@ -238,9 +243,9 @@ def _check_sampler(sample: Sample) -> None:
 
 _POSITIVE = """
     data.image_size data.channels data.classes latents.scale latents.batch train.steps train.batch train.accumulation
-    optimizer.learning_rate optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift sample.atol sample.rtol
-    sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns sample.scale checkpoint.every
-    checkpoint.keep_last checkpoint.keep_every log.every log.sheet_count
+    optimizer.learning_rate optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift
+    sample.atol sample.rtol sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns
+    sample.scale checkpoint.every checkpoint.keep_last checkpoint.keep_every log.every log.sheet_count
 """.split()
 _NOT_NEGATIVE = """
     seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed log.sheet_every

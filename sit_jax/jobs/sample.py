@@ -148,13 +148,13 @@ def restore_weights(setup: Setup, workdir: epath.Path) -> tuple[int, Any]:
 def run(config: Config, workdir: epath.Path) -> None:
     """Writes workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}; what is there is not made again."""
     setup = set_up(config)
-    setup.codec_params  # read before anything is written
+    _ = setup.codec_params  # files that cannot be read stop here, before anything is written
     step, params = restore_weights(setup, workdir)
     settings = {"step": step, **dataclasses.asdict(config.sample), **dataclasses.asdict(config.transport)}
     for key in ("count", "batch", "columns", "scale"):  # these change no image
         del settings[key]
     if config.latents.codec != "pixels":
-        settings["latents"] = dataclasses.asdict(config.latents)
+        settings["latents"] = dataclasses.asdict(dataclasses.replace(config.latents, batch=None))
     text = json.dumps(settings, indent=2)
     options = config.sample
     name = f"step{step}-{options.weights}-{options.solver}-cfg{options.cfg_scale:g}-seed{options.seed}"

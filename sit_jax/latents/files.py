@@ -17,6 +17,7 @@ from sit_jax.errors import UserError, check
 from sit_jax.latents.autoencoder import Architecture
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_DEFAULT = "stabilityai/sd-vae-ft-ema"
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -31,7 +32,7 @@ class Published:
 
 # Their encoders are equal to the bit: -mse is the same latents, decoded more smoothly.
 PUBLISHED = {
-    "stabilityai/sd-vae-ft-ema": Published(
+    _DEFAULT: Published(
         "f04b2c4b98319346dad8c65879f680b1997b204a", "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"
     ),
     "stabilityai/sd-vae-ft-mse": Published(
@@ -40,14 +41,59 @@ PUBLISHED = {
 }
 
 
-def read_architecture(path: str | None, repo: str, revision: str | None, scale: float) -> Architecture:
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the two files are: in the folder `path`, or else in a Hugging Face repository at a commit.
+
+    The repository is sd-vae-ft-ema unless given, the commit that of PUBLISHED.
+    """
+
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def published(self) -> Published | None:
+        return None if self.path else PUBLISHED.get(self.repo or _DEFAULT)
+
+    def locate(self, name: str) -> epath.Path:
+        """The file, fetched into Hugging Face's cache if it is not there. `UserError` says what to bring where."""
+        if self.path is None:
+            return epath.Path(self._fetch(name))
+        file = epath.Path(self.path) / name
+        expected = f"expected a folder with {CONFIG} and {WEIGHTS}, such as those of https://huggingface.co/{_DEFAULT}"
+        check(file.exists(), f"latents.path {self.path!r} has no {name}; {expected}")
+        return file
+
+    def _fetch(self, name: str) -> str:
+        import huggingface_hub  # here: it takes a while to import, and pixels or a folder need none of it
+
+        repo, known = self.repo or _DEFAULT, self.published
+        revision = self.revision or (known and known.revision)
+        if known and known.revision != revision:
+            known = None
+        check(
+            revision, f"latents.repo {repo!r} needs latents.revision, a commit of it: a branch may change under a run"
+        )
+        try:
+            return huggingface_hub.hf_hub_download(repo, name, revision=revision)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            size = f" ({known.weights_bytes:,} bytes, sha256 {known.weights_sha256})" if known else ""
+            raise UserError(
+                f"{name} of {repo} could not be fetched ({reason}); without a network bring {CONFIG} and {WEIGHTS}{size} "
+                f"from https://huggingface.co/{repo}/tree/{revision} into a folder and set latents.path to it"
+            ) from error
+
+
+def read_architecture(source: Source, scale: float) -> Architecture:
     """What config.json describes; that of a published repository is known, and needs no file.
 
     `UserError` if it is another network, or one whose latents have another scale.
     """
-    if path is None and repo in PUBLISHED:
+    if source.published:
         return Architecture()
-    file = _locate(path, repo, revision, CONFIG)
+    file = source.locate(CONFIG)
     try:
         config = json.loads(file.read_text())
         check(isinstance(config, dict), "it holds no settings")
@@ -92,13 +138,13 @@ def _architecture(config: dict, scale: float) -> Architecture:
     return Architecture(tuple(blocks), config["layers_per_block"], groups, config["latent_channels"], channels)
 
 
-def read_params(path: str | None, repo: str, revision: str | None, abstract: Any) -> Any:
+def read_params(source: Source, abstract: Any) -> Any:
     """A tree like `abstract` from the safetensors, float32 NumPy arrays in our layouts.
 
     `UserError` if the file is not there or not whole, and for tensors that are missing, unknown, of another shape or
     not finite.
     """
-    file = _locate(path, repo, revision, WEIGHTS)
+    file = source.locate(WEIGHTS)
     try:
         tensors = safetensors.numpy.load(file.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
@@ -152,33 +198,3 @@ def _current_name(name: str) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _locate(path: str | None, repo: str, revision: str | None, name: str) -> epath.Path:
-    """The file of that name in the folder, or fetched from the repository into Hugging Face's cache."""
-    if path is None:
-        return epath.Path(_fetch(repo, revision, name))
-    file = epath.Path(path) / name
-    check(
-        file.exists(),
-        f"latents.path {path!r} has no {name}; expected a folder with {CONFIG} and {WEIGHTS}, as in "
-        f"https://huggingface.co/{next(iter(PUBLISHED))}",
-    )
-    return file
-
-
-def _fetch(repo: str, revision: str | None, name: str) -> str:
-    import huggingface_hub  # here: it takes a while to import, and pixels or a folder need none of it
-
-    known = PUBLISHED.get(repo)
-    revision = revision or (known and known.revision)
-    check(revision, f"latents.repo {repo!r} needs latents.revision, a commit of it: its main branch may change")
-    try:
-        return huggingface_hub.hf_hub_download(repo, name, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        size = f" ({known.weights_bytes:,} bytes, sha256 {known.weights_sha256})" if known else ""
-        raise UserError(
-            f"{name} of {repo} could not be fetched ({reason}); without a network, bring {CONFIG} and {WEIGHTS}{size} "
-            f"from https://huggingface.co/{repo}/tree/{revision} into a folder and set latents.path to it"
-        ) from error

@@ -16,22 +16,23 @@ Apply = Callable[[dict, jax.Array], jax.Array]  # (params, x_b) -> y_b, each row
 def open_sd_vae(
     *,
     path: str | None,
-    repo: str,
+    repo: str | None,
     revision: str | None,
     dtype: str,
     scale: float,
     batch: int,
     per_device: Callable[[Apply], Apply] = lambda apply: apply,
 ) -> Codec:
-    """The codec of the folder `path`, or else of a Hugging Face repository at a revision.
+    """The codec of the files in a folder or a repository (`files.Source`).
 
-    `batch` images at most go through the network at once on each device, so that memory does not grow with the
-    batch; `per_device` lets each device of a mesh do its rows. Weights are read by `load` alone, in full float32
-    precision on every chip unless `dtype` is bfloat16.
+    At most `batch` images go through the network at once on each device, so that memory does not grow with the batch;
+    `per_device` lets each device of a mesh do its rows. float32 is full float32 on every chip. Weights are read by
+    `load` alone.
 
     `UserError` for a file that is not there or describes another network.
     """
-    architecture = files.read_architecture(path, repo, revision, scale)
+    source = files.Source(path, repo, revision)
+    architecture = files.read_architecture(source, scale)
     vae = AutoencoderKL(architecture, jnp.dtype(dtype))
 
     def applied(method: Callable) -> Apply:
@@ -49,14 +50,11 @@ def open_sd_vae(
 
     def shape(image: Shape) -> Shape:
         height, width, channels = image
-        factor, expected = architecture.factor, architecture.image_channels
-        check(
-            channels == expected, f"data.channels is {channels}, but this VAE encodes {expected}; set it to {expected}"
-        )
+        factor, wanted = architecture.factor, architecture.image_channels
+        check(channels == wanted, f"data.channels is {channels}, but this VAE encodes {wanted}; set it to {wanted}")
         check(
             height % factor == 0 and width % factor == 0,
-            f"data.image_size {height} is not divisible by {factor}, the pixels that a cell of this VAE's latents spans; "
-            f"make it a multiple of {factor}",
+            f"data.image_size is {height}, but one cell of this VAE is {factor} pixels; make it a multiple of {factor}",
         )
         return height // factor, width // factor, architecture.latent_channels
 
@@ -67,7 +65,7 @@ def open_sd_vae(
         decode=lambda params, x_bhwc: images_of(params, x_bhwc / scale),
         shape=shape,
         abstract_params=abstract,
-        load=lambda: files.read_params(path, repo, revision, abstract),
+        load=lambda: files.read_params(source, abstract),
         scale=scale,
     )
 
