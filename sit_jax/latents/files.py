@@ -18,7 +18,7 @@ from sit_jax.latents.autoencoder import Architecture
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _DEFAULT = "stabilityai/sd-vae-ft-ema"
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +69,18 @@ class Source:
         import huggingface_hub  # here: it takes a while to import, and pixels or a folder need none of it
 
         repo, known = self.repo or _DEFAULT, self.published
-        revision = self.revision or (known and known.revision)
-        if known and known.revision != revision:
-            known = None
-        check(
-            revision, f"latents.repo {repo!r} needs latents.revision, a commit of it: a branch may change under a run"
-        )
+        commit = self.revision or (known and known.revision)
+        check(commit, f"latents.repo {repo!r} needs latents.revision, a commit of it: a branch may change under a run")
         try:
-            return huggingface_hub.hf_hub_download(repo, name, revision=revision)
+            return huggingface_hub.hf_hub_download(repo, name, revision=commit)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            size = f" ({known.weights_bytes:,} bytes, sha256 {known.weights_sha256})" if known else ""
+            of = ""
+            if known and commit == known.revision:
+                of = f" ({known.weights_bytes:,} bytes, sha256 {known.weights_sha256})"
             raise UserError(
-                f"{name} of {repo} could not be fetched ({reason}); without a network bring {CONFIG} and {WEIGHTS}{size} "
-                f"from https://huggingface.co/{repo}/tree/{revision} into a folder and set latents.path to it"
+                f"{name} of {repo} could not be fetched ({reason}); without a network, bring {CONFIG} and {WEIGHTS}"
+                f"{of} from https://huggingface.co/{repo}/tree/{commit} into a folder and set latents.path to it"
             ) from error
 
 
@@ -157,14 +155,14 @@ def read_params(source: Source, abstract: Any) -> Any:
 def from_tensors(tensors: dict[str, np.ndarray], abstract: Any, file: str) -> Any:
     """As `read_params`, from tensors by their current names."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    wanted = {_torch_name(path): leaf.shape for path, leaf in paths}
+    wanted = {torch_name(path): leaf.shape for path, leaf in paths}
     missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     advice = f"expected the weights that belong to its {CONFIG}"
     check(not missing, f"{file} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}; {advice}")
     check(not unknown, f"{file} holds {len(unknown)} unknown tensors: {_some(unknown)}; {advice}")
     leaves = []
     for name, shape in wanted.items():
-        tensor, expected = tensors[name], _torch_shape(shape)
+        tensor, expected = tensors[name], torch_shape(shape)
         if len(shape) == 2 and tensor.shape[2:] == (1, 1):  # some files hold attention's linear layers as convolutions
             tensor = tensor[:, :, 0, 0]
         check(tensor.shape == expected, f"{file}: {name} is {list(tensor.shape)}; expected {list(expected)}")
@@ -178,12 +176,12 @@ def _our_layout(tensor: np.ndarray) -> np.ndarray:
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that becomes `shape` by `_our_layout`."""
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
 
 
-def _torch_name(path: tuple) -> str:
+def torch_name(path: tuple) -> str:
     """encoder/mid_block/resnets_0/norm1/scale -> encoder.mid_block.resnets.0.norm1.weight."""
     *modules, leaf = (key.key for key in path)
     names = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
@@ -193,7 +191,7 @@ def _torch_name(path: tuple) -> str:
 def _current_name(name: str) -> str:
     """encoder.mid_block.attentions.0.query.weight -> encoder.mid_block.attentions.0.to_q.weight."""
     head, layer, leaf = ["", *name.rsplit(".", 2)][-3:]
-    return f"{head}.{_OLD_NAMES[layer]}.{leaf}" if layer in _OLD_NAMES else name
+    return f"{head}.{OLD_NAMES[layer]}.{leaf}" if layer in OLD_NAMES else name
 
 
 def _some(names: list[str]) -> str:

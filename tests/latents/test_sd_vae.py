@@ -232,6 +232,13 @@ def test_a_truncated_file_is_named(folder, share):
     assert "cannot be read (" in refusal(folder) and "bring a whole copy of it" in refusal(folder)
 
 
+def test_numbers_that_are_not_read_are_named(folder):
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(2)
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    assert "holds BF16 numbers; expected F32 or F16" in refusal(folder)
+
+
 def test_tensors_that_do_not_fit_are_named(folder):
     def rename(tensors):
         tensors["decoder.conv_in.wait"] = tensors.pop("decoder.conv_in.weight")
