@@ -57,7 +57,14 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    codec: str = "pixels"  # what the network sees of an image
+    codec: str = "pixels"  # what the network sees of an image: pixels | sd-vae
+    # The rest is of sd-vae.
+    path: str | None = None  # folder with config.json and diffusion_pytorch_model.safetensors; None: from the repo
+    repo: str | None = None  # on Hugging Face; None: stabilityai/sd-vae-ft-ema; sd-vae-ft-mse has the same latents
+    revision: str | None = None  # commit of the repo; None: the one that is known here, of these two
+    dtype: str = "float32"  # float32 | bfloat16: its activations and matmuls
+    scale: float = 0.18215  # what the encoder gives is multiplied by it
+    batch: int = 8  # images that go through it at once on each device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +221,14 @@ def get(config: Any, key: str) -> Any:
 
 def validate(config: Config) -> None:
     """`UserError` for a name that is in no table or a value that cannot be."""
-    model, transport, data, train, sample = config.model, config.transport, config.data, config.train, config.sample
+    model, transport, data, latents = config.model, config.transport, config.data, config.latents
+    train, sample = config.train, config.sample
     for key in _POSITIVE:
         value = get(config, key)
         check(value is None or value > 0, f"{key} is {value}; expected more than 0")
     for key in _NOT_NEGATIVE:
         check(get(config, key) >= 0, f"{key} is {get(config, key)}; expected 0 or more")
-    size = sizes.size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
+    sizes.size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
     _one_of("model.remat", model.remat, sit.REMAT_POLICIES)
     paths.path_by_name(transport.path)
     prediction.check_prediction(transport.prediction)
@@ -229,8 +237,12 @@ def validate(config: Config) -> None:
     interval.check_eps("transport.sample_eps", transport.sample_eps)
     _one_of("transport.times", transport.times, times.DISTRIBUTIONS)
     _one_of("data.source", data.source, sources.SOURCES)
-    _one_of("latents.codec", config.latents.codec, CODECS)
-    sizes.tokens(CODECS[config.latents.codec].shape((data.image_size, data.image_size, data.channels))[0], size.patch)
+    _one_of("latents.codec", latents.codec, CODECS)
+    _one_of("latents.dtype", latents.dtype, ("float32", "bfloat16"))
+    check(
+        latents.path is None or latents.repo is None,
+        f"latents.path {latents.path!r} and latents.repo {latents.repo!r} are both given; set one of them to none",
+    )
     _one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
     _one_of("sample.weights", sample.weights, ("ema", "raw"))
     _check_sampler(sample)
@@ -283,7 +295,7 @@ def _check_sampler(sample: Sample) -> None:
 
 
 def _check_likelihood(config: Config) -> None:
-    likelihood, codec = config.likelihood, CODECS[config.latents.codec]
+    likelihood = config.likelihood
     _one_of("likelihood.weights", likelihood.weights, ("ema", "raw"))
     _one_of("likelihood.labels", likelihood.labels, ("data", "null"))
     check(
@@ -298,7 +310,7 @@ def _check_likelihood(config: Config) -> None:
     if likelihood.dequantisation is not None:
         _one_of("likelihood.dequantisation", likelihood.dequantisation, dequantise.KINDS)
         check(
-            codec.scale is None,
+            config.latents.codec == "pixels",
             f"likelihood.dequantisation is {likelihood.dequantisation!r}, but latents.codec {config.latents.codec!r} "
             "gives latents, which are continuous; set it to none",
         )
@@ -321,12 +333,12 @@ def _check_sweep(sweep: Sweep) -> None:
 
 
 _POSITIVE = """
-    data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
-    optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift sample.atol sample.rtol
-    sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns sample.scale likelihood.count
-    likelihood.batch likelihood.steps likelihood.atol likelihood.rtol likelihood.probes checkpoint.every
-    sweep.count sweep.reference_count sweep.components checkpoint.keep_last checkpoint.keep_every log.every
-    log.sheet_count
+    data.image_size data.channels data.classes latents.scale latents.batch train.steps train.batch train.accumulation
+    optimizer.learning_rate optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift
+    sample.atol sample.rtol sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns
+    sample.scale likelihood.count likelihood.batch likelihood.steps likelihood.atol likelihood.rtol likelihood.probes
+    sweep.count sweep.reference_count sweep.components checkpoint.every checkpoint.keep_last checkpoint.keep_every
+    log.every log.sheet_count
 """.split()
 _NOT_NEGATIVE = """
     seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed likelihood.seed

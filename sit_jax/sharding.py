@@ -133,3 +133,14 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     """This process's rows of a batch (numpy) -> the global batch on the mesh, without waiting for the copy."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def per_device(mesh: Mesh) -> Callable[[Callable], Callable]:
+    """Turns `apply(params, x_b) -> y_b`, each row by itself, into the same done by every device for its own rows."""
+    return lambda apply: jax.shard_map(apply, mesh=mesh, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH)
+
+
+def put_replicated(mesh: Mesh, tree: Any) -> Any:
+    """A tree of NumPy arrays, equal in every process, whole on every device."""
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)

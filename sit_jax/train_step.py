@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from sit_jax import ema, rng
-from sit_jax.latents import Codec
 from sit_jax.models.label_dropout import drop_labels
 from sit_jax.train_state import TrainState
 from sit_jax.transport.interval import Interval
@@ -18,6 +17,7 @@ from sit_jax.transport.paths import Path
 from sit_jax.transport.times import training_times
 
 Network = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]  # (params, x_bhwc, t_b, y_b) -> like x
+Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (keys_b, images_bhwc in [-1, 1]) -> x1_bhwc
 Examples = Mapping[str, jax.Array]  # x1, x0 [b, h, w, c], t, y [b]
 
 
@@ -37,13 +37,13 @@ class Objective:
 
 
 def draw_examples(
-    objective: Objective, codec: Codec, seed: int, step: jax.Array, images_bhwc: jax.Array, labels_b: jax.Array
+    objective: Objective, encode: Encode, seed: int, step: jax.Array, images_bhwc: jax.Array, labels_b: jax.Array
 ) -> Examples:
     """Everything random of a step, as a function of (seed, step) and the position in the global batch.
 
     It is drawn before the batch is split, so neither devices nor accumulation change it. Images are float32 in [-1, 1].
     """
-    x1 = codec.encode(rng.key(seed, "posterior", step), images_bhwc)
+    x1 = encode(jax.random.split(rng.key(seed, "posterior", step), len(images_bhwc)), images_bhwc)
     x0 = jax.random.normal(rng.key(seed, "noise", step), x1.shape)
     t = training_times(
         rng.key(seed, "time", step),

@@ -134,7 +134,8 @@ BAD = [
     (dict(transport__times="logitnormal"), "unknown transport.times 'logitnormal'; did you mean 'logit-normal'?"),
     (dict(data__source="digit"), "unknown data.source 'digit'; did you mean 'digits'?"),
     (dict(latents__codec="pixel"), "unknown latents.codec 'pixel'; did you mean 'pixels'?"),
-    (dict(model__patch="3"), "input size 8 is not divisible by the patch size 3; change data.image_size or"),
+    (dict(latents__path="vae", latents__repo="a/b"), "latents.path 'vae' and latents.repo 'a/b' are both given; set"),
+    (dict(latents__dtype="half"), "unknown latents.dtype 'half'; known: 'float32', 'bfloat16'"),
     (dict(optimizer__schedule="cosin"), "unknown optimizer.schedule 'cosin'; did you mean 'cosine'?"),
     (dict(sample__weights="emas"), "unknown sample.weights 'emas'; did you mean 'ema'? known: 'ema', 'raw'"),
     (dict(sample__solver="dopri"), "unknown sample.solver 'dopri'; did you mean 'dopri8' or 'dopri5'"),
@@ -171,7 +172,8 @@ BAD = [
     (dict(sample__labels="none"), "sample.labels is None; expected a list of whole numbers"),
 ]
 POSITIVE = """
-    data.image_size data.channels data.classes train.steps train.batch train.accumulation optimizer.learning_rate
+    data.image_size data.channels data.classes latents.scale latents.batch train.steps train.batch train.accumulation
+    optimizer.learning_rate
     optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.atol sample.rtol sample.count sample.batch
     sample.columns sample.scale sample.cfg_channels checkpoint.every checkpoint.keep_last checkpoint.keep_every
     log.every log.sheet_count""".split()
@@ -283,11 +285,12 @@ def test_what_a_run_and_its_samples_may_change():
         seed model.name model.depth model.width model.heads model.patch model.qk_norm model.learn_sigma transport.path
         transport.prediction transport.loss_weight transport.train_eps transport.times transport.times_mean
         transport.times_std data.source data.split data.image_size data.channels data.classes data.flip latents.codec
-        train.batch train.accumulation train.label_dropout train.ema_decay optimizer.schedule optimizer.warmup_steps
-        optimizer.b1 optimizer.b2 optimizer.eps optimizer.weight_decay optimizer.clip_norm precision.compute
-        precision.matmul""".split()
+        latents.repo latents.revision latents.dtype latents.scale train.batch train.accumulation train.label_dropout
+        train.ema_decay optimizer.schedule optimizer.warmup_steps optimizer.b1 optimizer.b2 optimizer.eps
+        optimizer.weight_decay optimizer.clip_norm precision.compute precision.matmul""".split()
     )
     network = {key for key in keys if key.startswith(config_lib.NETWORK)}
     assert network == {key for key in keys if key.startswith("model.")} | {
         "transport.path", "transport.prediction", "data.image_size", "data.channels", "data.classes", "latents.codec",
+        "latents.scale",
     }  # fmt: skip

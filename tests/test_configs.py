@@ -7,11 +7,17 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from PIL import Image
 
 from sit_jax import config as config_lib
 from sit_jax import main, train_state
+from sit_jax.errors import UserError
+from sit_jax.jobs import train
 from sit_jax.jobs.setup import set_up
+from sit_jax.models.sizes import SIZES
+from tests import goldens
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FILES = [path for path in sorted(CONFIGS.glob("*.py")) if path.name != "__init__.py"]
@@ -24,6 +30,12 @@ TINY = ONE_DEVICE | {
     "train.steps": "2", "train.batch": "8", "train.accumulation": "1",
     "log.every": "1", "log.sheet_every": "0", "log.tensorboard": "False", "log.wandb_project": "none",
     "checkpoint.every": "2",
+}  # fmt: skip
+
+# A config of latents keeps them, of a tiny autoencoder and a folder of images.
+TINY_LATENTS = TINY | {
+    "data.source": "folder", "data.split": "all", "data.image_size": "16", "data.channels": "3", "data.classes": "2",
+    "latents.codec": "sd-vae", "latents.path": str(goldens.FOLDER / "vae_legacy"), "latents.repo": "none",
 }  # fmt: skip
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -39,6 +51,15 @@ def test_it_is_values_in_a_function_under_a_docstring_with_its_command(path):
     assert f"--config configs/{path.name}" in ast.get_docstring(tree)
 
 
+def make_images(folder):
+    """Eight images of noise in two classes."""
+    for i in range(8):
+        file = folder / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
 @each_file
 def test_its_model_and_state_have_shapes(path):
     """At its full size, with no memory behind it."""
@@ -47,17 +68,42 @@ def test_its_model_and_state_have_shapes(path):
     state = train_state.abstract(setup.init_params, setup.optimizer, setup.mesh)
     assert jax.tree.leaves(state.params)[0].shape[0] == setup.size.depth  # blocks, stacked over the layers
     assert jax.tree.map(jnp.shape, state.ema) == jax.tree.map(jnp.shape, state.params)
-    x_bhwc = jax.ShapeDtypeStruct((config.train.batch, *setup.input_shape), jnp.float32)
-    t_b, y_b = (jax.ShapeDtypeStruct((config.train.batch,), dtype) for dtype in (jnp.float32, jnp.int32))
-    assert jax.eval_shape(setup.network, state.params, x_bhwc, t_b, y_b).shape == x_bhwc.shape
+    data, batch = config.data, config.train.batch
+    image = jax.ShapeDtypeStruct((batch, data.image_size, data.image_size, data.channels), jnp.uint8)
+    number = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    batch = {"image": image, "label": number, "skipped": number}
+    after, metrics = jax.eval_shape(train.make_train_step(setup), state, batch, setup.codec.abstract_params)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert metrics["loss"].shape == ()
 
 
 @each_file
 def test_two_steps_of_it_train(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    flags = [f"--config.{key}={text}" for key, text in TINY.items()]
+    tiny = TINY
+    if config_lib.load(str(path)).latents.codec != "pixels":
+        tiny = TINY_LATENTS | {"data.path": str(make_images(tmp_path / "images"))}
+    flags = [f"--config.{key}={text}" for key, text in tiny.items()]
     assert main.main(["--config", str(path), "--workdir", str(tmp_path / "run"), *flags]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["loss"] > 0 and row["grad_norm"] > 0 for row in rows)
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("image_size", [256, 512])
+def test_imagenet_comes_in_all_sizes(name, image_size):
+    config = config_lib.load(f"{CONFIGS / 'imagenet.py'}:{name},{image_size}", list(ONE_DEVICE.items()))
+    setup = set_up(config)
+    assert setup.size == SIZES[name] and setup.input_shape == (image_size // 8, image_size // 8, 4)
+    published = (config.train.batch, config.optimizer.learning_rate, config.train.ema_decay, config.train.label_dropout)
+    assert published == (256, 1e-4, 0.9999, 0.1)
+
+
+@pytest.mark.parametrize("argument", ["SiT-XL/2", "SiT-XL/2,128", "256"])
+def test_imagenet_says_what_it_is_given(argument):
+    with pytest.raises(UserError, match=r"expected a size and 256 or 512 pixels, such as SiT-XL/2,256"):
+        config_lib.load(f"{CONFIGS / 'imagenet.py'}:{argument}")
+    with pytest.raises(UserError, match="unknown model 'SiT-X/2'"):
+        config_lib.load(f"{CONFIGS / 'imagenet.py'}:SiT-X/2,256")

@@ -57,9 +57,9 @@ def events(monkeypatch):
     def recording_step(setup):
         function, count = make(setup), iter(range(1, STEPS + 1))
 
-        def step(state, batch):
+        def step(*args):
             found.append(("dispatch", next(count)))
-            return function(state, batch)
+            return function(*args)
 
         return step
 

@@ -12,11 +12,13 @@ import pytest
 from scipy.stats import norm
 
 from sit_jax import config as config_lib
-from sit_jax import latents, rng, sharding
+from sit_jax import rng, sharding
 from sit_jax.data import dequantise
 from sit_jax.data.transforms import BIN, normalise
 from sit_jax.jobs import likelihood, sampler, train
+from sit_jax.jobs import setup as setup_lib
 from sit_jax.jobs.setup import set_up
+from sit_jax.latents.codec import Codec
 from sit_jax.transport import paths
 from tests.commands import DIGITS, FOLDER, TINY, flags, refusal, snapshot, succeed, write_images
 
@@ -161,22 +163,29 @@ def test_the_time_of_a_noise_level(name):
 @pytest.fixture
 def half_latents(monkeypatch):
     """A codec whose latents are the pixels and their factor 0.5."""
-    codec = latents.Codec(lambda key, images: 0.5 * images, lambda x: 2 * x, lambda shape: shape, scale=0.5)
-    monkeypatch.setitem(latents.CODECS, "half", codec)
+    codec = Codec(
+        encode=lambda params, keys_b, images: 0.5 * images,
+        decode=lambda params, x: 2 * x,
+        shape=lambda shape: shape,
+        abstract_params={},
+        load=dict,
+        scale=0.5,
+    )
+    monkeypatch.setattr(setup_lib, "open_codec", lambda **_: codec)
 
 
 def test_latents_are_not_dequantised_and_their_factor_is_taken_out(half_latents):
-    found, images, _ = fresh(latents__codec="half")
+    found, images, _ = fresh(latents__codec="sd-vae")
     x = 0.5 * np.asarray(normalise(images), np.float64)
     np.testing.assert_allclose(found, norm.logpdf(x).sum((1, 2, 3)) + 64 * math.log(0.5), rtol=1e-5)
 
 
 def test_the_output_says_what_the_log_p_of_latents_is(half_latents, run_copy):
     config = run_copy / "config.json"
-    config.write_text(config.read_text().replace('"codec": "pixels"', '"codec": "half"'))
+    config.write_text(config.read_text().replace('"codec": "pixels"', '"codec": "sd-vae"'))
     out = evaluate(run_copy)
     assert "density of the latents, their factor 0.5 taken out; continuous, so not dequantised" in out
-    words = "likelihood.dequantisation is 'uniform', but latents.codec 'half' gives latents, which are continuous; set"
+    words = "likelihood.dequantisation is 'uniform', but latents.codec 'sd-vae' gives latents, which are continuous"
     flag = "--config.likelihood.dequantisation=uniform"
     assert words in refusal("--workdir", run_copy, "--mode", "likelihood", flag)
 

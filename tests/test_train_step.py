@@ -1,5 +1,7 @@
 """Five training steps against the PyTorch reference, and what must change nothing: accumulation, position, restart."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from convert.names import TABLE
 from sit_jax import ema, optimizer, rng, train_state, train_step
 from sit_jax.errors import UserError
-from sit_jax.latents import CODECS
+from sit_jax.latents.codec import PIXELS
 from sit_jax.transport.paths import path_by_name
 from tests import goldens
 from tests.goldens import nhwc
@@ -159,10 +161,10 @@ def test_clipping_bounds_the_update_and_reports_the_gradient_before_it():
 
 def test_draws_depend_on_seed_and_step_alone():
     images, labels = jnp.zeros((64, 8, 8, 1)), jnp.arange(64) % 10
-    goal = objective(label_dropout=0.5)
+    goal, encode = objective(label_dropout=0.5), functools.partial(PIXELS.encode, {})
 
     def draw(seed, step):
-        return jax.jit(lambda s: train_step.draw_examples(goal, CODECS["pixels"], seed, s, images, labels))(step)
+        return jax.jit(lambda s: train_step.draw_examples(goal, encode, seed, s, images, labels))(step)
 
     one, again, other_step, other_seed = draw(0, 3), draw(0, 3), draw(0, 4), draw(1, 3)
     for name in ("x0", "t", "y"):

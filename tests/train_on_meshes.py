@@ -26,7 +26,7 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
     step, losses = train.make_train_step(setup), []
     with train.open_batches(setup, train.open_source(setup), 0) as batches:
         for _ in range(config.train.steps):
-            state, metrics = step(state, next(batches))
+            state, metrics = step(state, next(batches), setup.codec_params)
             losses.append(float(metrics["loss"]))
     kernel = state.opt_state[0].mu["blocks"]["mlp"]["fc1"]["kernel"]
     rows = [

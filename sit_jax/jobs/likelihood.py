@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sit_jax import rng, sharding, storage
 from sit_jax.data import dequantise, pipeline
 from sit_jax.data.sources import Source
+from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
 from sit_jax.jobs.setup import Setup, check_batch, compile_for_batches, set_up
 from sit_jax.jobs.train import open_source
@@ -31,7 +32,7 @@ from sit_jax.transport.prediction import velocity_field
 class Continuous:
     """How images become what has a density, and how its log p becomes theirs."""
 
-    encode: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (keys_b, images) -> (x_bhwc, correction_b)
+    encode: Callable[..., tuple[jax.Array, jax.Array]]  # (codec_params, keys_b, uint8 images) -> (x_bhwc, correction_b)
     interval: Interval  # of the flow from N(0, I) to x
     meaning: str  # of log p of x plus the correction
 
@@ -40,11 +41,11 @@ def continuous(setup: Setup) -> Continuous:
     """Dequantised pixels, or latents without their scale: of z = x / scale, log p(z) = log p(x) + d log scale."""
     transport, codec = setup.config.transport, setup.codec
     t0, t1 = ode_interval(setup.path, transport.prediction, transport.sample_eps)
-    if codec.scale is not None:
+    if setup.config.latents.codec != "pixels":
         correction = math.prod(setup.input_shape) * math.log(codec.scale)
 
-        def encode(keys_b, images_bhwc):
-            x_bhwc = setup.encode_each(keys_b, images_bhwc)
+        def encode(codec_params, keys_b, images_bhwc):
+            x_bhwc = codec.encode(codec_params, keys_b, normalise(images_bhwc))
             return x_bhwc, jnp.full(len(x_bhwc), correction)
 
         meaning = f"density of the latents, their factor {codec.scale:g} taken out; continuous, so not dequantised"
@@ -54,9 +55,9 @@ def continuous(setup: Setup) -> Continuous:
         t1 = min(time_of_noise(setup.path, dequantise.GAUSSIAN_NOISE), trained[1])
         alpha, sigma = (float(f(jnp.float32(t1))) for f in (setup.path.alpha, setup.path.sigma))
         meaning = f"lower bound of the 8-bit image's probability, dequantised by the Gaussian noise of t={t1:.6f}"
-        return Continuous(lambda keys, images: dequantise.gaussian(keys, images, alpha, sigma), (t0, t1), meaning)
+        return Continuous(lambda _, keys, images: dequantise.gaussian(keys, images, alpha, sigma), (t0, t1), meaning)
     meaning = "lower bound of the 8-bit image's probability, dequantised uniformly"
-    return Continuous(dequantise.uniform, (t0, t1), meaning)
+    return Continuous(lambda _, keys, images: dequantise.uniform(keys, images), (t0, t1), meaning)
 
 
 def make_log_prob(setup: Setup) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -66,12 +67,12 @@ def make_log_prob(setup: Setup) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """
     options, how = setup.config.likelihood, continuous(setup)
 
-    def run(params, indices_b, images_bhwc, labels_b):
+    def run(params, codec_params, indices_b, images_bhwc, labels_b):
         def keys_b(stream):
             return jax.vmap(lambda i: rng.key(options.seed, stream, i))(indices_b)
 
         y_b = labels_b if options.labels == "data" else jnp.full_like(labels_b, setup.null_label)
-        x_bhwc, correction_b = how.encode(keys_b("dequantisation"), images_bhwc)
+        x_bhwc, correction_b = how.encode(codec_params, keys_b("dequantisation"), images_bhwc)
         probes_nbhwc = None
         if options.trace == "hutchinson":
             probes_nbhwc = density.draw_probes(options.probe, keys_b("probe"), options.probes, setup.input_shape)

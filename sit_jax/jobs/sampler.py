@@ -11,6 +11,7 @@ from etils import epath
 
 from sit_jax import config as config_lib
 from sit_jax import rng, sharding
+from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
 from sit_jax.image_io import sheet, to_uint8
 from sit_jax.jobs.setup import Setup, compile_for_batches, set_up
@@ -42,7 +43,7 @@ def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
     """
     options = setup.config.sample
 
-    def run(params, indices_b, labels_b):
+    def run(params, codec_params, indices_b, labels_b):
         guided = _guided(setup, weak, params, labels_b)
         x_bhwc = rng.normal_by_index(options.seed, "sample", indices_b, setup.input_shape)
         x_bhwc = jax.lax.with_sharding_constraint(x_bhwc, sharding.batch_sharding(setup.mesh))
@@ -51,7 +52,7 @@ def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
         else:
             x, evaluations = _solve_ode(setup, guided, x_bhwc, _interval(setup), options.frames)
         x_bfhwc = x if options.frames else x[:, None]
-        images = setup.codec.decode(x_bfhwc.reshape(-1, *setup.input_shape))
+        images = setup.codec.decode(codec_params, x_bfhwc.reshape(-1, *setup.input_shape))
         return images.reshape(*x_bfhwc.shape[:2], *images.shape[1:]), evaluations
 
     return _compile(setup, weak, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)))
@@ -64,15 +65,15 @@ def make_inverter(setup: Setup, weak: Weak | None = None) -> Callable:
     in what the network sees.
     """
 
-    def run(params, indices_b, images_bhwc, labels_b):
+    def run(params, codec_params, indices_b, images_bhwc, labels_b):
         guided = _guided(setup, weak, params, labels_b)
         keys_b = jax.vmap(lambda i: rng.key(setup.config.sample.seed, "posterior", i))(indices_b)
-        x_bhwc = setup.encode_each(keys_b, images_bhwc)
+        x_bhwc = setup.codec.encode(codec_params, keys_b, normalise(images_bhwc))
         start, end = _interval(setup)
         noise_bhwc, there = _solve_ode(setup, guided, x_bhwc, (end, start))
         again_bhwc, back = _solve_ode(setup, guided, noise_bhwc, (start, end))
         error_b = jnp.sqrt(jnp.mean((again_bhwc - x_bhwc) ** 2, axis=(1, 2, 3)))
-        return noise_bhwc, setup.codec.decode(again_bhwc), error_b, there + back
+        return noise_bhwc, setup.codec.decode(codec_params, again_bhwc), error_b, there + back
 
     batch, one = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
     return _compile(setup, weak, run, (batch, batch, batch, one))
@@ -209,4 +210,6 @@ def sampler_settings(config: Config, step: int, weak: Weak | None) -> dict[str, 
         settings["guide_step"] = weak.step
     for key in ("count", "batch", "columns", "scale"):  # these change no image
         del settings[key]
+    if config.latents.codec != "pixels":
+        settings["latents"] = dataclasses.asdict(dataclasses.replace(config.latents, batch=None))
     return settings

@@ -11,11 +11,11 @@ import optax
 from jax.sharding import Mesh
 
 from sit_jax import optimizer, rng, sharding
-from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
-from sit_jax.latents import CODECS, Codec
+from sit_jax.latents import open_codec
+from sit_jax.latents.codec import Codec
 from sit_jax.models.sit import SiT
-from sit_jax.models.sizes import Size, forward_flops, size_by_name
+from sit_jax.models.sizes import Size, forward_flops, size_by_name, tokens
 from sit_jax.settings import Config
 from sit_jax.train_step import Objective
 from sit_jax.transport.interval import train_interval
@@ -34,9 +34,14 @@ class Setup:
         model = self.config.model
         return size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
 
-    @property
+    @functools.cached_property
     def codec(self) -> Codec:
-        return CODECS[self.config.latents.codec]
+        return open_codec(**dataclasses.asdict(self.config.latents), per_device=sharding.per_device(self.mesh))
+
+    @functools.cached_property
+    def codec_params(self) -> Any:
+        """The codec's weights, read at the first call; whole on every device."""
+        return sharding.put_replicated(self.mesh, self.codec.load())
 
     @property
     def path(self) -> Path:
@@ -79,10 +84,6 @@ class Setup:
     def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
         return self.model.apply({"params": params}, x_bhwc, t_b, y_b)
 
-    def encode_each(self, keys_b: jax.Array, images_bhwc: jax.Array) -> jax.Array:
-        """uint8 images -> what the network sees of them, what is random of each from its own key."""
-        return jax.vmap(lambda key, x_hwc: self.codec.encode(key, x_hwc[None])[0])(keys_b, normalise(images_bhwc))
-
     @property
     def objective(self) -> Objective:
         transport = self.config.transport
@@ -118,11 +119,13 @@ class Setup:
 
 
 def set_up(config: Config) -> Setup:
-    """`UserError` if the config does not fit this machine's devices."""
+    """`UserError` if the config does not fit this machine's devices, or its images not the codec and the model."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_batch(mesh, "train.batch / train.accumulation", config.train.batch // config.train.accumulation)
     check_batch(mesh, "sample.batch", config.sample.batch)
-    return Setup(config, mesh)
+    setup = Setup(config, mesh)
+    tokens(setup.input_shape[0], setup.size.patch)
+    return setup
 
 
 def check_batch(mesh: Mesh, key: str, size: int) -> None:
@@ -135,14 +138,15 @@ def check_batch(mesh: Mesh, key: str, size: int) -> None:
 
 
 def compile_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
-    """`function(params, *batch)` jitted, its numpy batch spread over the devices, matmuls "highest" unless configured.
+    """`function(params, codec_params, *batch)` jitted, as a function of (params, *batch).
 
-    A float32 matmul is a few bfloat16 passes on a TPU otherwise: enough for training, not for what is measured.
+    The codec's weights are added, the numpy batch is spread over the devices, matmuls are "highest" unless configured:
+    a float32 matmul is a few bfloat16 passes on a TPU otherwise: enough for training, not for what is measured.
     """
     compiled = jax.jit(function, out_shardings=out_shardings)
 
     def call(params, *batch):
         with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
-            return compiled(params, *sharding.put_batch(setup.mesh, batch))
+            return compiled(params, setup.codec_params, *sharding.put_batch(setup.mesh, batch))
 
     return call

@@ -1,6 +1,7 @@
 """`--mode train`: trains, or continues, the run in a workdir."""
 
 import contextlib
+import functools
 import itertools
 import json
 import signal
@@ -29,18 +30,20 @@ from sit_jax.settings import Config
 from sit_jax.train_state import TrainState
 
 
-def make_train_step(setup: Setup) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The jitted step: (state, batch of uint8 images and labels) -> (state, metrics). It donates the state."""
+def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict]]:
+    """The jitted step: (state, batch of uint8 images and labels, codec's params) -> (state, metrics).
+
+    It donates the state.
+    """
     objective, schedule, train = setup.objective, setup.schedule, setup.config.train
 
     def loss(params, examples):
         return train_step.batch_loss(setup.network, objective, params, examples)
 
-    def step(state, batch):
+    def step(state, batch, codec_params):
         images = transforms.normalise(batch["image"])
-        examples = train_step.draw_examples(
-            objective, setup.codec, setup.config.seed, state.step, images, batch["label"]
-        )
+        encode = functools.partial(setup.codec.encode, codec_params)
+        examples = train_step.draw_examples(objective, encode, setup.config.seed, state.step, images, batch["label"])
         learning_rate = schedule(state.step)
         state, metrics = train_step.update(
             state,
@@ -165,7 +168,7 @@ def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = N
     SIGTERM and Ctrl-C save and return after the step under way. `profile` (a, b) writes a trace of steps a to b.
     """
     setup, steps = set_up(config), config.train.steps
-    source = open_source(setup)
+    source, _ = open_source(setup), setup.codec_params
     storage.make_workdir(workdir)  # not sooner: a mistake in what is above leaves no folder behind
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
@@ -223,6 +226,7 @@ class Loop:
     ) -> int:
         """Trains from `start` until train.steps or `stop`; returns the step it reached, whose state is being saved."""
         config, step_function = self._setup.config, make_train_step(self._setup)
+        codec_params = self._setup.codec_params
         self._saved = start
         for step in range(start + 1, config.train.steps + 1):
             try:
@@ -234,7 +238,7 @@ class Loop:
                 return step - 1
             if profile and step == profile[0]:
                 start_profile(self._workdir / "profile")
-            state, metrics = step_function(state, batch)
+            state, metrics = step_function(state, batch, codec_params)
             self._watcher.add(step, metrics)
             last = step == config.train.steps or stop.is_set()
             if profile and profile[0] <= step and (last or step == profile[1]):

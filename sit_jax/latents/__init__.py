@@ -1,24 +1,13 @@
-"""The seam between images and what the network sees: a codec encodes the one to the other and back."""
+"""What the network sees of an image: its pixels, or the latents of Stable Diffusion's autoencoder."""
 
-import dataclasses
-from collections.abc import Callable
+from typing import Any
 
-import jax
+from sit_jax.latents.codec import PIXELS, Codec
+from sit_jax.latents.sd_vae import open_sd_vae
 
-Shape = tuple[int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Codec:
-    """`encode(key, images_bhwc in [-1, 1]) -> x_bhwc`, `decode(x_bhwc) -> images_bhwc`, `shape(image hwc) -> x hwc`.
-
-    x is the pixels themselves, or latents times `scale`.
-    """
-
-    encode: Callable[[jax.Array, jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
-    shape: Callable[[Shape], Shape]
-    scale: float | None = None
+CODECS = ("pixels", "sd-vae")
 
 
-CODECS = {"pixels": Codec(encode=lambda key, images: images, decode=lambda x: x, shape=lambda shape: shape)}
+def open_codec(codec: str, **options: Any) -> Codec:
+    """A codec by its name in CODECS. `options` are `open_sd_vae`'s; pixels have none."""
+    return PIXELS if codec == "pixels" else open_sd_vae(**options)

@@ -28,7 +28,7 @@ state = train.abstract_state(made)
 batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 4), "uint8"), "label": jax.ShapeDtypeStruct((8,), "int32"),
          "skipped": jax.ShapeDtypeStruct((8,), "int32")}
 began = time.perf_counter()
-train.make_train_step(made).lower(state, batch).compile()
+train.make_train_step(made).lower(state, batch, {}).compile()
 print(time.perf_counter() - began)
 """
 

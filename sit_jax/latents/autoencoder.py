@@ -1,0 +1,181 @@
+"""The autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752, appendix G), as diffusers' AutoencoderKL.
+
+Modules bear the names that diffusers gives them, `_0` for `.0`, so that a file's tensors find their places by name.
+Shape suffixes: b batch, h height, w width, c channels, t = h*w.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The defaults are those of the published stabilityai/sd-vae-ft-ema and -mse: 83,653,863 parameters."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # from the image inwards
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    latent_channels: int = 4
+    image_channels: int = 3
+
+    @property
+    def factor(self) -> int:
+        """Image pixels along one side of a latent cell."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _norm(groups: int, dtype: Any, name: str) -> nn.Module:
+    """GroupNorm with its statistics in float32 whatever the compute dtype."""
+    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def _conv(channels: int, size: int, dtype: Any, name: str) -> nn.Module:
+    return nn.Conv(channels, (size, size), dtype=dtype, name=name)
+
+
+class Resnet(nn.Module):
+    channels: int
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        hidden = nn.silu(_norm(self.groups, self.dtype, "norm1")(x_bhwc))
+        hidden = _conv(self.channels, 3, self.dtype, "conv1")(hidden)
+        hidden = nn.silu(_norm(self.groups, self.dtype, "norm2")(hidden))
+        hidden = _conv(self.channels, 3, self.dtype, "conv2")(hidden)
+        if x_bhwc.shape[-1] != self.channels:
+            x_bhwc = _conv(self.channels, 1, self.dtype, "conv_shortcut")(x_bhwc)
+        return x_bhwc + hidden
+
+
+class Attention(nn.Module):
+    """One head over all cells of the image, the softmax in float32."""
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        b, h, w, c = x_bhwc.shape
+        x_btc = _norm(self.groups, self.dtype, "group_norm")(x_bhwc).reshape(b, h * w, c)
+        q_btc, k_btc, v_btc = (nn.Dense(c, dtype=self.dtype, name=f"to_{name}")(x_btc) for name in "qkv")
+        logits_btu = jnp.einsum("btc,buc->btu", q_btc * c**-0.5, k_btc, preferred_element_type=jnp.float32)
+        out_btc = jnp.einsum("btu,buc->btc", jax.nn.softmax(logits_btu).astype(self.dtype), v_btc)
+        return x_bhwc + nn.Dense(c, dtype=self.dtype, name="to_out_0")(out_btc).reshape(b, h, w, c)
+
+
+class MidBlock(nn.Module):
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        channels = x_bhwc.shape[-1]
+        x_bhwc = Resnet(channels, self.groups, self.dtype, name="resnets_0")(x_bhwc)
+        x_bhwc = Attention(self.groups, self.dtype, name="attentions_0")(x_bhwc)
+        return Resnet(channels, self.groups, self.dtype, name="resnets_1")(x_bhwc)
+
+
+class Downsample(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        # Zeros at the bottom and the right alone.
+        return nn.Conv(x_bhwc.shape[-1], (3, 3), 2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv")(x_bhwc)
+
+
+class Upsample(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        nearest = x_bhwc.repeat(2, axis=1).repeat(2, axis=2)
+        return _conv(x_bhwc.shape[-1], 3, self.dtype, "conv")(nearest)
+
+
+class Stage(nn.Module):
+    """Resnets at one resolution, then the way to the next one."""
+
+    channels: int
+    layers: int
+    groups: int
+    dtype: Any
+    resample: type[Downsample] | type[Upsample] | None
+
+    @nn.compact
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        for layer in range(self.layers):
+            x_bhwc = Resnet(self.channels, self.groups, self.dtype, name=f"resnets_{layer}")(x_bhwc)
+        if self.resample is None:
+            return x_bhwc
+        name = {Downsample: "downsamplers_0", Upsample: "upsamplers_0"}[self.resample]
+        return self.resample(self.dtype, name=name)(x_bhwc)
+
+
+class Encoder(nn.Module):
+    architecture: Architecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        a = self.architecture
+        x_bhwc = _conv(a.block_out_channels[0], 3, self.dtype, "conv_in")(x_bhwc)
+        for i, channels in enumerate(a.block_out_channels):
+            resample = Downsample if i + 1 < len(a.block_out_channels) else None
+            stage = Stage(
+                channels, a.layers_per_block, a.norm_num_groups, self.dtype, resample, name=f"down_blocks_{i}"
+            )
+            x_bhwc = stage(x_bhwc)
+        x_bhwc = MidBlock(a.norm_num_groups, self.dtype, name="mid_block")(x_bhwc)
+        x_bhwc = nn.silu(_norm(a.norm_num_groups, self.dtype, "conv_norm_out")(x_bhwc))
+        return _conv(2 * a.latent_channels, 3, self.dtype, "conv_out")(x_bhwc)
+
+
+class Decoder(nn.Module):
+    architecture: Architecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
+        a = self.architecture
+        x_bhwc = _conv(a.block_out_channels[-1], 3, self.dtype, "conv_in")(x_bhwc)
+        x_bhwc = MidBlock(a.norm_num_groups, self.dtype, name="mid_block")(x_bhwc)
+        for i, channels in enumerate(reversed(a.block_out_channels)):
+            resample = Upsample if i + 1 < len(a.block_out_channels) else None
+            layers = a.layers_per_block + 1
+            stage = Stage(channels, layers, a.norm_num_groups, self.dtype, resample, name=f"up_blocks_{i}")
+            x_bhwc = stage(x_bhwc)
+        x_bhwc = nn.silu(_norm(a.norm_num_groups, self.dtype, "conv_norm_out")(x_bhwc))
+        return _conv(a.image_channels, 3, self.dtype, "conv_out")(x_bhwc)
+
+
+class AutoencoderKL(nn.Module):
+    """Activations and matmuls in `dtype`; parameters, norms, softmax and what comes out in float32."""
+
+    architecture: Architecture
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.architecture, self.dtype)
+        self.decoder = Decoder(self.architecture, self.dtype)
+        self.quant_conv = nn.Conv(2 * self.architecture.latent_channels, (1, 1), dtype=self.dtype)
+        self.post_quant_conv = nn.Conv(self.architecture.latent_channels, (1, 1), dtype=self.dtype)
+
+    def encode(self, images_bhwc: jax.Array) -> jax.Array:
+        """Images in [-1, 1] -> mean and log variance of the posterior, one after the other along the channels."""
+        mean, logvar = jnp.split(self.quant_conv(self.encoder(images_bhwc)).astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([mean, jnp.clip(logvar, -30.0, 20.0)], axis=-1)
+
+    def decode(self, z_bhwc: jax.Array) -> jax.Array:
+        """Latents, unscaled -> images, about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z_bhwc)).astype(jnp.float32)
+
+    def __call__(self, images_bhwc: jax.Array) -> jax.Array:
+        """Both halves in turn, which makes all parameters."""
+        return self.decode(self.encode(images_bhwc)[..., : self.architecture.latent_channels])
