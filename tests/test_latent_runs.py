@@ -16,8 +16,8 @@ from PIL import Image
 
 from sit_jax import config as config_lib
 from sit_jax import main
-from sit_jax.jobs import sample
 from sit_jax.jobs.setup import set_up
+from sit_jax.jobs.workdir import restore_weights
 from tests import goldens
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def run(images, tmp_path_factory):
 
 def weights(workdir):
     config = config_lib.load(str(workdir / "config.json"))
-    return sample.restore_weights(set_up(config), epath.Path(workdir))[1]
+    return restore_weights(set_up(config), epath.Path(workdir), "ema")[1]
 
 
 def test_it_trains_on_latents_and_shows_images(run):
