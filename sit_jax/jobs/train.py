@@ -102,7 +102,14 @@ def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Trai
         return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh), {}
     target = abstract_state(setup)
     step = jax.device_put(np.asarray(start, np.int32), target.step.sharding)
-    return start, TrainState(step=step, **checkpoints.restore(start, target.items())), checkpoints.note(start)
+    if "opt_state" in checkpoints.stored(start):
+        items = checkpoints.restore(start, target.items())
+    else:  # weights alone, from convert.from_torch
+        items = sample.weights_of(checkpoints, start, {"params": target.params, "ema": target.ema})
+        items["ema"] = jax.tree.map(jnp.copy, items["ema"])  # both are donated to the first step
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target.opt_state)
+        items["opt_state"] = jax.jit(setup.optimizer.init, out_shardings=shardings)(items["params"])
+    return start, TrainState(step=step, **items), checkpoints.note(start)
 
 
 def open_checkpoints(config: Config, workdir: epath.Path) -> Checkpoints:
@@ -120,7 +127,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
         step = sample.newest_whole(checkpoints)
         check(step is not None, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
         target = abstract_state(setup)  # without the moments: another optimizer has others
-        weights = checkpoints.restore(step, {"params": target.params, "ema": target.ema})
+        weights = sample.weights_of(checkpoints, step, {"params": target.params, "ema": target.ema})
     fresh = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
     storage.make_workdir(workdir)
     with open_checkpoints(config, workdir) as checkpoints:
