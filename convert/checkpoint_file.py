@@ -45,7 +45,8 @@ class CheckpointFile:
     @property
     def record(self) -> dict[str, Any] | None:
         """What convert.to_torch recorded: {"step": int, "config": dict}."""
-        return self.args.get(RECORD)
+        record = self.args.get(RECORD)
+        return record if isinstance(record, Mapping) and {"step", "config"} <= record.keys() else None
 
 
 @dataclasses.dataclass(frozen=True)

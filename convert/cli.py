@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
+from safetensors import SafetensorError
 
 from sit_jax import storage
 from sit_jax.errors import UserError, check
@@ -56,8 +57,8 @@ def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
         )
         with storage.beside(path) as new:
             yield new
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{out!r} could not be written ({error.strerror or error}); make room or give another place; "
-            "nothing of it is left behind"
+            f"{out!r} could not be written ({reason}); make room or give another place; nothing of it is left behind"
         ) from error

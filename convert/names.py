@@ -1,4 +1,4 @@
-"""The two-way table between the PyTorch SiT's state dict and our parameter tree: names and the layout of each tensor."""
+"""The two-way table between the PyTorch SiT's state dict and our parameter tree: name and layout of each tensor."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple

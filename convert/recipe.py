@@ -82,8 +82,10 @@ def from_args(args: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]
     return settings
 
 
-def to_args(config: Config, name: str, image_size: int) -> dict[str, Any]:
-    """The reference's arguments of a run with this config."""
+def to_args(config: Config, size: Size, image_size: int) -> dict[str, Any]:
+    """The reference's arguments of a run with this config; no model where the reference has no name for the size."""
     args = {theirs: get(config, ours) for theirs, ours in ARGUMENTS.items()}
     args["loss_weight"] = None if args["loss_weight"] == "none" else args["loss_weight"]
-    return args | {"model": name, "image_size": image_size, "num_classes": config.data.classes}
+    names = [name for name, known in SIZES.items() if known == size]
+    args |= {"image_size": image_size, "num_classes": config.data.classes}
+    return args | ({"model": names[0]} if names else {})

@@ -68,8 +68,7 @@ def convert(workdir: str, out: str, *, weights: str | None = None, overwrite: bo
                 tensors = {name: np.ascontiguousarray(tensor) for name, tensor in export.weights(alone)}
                 save_file(tensors, new, {"format": "pt", RECORD: json.dumps(export.record)})
             else:
-                with open(new, "wb") as file:
-                    writer = TorchWriter(file)
+                with open(new, "wb") as file, TorchWriter(file) as writer:
                     bare = {name: writer.tensor(tensor) for name, tensor in export.weights(alone)} if alone else None
                     writer.finish(bare or export.training(writer))
     what = f"the {alone} weights" if alone else "parameters, EMA, AdamW's moments and settings"
@@ -124,7 +123,7 @@ class _Export:
         group |= {"weight_decay": o.weight_decay, **_GROUP, "params": list(range(len(model)))}
         image_size = self.setup.input_shape[0] * recipe.pixels_per_cell(self.setup.input_shape[2])
         # A dict, not the reference's Namespace, which torch.load refuses by default.
-        args = recipe.to_args(config, config.model.name, image_size) | {RECORD: self.record}
+        args = recipe.to_args(config, size, image_size) | {RECORD: self.record}
         return {"model": model, "ema": ema, "opt": {"state": entries, "param_groups": [group]}, "args": args}
 
 

@@ -37,7 +37,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that stays in its file until `read`, or np.asarray, asks for it: a model need not fit in memory twice."""
+    """A tensor that stays in its file until `read`, or np.asarray, asks for it: no model need be in memory twice."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -25,13 +25,19 @@ class Written:
 
 
 class TorchWriter:
-    """`content = {name: writer.tensor(array) ...}`, then `writer.finish(content)`.
+    """`with TorchWriter(file) as writer: writer.finish({name: writer.tensor(array), ...})`.
 
     content: dicts and lists of plain Python values and of what `tensor` returned.
     """
 
     def __init__(self, file: BinaryIO):
         self._file, self._archive, self._count = file, zipfile.ZipFile(file, "w"), 0
+
+    def __enter__(self) -> "TorchWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._archive.close()
 
     def tensor(self, array: np.ndarray) -> Written:
         """Writes the numbers; holds none of them afterwards."""
@@ -44,7 +50,6 @@ class TorchWriter:
         self._entry("data.pkl", pickle.PROTO + b"\x02" + _pickled(content) + pickle.STOP)
         self._entry("byteorder", b"little")
         self._entry("version", b"3\n")
-        self._archive.close()
 
     def _entry(self, name: str, data: bytes | memoryview) -> None:
         entry = zipfile.ZipInfo(f"{_ROOT}/{name}")

@@ -86,9 +86,7 @@ def compare(arrays, prefix, ours):
         ours_there = in_torch[torch_name]
         if "qkv.bias" in torch_name:
             want, ours_there = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (want, ours_there))
-        np.testing.assert_allclose(
-            ours_there, want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}"
-        )
+        np.testing.assert_allclose(ours_there, want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}")
 
 
 def test_position_embedding_never_moves():
