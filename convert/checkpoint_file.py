@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 
 from convert.names import LABEL_TABLE, POSITION, entries
-from convert.torch_file import Tensor, read_torch_file
+from convert.torch_file import Tensor, in_memory, read_torch_file
 from sit_jax.errors import UserError, check
 from sit_jax.models.sizes import SIZES, Size
 
@@ -162,8 +162,8 @@ def _checked(what: str, name: str, tensor: Tensor) -> Tensor:
     return Tensor(tensor.shape, tensor.dtype, read)
 
 
-def moments(path: str, opt: Any, depth: int) -> Moments:
-    """AdamW's state, whose parameters are numbered in the order of the model's; pos_embed, never trained, has none.
+def moments(path: str, opt: Any, model: StateDict, depth: int) -> Moments:
+    """AdamW's state, whose parameters are numbered in the model's order; pos_embed, never trained, has none: zeros.
 
     `UserError` if it is not whole.
     """
@@ -173,8 +173,10 @@ def moments(path: str, opt: Any, depth: int) -> Moments:
         numbered = dict(zip(names, settings["params"], strict=True))
         trained = {name: state[number] for name, number in numbered.items() if name != POSITION}
         (count,) = {int(np.asarray(entry["step"])) for entry in trained.values()}
+        still = {POSITION: in_memory(np.zeros(model[POSITION].shape, np.float32))}
         averages = [
-            {name: _checked(f"opt of {path}", f"{key} of {name}", entry[key]) for name, entry in trained.items()}
+            still
+            | {name: _checked(f"opt of {path}", f"{key} of {name}", entry[key]) for name, entry in trained.items()}
             for key in ("exp_avg", "exp_avg_sq")
         ]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

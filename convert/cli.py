@@ -13,6 +13,9 @@ from sit_jax import storage
 from sit_jax.errors import UserError, check
 
 
+_MARGIN = 10**7  # bytes beside the numbers
+
+
 def parser(module: str, description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(f"python -m convert.{module}", description=description, allow_abbrev=False)
     made.add_argument("--overwrite", action="store_true", help="replace the output, which stays until the new is whole")
@@ -51,9 +54,10 @@ def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
+        needed = size + size // 20 + _MARGIN
         check(
-            size <= free,
-            f"{out!r} needs about {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free there; make room",
+            needed <= free,
+            f"{out!r} needs about {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; make room",
         )
         with storage.beside(path) as new:
             yield new

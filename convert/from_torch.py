@@ -6,6 +6,7 @@ python -m convert.from_torch SiT-XL-2-256x256.pt runs/xl
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,11 @@ from etils import epath
 from convert import checkpoint_file, cli, recipe
 from convert.checkpoint_file import Architecture, CheckpointFile, Moments
 from convert.names import LABEL_TABLE, POSITION, check_tensors, params_from_torch, torch_shapes
-from convert.torch_file import Tensor
+from convert.torch_file import in_memory
 from sit_jax import config as config_lib
 from sit_jax import sharding, storage, train_state
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.errors import check
+from sit_jax.errors import UserError, check
 from sit_jax.jobs import train
 from sit_jax.jobs.setup import Setup
 from sit_jax.models.embeddings import position_embedding
@@ -72,7 +73,7 @@ def convert(
     wanted = _changed(found, image_size, num_classes)
     moments = None
     if file.opt and wanted == found:
-        moments = checkpoint_file.moments(checkpoint, file.opt, size.depth)
+        moments = checkpoint_file.moments(checkpoint, file.opt, file.ema, size.depth)
     values = config_lib.default()
     if file.record:
         values.update(file.record["config"])
@@ -89,8 +90,7 @@ def convert(
         _describe(file, found, wanted, setup)
         step = file.record["step"] if moments and file.record else moments.count if moments else 0
         note = {"converted_from": os.path.basename(checkpoint), "config": config_lib.flatten(config)}
-        with Checkpoints(new / "checkpoints", train_state.CHECKPOINT_ITEMS) as checkpoints:
-            checkpoints.save(step, _items(file, moments, setup), note)
+        _save(new / "checkpoints", step, _items(file, moments, setup), note)
     what = "parameters, EMA and AdamW's moments" if moments else "parameters and EMA" if file.model else "weights alone"
     print(f"{what} at step {step} -> {workdir}")
     print(f"sample:   python -m sit_jax.main --mode sample --workdir {workdir}")
@@ -129,7 +129,7 @@ def _adapt(file: CheckpointFile, found: Architecture, wanted: Architecture, setu
         new[POSITION] = position_embedding(found.width, wanted.side // found.patch)[None]
     if wanted.classes != found.classes:
         new[LABEL_TABLE] = np.asarray(jax.jit(lambda: setup.init_params()["y_embedder"]["embedding"])())
-    new = {name: Tensor(array.shape, array.dtype, lambda array=array: array) for name, array in new.items()}
+    new = {name: in_memory(array) for name, array in new.items()}
     return dataclasses.replace(file, ema=file.ema | new, model=file.model and file.model | new)
 
 
@@ -138,12 +138,9 @@ def _check_shapes(checkpoint: str, file: CheckpointFile, moments: Moments | None
     expected = torch_shapes(jax.eval_shape(setup.init_params), setup.size)
     states = {"ema": file.ema, "model": file.model} if file.model else {"the state dict": file.ema}
     if moments:
-        position = {POSITION: expected[POSITION]}
         states |= {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
     for what, state in states.items():
-        shapes = {name: tensor.shape for name, tensor in state.items()}
-        shapes = position | shapes if what.startswith("exp_") else shapes
-        check_tensors(f"{what} of {checkpoint}", shapes, expected)
+        check_tensors(f"{what} of {checkpoint}", {name: tensor.shape for name, tensor in state.items()}, expected)
 
 
 def _items(file: CheckpointFile, moments: Moments | None, setup: Setup) -> dict[str, Any]:
@@ -156,14 +153,23 @@ def _items(file: CheckpointFile, moments: Moments | None, setup: Setup) -> dict[
     if file.model:
         items["params"] = tree(file.model)
     if moments:
-        still = {POSITION: np.zeros(file.ema[POSITION].shape, np.float32)}
         items["opt_state"] = optax.tree.set(
             train.abstract_state(setup).opt_state,
             count=jax.device_put(np.int32(moments.count)),
-            mu=tree(still | moments.exp_avg),
-            nu=tree(still | moments.exp_avg_sq),
+            mu=tree(moments.exp_avg),
+            nu=tree(moments.exp_avg_sq),
         )
     return items
+
+
+def _save(folder: epath.Path, step: int, items: dict[str, Any], note: dict[str, Any]) -> None:
+    with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
+        checkpoints.save(step, items, note)
+        try:
+            checkpoints.wait()
+        except UserError:
+            time.sleep(1)  # one of Orbax's writers has failed; the others make folders until they notice
+            raise
 
 
 def _describe(file: CheckpointFile, found: Architecture, wanted: Architecture, setup: Setup) -> None:

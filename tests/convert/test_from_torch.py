@@ -392,7 +392,7 @@ def test_no_space_is_seen_before_and_survived_in_the_middle(tmp_path, monkeypatc
     path = checkpoints.save(tmp_path / "x.pt", checkpoints.state_dict(0))
     with monkeypatch.context() as patch:
         patch.setattr(cli.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
-        with pytest.raises(UserError, match="run' needs about 0.00 GiB, and 0.00 GiB are free there; make room"):
+        with pytest.raises(UserError, match="run' needs about 10.1 MB, and 0.0 MB are free there; make room"):
             from_torch.convert(path, str(tmp_path / "run"), num_heads=2)
 
     def full(folder):
