@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from sit_jax import storage
 from sit_jax.errors import UserError, check
 
-
 _MARGIN = 10**7  # bytes beside the numbers
 
 

@@ -26,7 +26,7 @@ from sit_jax.errors import UserError, check
 from sit_jax.jobs import train
 from sit_jax.jobs.setup import Setup
 from sit_jax.models.embeddings import position_embedding
-from sit_jax.models.sizes import size_by_name, tokens
+from sit_jax.models.sizes import Size, size_by_name, tokens
 from sit_jax.settings import Config
 
 
@@ -71,9 +71,8 @@ def convert(
     name, size = found.size(heads)
     size_by_name(name, **vars(size))  # heads that do not divide the width
     wanted = _changed(found, image_size, num_classes)
-    moments = None
-    if file.opt and wanted == found:
-        moments = checkpoint_file.moments(checkpoint, file.opt, file.ema, size.depth)
+    continues = file.opt and wanted == found
+    moments = checkpoint_file.moments(checkpoint, file.opt, file.ema, size.depth) if continues else None
     values = config_lib.default()
     if file.record:
         values.update(file.record["config"])
@@ -88,6 +87,7 @@ def convert(
         file = _adapt(file, found, wanted, setup)
         _check_shapes(checkpoint, file, moments, setup)
         _describe(file, found, wanted, setup)
+        print(f"writing {needed / 1e6:,.0f} MB ...", flush=True)
         step = file.record["step"] if moments and file.record else moments.count if moments else 0
         note = {"converted_from": os.path.basename(checkpoint), "config": config_lib.flatten(config)}
         _save(new / "checkpoints", step, _items(file, moments, setup), note)
@@ -97,7 +97,7 @@ def convert(
     print(f"train on: python -m sit_jax.main --workdir {workdir} --config.data.path=PATH")
 
 
-def _size(model: dict[str, Any]):
+def _size(model: dict[str, Any]) -> Size:
     return size_by_name(model["name"], **{part: model[part] for part in ("depth", "width", "heads", "patch")})
 
 
