@@ -23,7 +23,6 @@ from sit_jax import config as config_lib
 from sit_jax import sharding, storage, train_state
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError, check
-from sit_jax.jobs import train
 from sit_jax.jobs.setup import Setup
 from sit_jax.models.embeddings import position_embedding
 from sit_jax.models.sizes import Size, size_by_name, tokens
@@ -154,7 +153,7 @@ def _items(file: CheckpointFile, moments: Moments | None, setup: Setup) -> dict[
         items["params"] = tree(file.model)
     if moments:
         items["opt_state"] = optax.tree.set(
-            train.abstract_state(setup).opt_state,
+            train_state.abstract(setup.init_params, setup.optimizer, setup.mesh).opt_state,
             count=jax.device_put(np.int32(moments.count)),
             mu=tree(moments.exp_avg),
             nu=tree(moments.exp_avg_sq),

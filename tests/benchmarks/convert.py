@@ -42,15 +42,15 @@ def make_file(path: str) -> None:
         )
 
 
-def convert(path: str, workdir: str) -> tuple[float, float]:
-    """(seconds, peak GiB) of a child process, its start included."""
+def convert(path: str, workdir: str) -> tuple[float, float, float]:
+    """(seconds, of them processor seconds, peak GiB) of a child process, its start included."""
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "convert.from_torch", path, workdir], cwd=ROOT)
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - began
     if status:
         sys.exit("error: the conversion failed; its message is above")
-    return seconds, usage.ru_maxrss / 2**20
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def forward_difference(path: str, workdir: str) -> float:
@@ -88,9 +88,13 @@ def main() -> int:
         path, workdir = f"{folder}/SiT-XL-2-256x256.pt", f"{folder}/run"
         make_file(path)
         print(f"{os.path.getsize(path) / 2**30:.2f} GiB of weights", flush=True)
-        seconds, peak = convert(path, workdir)
+        seconds, processor, peak = convert(path, workdir)
         met = seconds <= SECONDS and peak <= GIB
-        print(f"converted in {seconds:.1f} s (bar {SECONDS}), peak memory {peak:.2f} GiB (bar {GIB})", flush=True)
+        print(
+            f"converted in {seconds:.1f} s (bar {SECONDS}; {processor:.1f} s of one core), "
+            f"peak memory {peak:.2f} GiB (bar {GIB})",
+            flush=True,
+        )
         try:
             difference = forward_difference(path, workdir)
         except ModuleNotFoundError as error:
