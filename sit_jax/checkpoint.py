@@ -118,6 +118,10 @@ class Checkpoints:
                 "make room or mend the folder: the checkpoints before it are untouched"
             ) from error
 
+    def stored(self, step: int) -> set[str]:
+        """Which of the named items a step holds."""
+        return set(self._manager.item_metadata(step).keys()) & set(self._items)
+
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
         """The named items of a step, laid out as the abstract trees say. `UserError` if they are another model's."""
         stored = self._manager.item_metadata(step)

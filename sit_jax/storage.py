@@ -4,6 +4,7 @@ A local file is written beside its target and renamed, so a reader sees the old 
 either. An object store writes an object whole anyway, and has no rename worth its price.
 """
 
+import contextlib
 import json
 import os
 import uuid
@@ -19,22 +20,44 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+@contextlib.contextmanager
+def beside(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a path next to the local `path`, for a file or a folder that takes its name when the block has ended.
+
+    What was there before is kept until then. After an error the new one is removed.
+    """
+    path = epath.Path(path)
+    new, old = (path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{word}" for word in ("tmp", "old"))
+    try:
+        yield new
+        if path.is_dir():
+            path.rename(old)
+        os.replace(new, path)
+    except BaseException:
+        _remove(new)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    _remove(old)
+
+
+def _remove(path: epath.Path) -> None:
+    if path.is_dir():
+        path.rmtree()
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes `data` whole or not at all."""
     path = epath.Path(path)
     if is_remote(path):
         path.write_bytes(data)
         return
-    beside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with beside(path) as new, open(new, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -15,7 +15,7 @@ from sit_jax.transport.paths import Path, path_by_name
 from sit_jax.transport.prediction import Predict
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
-HEADS, CLASSES = 4, 10
+SIZE, CLASSES = Size(depth=3, width=48, heads=4, patch=2), 10
 
 
 @functools.cache
@@ -33,12 +33,12 @@ def cases(name: str, kind: str) -> list[dict]:
 @functools.cache
 def params(file: str, entry: str | None) -> dict:
     content = read_torch_file(str(FOLDER / file))
-    return params_from_torch(content[entry] if entry else content, HEADS)
+    return params_from_torch(content[entry] if entry else content, SIZE)
 
 
 @functools.cache
 def model(learn_sigma: bool) -> SiT:
-    return SiT(Size(depth=3, width=48, heads=HEADS, patch=2), 8, 4, CLASSES, learn_sigma=learn_sigma)
+    return SiT(SIZE, 8, 4, CLASSES, learn_sigma=learn_sigma)
 
 
 def bare():

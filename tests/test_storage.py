@@ -62,3 +62,30 @@ def test_a_workdir_that_cannot_be_written_is_the_users_mistake(tmp_path):
 def test_remote_paths_are_known_by_their_scheme():
     assert storage.is_remote("gs://bucket/run")
     assert not storage.is_remote("/home/me/run") and not storage.is_remote("runs/gs")
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def write(text):
+        with storage.beside(run) as new:
+            new.mkdir()
+            (new / "config.json").write_text(text)
+            assert text != "bad"
+
+    def contents():
+        return {path.name: (path / "config.json").read_text() for path in tmp_path.iterdir()}
+
+    def no_permission(*_):
+        raise PermissionError(13, "Permission denied")
+
+    write("old")
+    with pytest.raises(AssertionError):
+        write("bad")
+    assert contents() == {"run": "old"}
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(os, "replace", no_permission)
+        write("new")
+    assert contents() == {"run": "old"}
+    write("new")
+    assert contents() == {"run": "new"}

@@ -29,7 +29,7 @@ def sides():
     x1, x0 = torch.randn(2, BATCH, CHANNELS, INPUT, INPUT)
     examples = {"x1": x1, "x0": x0, "t": torch.rand(BATCH), "y": torch.tensor([1, CLASSES, 4])}
     ours = {k: jnp.asarray(nhwc(v.numpy()) if v.ndim == 4 else v.numpy()) for k, v in examples.items()}
-    model, params = SiT(SIZE, INPUT, CHANNELS, CLASSES), params_from_torch(state, SIZE.heads)
+    model, params = SiT(SIZE, INPUT, CHANNELS, CLASSES), params_from_torch(state, SIZE)
     return torch_sit.Trainer(theirs), model, params, examples, ours
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from convert.names import TABLE
+from convert.names import params_to_torch
 from sit_jax import ema, optimizer, rng, train_state, train_step
 from sit_jax.errors import UserError
 from sit_jax.latents.codec import PIXELS
@@ -83,41 +83,12 @@ def compare(arrays, prefix, ours):
     stored = {key.removeprefix(prefix + "/"): arrays[key] for key in arrays if key.startswith(prefix + "/")}
     if not stored:  # this part was not kept for this case
         return
+    in_torch = dict(params_to_torch(ours, goldens.SIZE))
     for torch_name, want in stored.items():
-        ours_there = as_torch(ours, torch_name)
+        ours_there = in_torch[torch_name]
         if "qkv.bias" in torch_name:
             want, ours_there = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (want, ours_there))
-        np.testing.assert_allclose(
-            ours_there.reshape(want.shape), want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}"
-        )
-
-
-def as_torch(tree, torch_name):
-    """Our value of a torch tensor, in torch's layout, found by sending its elements' indices through the table."""
-    match = torch_name.split(".")
-    layer = int(match[1]) if match[0] == "blocks" else None
-    path, layout = TABLE[torch_name if layer is None else ".".join(["blocks", "N", *match[2:]])]
-    node = tree
-    for part in path.split("/"):
-        node = node[part]
-    value = np.asarray(node if layer is None else node[layer])
-    return invert(layout, value)
-
-
-def invert(layout, value):
-    shapes = {
-        "_same": value.shape,
-        "_position": (1, *value.shape),
-        "_linear": value.shape[::-1],
-        "_qkv": (int(np.prod(value.shape[1:])), value.shape[0]),
-        "_qkv_bias": (value.size,),
-        "_patches": (value.shape[-1], 4, 2, 2),
-    }
-    shape = shapes[layout.__name__]
-    order = layout(np.arange(value.size).reshape(shape), goldens.HEADS).ravel()
-    out = np.empty(value.size, value.dtype)
-    out[order] = value.ravel()
-    return out.reshape(shape)
+        np.testing.assert_allclose(ours_there, want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}")
 
 
 def test_position_embedding_never_moves():

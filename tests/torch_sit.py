@@ -98,15 +98,27 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """(x [b, channels, size, size], t [b], y [b]) -> velocity like x. Weights are random everywhere, the gates too."""
 
-    def __init__(self, *, depth: int, width: int, heads: int, patch: int, input_size: int, channels: int, classes: int):
+    def __init__(
+        self,
+        *,
+        depth: int,
+        width: int,
+        heads: int,
+        patch: int,
+        input_size: int,
+        channels: int,
+        classes: int,
+        learn_sigma: bool = False,
+    ):
         super().__init__()
         self.patch, self.grid = patch, input_size // patch
+        self.out_channels = channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbedder(channels, width, patch)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(classes, width)
         self.pos_embed = nn.Parameter(torch.randn(1, self.grid**2, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch**2 * channels)
+        self.final_layer = FinalLayer(width, patch**2 * self.out_channels)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         b, c = x.shape[:2]
@@ -114,8 +126,9 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             x = block(x, condition)
-        out = self.final_layer(x, condition).reshape(b, self.grid, self.grid, self.patch, self.patch, c)
-        return out.permute(0, 5, 1, 3, 2, 4).reshape(b, c, self.grid * self.patch, self.grid * self.patch)
+        out = self.final_layer(x, condition).reshape(b, self.grid, self.grid, self.patch, self.patch, self.out_channels)
+        side = self.grid * self.patch
+        return out.permute(0, 5, 1, 3, 2, 4).reshape(b, self.out_channels, side, side)[:, :c]
 
 
 class Trainer:

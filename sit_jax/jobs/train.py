@@ -24,7 +24,7 @@ from sit_jax.image_io import encode_png
 from sit_jax.jobs import sampler
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.watcher import Watcher
-from sit_jax.jobs.workdir import newest_whole
+from sit_jax.jobs.workdir import newest_whole, weights_of
 from sit_jax.metric_log import MetricLog, Progress
 from sit_jax.settings import Config
 from sit_jax.train_state import TrainState
@@ -106,7 +106,14 @@ def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Trai
         return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh), {}
     target = abstract_state(setup)
     step = jax.device_put(np.asarray(start, np.int32), target.step.sharding)
-    return start, TrainState(step=step, **checkpoints.restore(start, target.items())), checkpoints.note(start)
+    if "opt_state" in checkpoints.stored(start):
+        items = checkpoints.restore(start, target.items())
+    else:  # weights alone, from convert.from_torch
+        items = weights_of(checkpoints, start, {"params": target.params, "ema": target.ema})
+        items["ema"] = jax.tree.map(jnp.copy, items["ema"])  # both are donated to the first step
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target.opt_state)
+        items["opt_state"] = jax.jit(setup.optimizer.init, out_shardings=shardings)(items["params"])
+    return start, TrainState(step=step, **items), checkpoints.note(start)
 
 
 def open_checkpoints(config: Config, workdir: epath.Path) -> Checkpoints:
@@ -124,7 +131,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
         step = newest_whole(checkpoints)
         check(step is not None, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
         target = abstract_state(setup)  # without the moments: another optimizer has others
-        weights = checkpoints.restore(step, {"params": target.params, "ema": target.ema})
+        weights = weights_of(checkpoints, step, {"params": target.params, "ema": target.ema})
     fresh = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
     storage.make_workdir(workdir)
     with open_checkpoints(config, workdir) as checkpoints:

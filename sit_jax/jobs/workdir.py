@@ -34,7 +34,16 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[in
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
         step = newest_whole(checkpoints)
         check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")
-        return step, checkpoints.restore(step, {which: target})[which]
+        return step, weights_of(checkpoints, step, {which: target})[which]
+
+
+def weights_of(checkpoints: Checkpoints, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """The items `params` and `ema`, or one of them. Converted weights are an EMA alone, which stands for both."""
+    stored = {name: target for name, target in targets.items() if name in checkpoints.stored(step)}
+    if "params" in targets and "params" not in stored:
+        stored["ema"] = targets["params"]
+    restored = checkpoints.restore(step, stored)
+    return {name: restored[name] if name in restored else restored["ema"] for name in targets}
 
 
 def results_folder(parent: epath.Path, name: str, settings: Mapping[str, Any]) -> epath.Path:

@@ -1,0 +1,136 @@
+"""torch.save files without torch: what is read, what is written, and that nothing in a file is ever run."""
+
+import argparse
+import os
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert.torch_file import read_torch_file
+from sit_jax.errors import UserError
+from tests import checkpoints, goldens
+
+CONTENT = {
+    "float32": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "scalar": np.array(3.5, np.float32),
+    "empty": np.zeros((0, 3), np.int64),
+    "half": np.array([1.5, -2.0], np.float16),
+    "brain": np.array([1.5, -2.0], ml_dtypes.bfloat16),
+}
+
+
+def test_what_is_written_is_read(tmp_path):
+    plain = {"args": {"lr": 1e-4, "betas": (0.9, 0.999), "name": "ü", "on": True, "none": None, "big": 2**40}}
+    path = checkpoints.save(tmp_path / "x.pt", {"tensors": CONTENT, "list": [1, 2, {}], **plain})
+    read = read_torch_file(path)
+    assert read["list"] == [1, 2, {}] and read["args"] == plain["args"]
+    for name, want in CONTENT.items():
+        assert (read["tensors"][name].shape, read["tensors"][name].dtype) == (want.shape, want.dtype)
+        np.testing.assert_array_equal(read["tensors"][name], want)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("mmap", [False, True])
+def test_torch_loads_what_is_written(tmp_path, mmap):
+    torch = pytest.importorskip("torch")
+    path = checkpoints.save(tmp_path / "x.pt", {"tensors": CONTENT, "list": [1, (0.9, 0.999), None, True]})
+    read = torch.load(path, weights_only=True, mmap=mmap)
+    assert read["list"] == [1, (0.9, 0.999), None, True]
+    for name, want in CONTENT.items():
+        assert read["tensors"][name].shape == want.shape
+        np.testing.assert_array_equal(read["tensors"][name].float().numpy(), want.astype(np.float32))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
+def test_what_torch_writes_is_read(tmp_path, zipped):
+    """Both formats: before PyTorch 1.6 there was no zip, and published Inception weights are of that time."""
+    torch = pytest.importorskip("torch")
+    base = torch.arange(12.0).reshape(3, 4)
+    module = torch.nn.Linear(2, 2)
+    content = {"transposed": base.T, "slice": base[1:, 2:], "half": base.half(), "module": module.state_dict()}
+    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    read = read_torch_file(str(tmp_path / "x.pt"))
+    for name in ("transposed", "slice", "half"):
+        np.testing.assert_array_equal(read[name], content[name].numpy())
+    np.testing.assert_array_equal(read["module"]["weight"], module.weight.detach().numpy())
+    data = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[:-20])
+    with pytest.raises(UserError, match="cut.pt is no readable PyTorch checkpoint .*expected a whole file"):
+        read_torch_file(str(tmp_path / "cut.pt"))
+
+
+def test_arguments_may_be_a_namespace():
+    assert isinstance(read_torch_file(str(goldens.FOLDER / "sit_train_ckpt.pt"))["args"], argparse.Namespace)
+
+
+class Hostile:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
+@pytest.mark.parametrize("place", [lambda evil: evil, lambda evil: {"ema": {}, "args": {"x": [evil]}}])
+def test_a_hostile_file_runs_nothing(tmp_path, zipped, place):
+    trace = tmp_path / "trace"
+    for evil, named in (
+        (Hostile(os.mkdir, str(trace)), "mkdir"),
+        (Hostile(eval, f"__import__('os').mkdir({str(trace)!r})"), "builtins.eval"),
+        (Hostile(getattr, argparse.Namespace, "__init__"), "builtins.getattr"),
+    ):
+        data = pickle.dumps(place(evil))
+        if zipped:
+            with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+                archive.writestr("archive/data.pkl", data)
+        else:
+            (tmp_path / "x.pt").write_bytes(data)
+        with pytest.raises(UserError, match=f"it refers to .*{named.rpartition('.')[2]}, which no checkpoint needs"):
+            read_torch_file(str(tmp_path / "x.pt"))
+        assert not trace.exists()
+
+
+def test_a_hostile_length_reads_nothing_outside(tmp_path):
+    path = checkpoints.save(tmp_path / "x.pt", {"w": np.arange(4, dtype=np.float32)})
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    shape = pickle.dumps((4,), 2)[2:-1]
+    for far in ((5,), (-1,), (2**62,)):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in entries.items():
+                archive.writestr(name, data.replace(shape, pickle.dumps(far, 2)[2:-1]))
+        with pytest.raises(UserError, match="reaches past its storage of 4 elements"):
+            read_torch_file(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 200, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    data = (goldens.FOLDER / "sit_bare.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(UserError, match="cut.pt is no readable PyTorch checkpoint") as caught:
+        read_torch_file(str(tmp_path / "cut.pt"))
+    assert "\n" not in str(caught.value)
+
+
+def test_flipped_bytes_are_noticed_when_they_are_read(tmp_path):
+    path = checkpoints.save(tmp_path / "x.pt", {"w": np.full(1000, 3.25, np.float32)})
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    data[data.index(np.float32(3.25).tobytes()) + 1000] ^= 0xFF
+    (tmp_path / "x.pt").write_bytes(data)
+    tensor = read_torch_file(path)["w"]
+    with pytest.raises(UserError, match="x.pt is no readable PyTorch checkpoint .*CRC"):
+        tensor.read()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, world\n" * 100, b"PK\x03\x04" + bytes(100)])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="x.pt is no readable PyTorch checkpoint"):
+        read_torch_file(str(tmp_path / "x.pt"))
+    with pytest.raises(UserError, match="No such file"):
+        read_torch_file(str(tmp_path / "missing.pt"))
