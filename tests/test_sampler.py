@@ -1,0 +1,183 @@
+"""The samplers of a run through main: the same on many devices, their ways, guidance by another run, there and back."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands import TINY, flags, pictures, refusal, snapshot, succeed
+
+pytestmark = pytest.mark.usefixtures("quiet_machine")
+
+
+def sample_on(devices):
+    env = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "tests/sample_on_devices.py"], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_samples_of_eight_devices_are_those_of_one():
+    one, eight = sample_on(1)["data"], sample_on(8)
+    assert set(eight) == {"data", "fsdp"}
+    for found in eight.values():
+        for solver in ("heun", "shark"):  # at an equal number of samples on each device, to the bit
+            assert found[solver] == one[solver]
+        ours, theirs = (
+            np.stack([np.frombuffer(bytes.fromhex(image), np.float32) for image in images])
+            for images in (found["dopri5"], one["dopri5"])
+        )
+        # Each sample's own steps are chosen by sums over its pixels, which may round otherwise in the two programs.
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def only_folder(parent):
+    (folder,) = parent.iterdir()
+    return folder
+
+
+def sample(workdir, **settings):
+    settings = {"sample__count": 3, "sample__batch": 3} | settings
+    shutil.rmtree(workdir / "samples", ignore_errors=True)
+    succeed("--workdir", workdir, "--mode", "sample", *flags(**settings))
+    return only_folder(workdir / "samples")
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler-maruyama"])
+def test_frames_are_strips_that_end_in_the_sample(run_copy, solver):
+    folder = sample(run_copy, sample__frames=4, sample__solver=solver, sample__steps=6)
+    samples, strips = pictures(folder), pictures(folder / "frames")
+    assert samples.keys() == strips.keys() and len(samples) == 3
+    for name, strip in strips.items():  # 3 times 8 pixels each, 2 between
+        cells = [strip[2:26:3, 2 + 26 * frame : 26 + 26 * frame : 3] for frame in range(4)]
+        np.testing.assert_array_equal(cells[-1], samples[name])
+        assert cells[0].std() > 40  # noise
+
+
+def test_a_grid_of_ones_own_makes_other_samples_and_an_equal_one_the_same(run_copy):
+    plain = pictures(sample(run_copy, sample__steps=2))
+    same = pictures(sample(run_copy, sample__steps="none", sample__times="0,0.5,1"))
+    other = pictures(sample(run_copy, sample__steps="none", sample__times="0,0.9,1"))
+    for name, image in plain.items():
+        assert np.abs(image.astype(int) - same[name]).max() <= 1
+    assert any((image != other[name]).any() for name, image in plain.items())
+
+
+@pytest.fixture(scope="module")
+def weak(trained, tmp_path_factory):
+    """A run of the same data and a smaller network."""
+    workdir = tmp_path_factory.mktemp("weak") / "run"
+    succeed(*TINY, *flags(model__width=8, train__steps=2, log__sheet_every=0), "--workdir", workdir)
+    return workdir
+
+
+def test_autoguidance_leads_away_from_another_run(run_copy, weak):
+    settings = {"sample__cfg_scale": 3, "sample__cfg_channels": "none", "sample__steps": 1, "sample__solver": "euler"}
+    conditional = sample(run_copy, **settings | {"sample__cfg_scale": 1})
+    ours = pictures(conditional)
+    plain = pictures(sample(run_copy, **settings))
+    folder = sample(run_copy, **settings, sample__guide=weak)
+    assert json.loads((folder / "settings.json").read_text())["guide_step"] == 2
+    guided = pictures(folder)
+    assert any((guided[name] != plain[name]).any() for name in ours)
+    # One Euler step is linear in the velocity: x + 3 (ours) - 2 (the weak run's) of what each makes by itself.
+    theirs = pictures(sample(weak, **settings | {"sample__cfg_scale": 1}))
+    for name, image in guided.items():
+        want = np.clip(3.0 * ours[name] - 2.0 * theirs[name], 0, 255)
+        inside = (ours[name] > 0) & (ours[name] < 255) & (theirs[name] > 0) & (theirs[name] < 255)
+        assert inside.mean() > 0.3 and np.abs(want - image)[inside].max() <= 5  # rounding of 3 and 2 parts
+
+
+def test_images_are_taken_to_noise_and_back(run_copy):
+    settings = flags(sample__solver="dopri5", sample__steps="none", sample__rtol=1e-4, sample__count=5, sample__batch=4)
+    out = succeed("--workdir", run_copy, "--mode", "invert", *settings)
+    folder = only_folder(run_copy / "inversions")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["images"] == 5 and summary["round_trip_rms"]["largest"] < 1e-3
+    assert "round trip: RMS error" in out and (folder / "sheet.png").exists()
+    entry = np.load(folder / "000004.npz")
+    assert entry["noise"].shape == (8, 8, 1) and np.isfinite(entry["noise"]).all()
+    for pair in pictures(folder).values():
+        before, after = pair[2:10, 2:10].astype(int), pair[2:10, 12:20]
+        assert before.std() > 40 and np.abs(before - after).max() <= 1
+    there = snapshot(folder)
+    (folder / "000002.png").unlink()
+    assert "inverting 1 of 5 images" in succeed("--workdir", run_copy, "--mode", "invert", *settings)
+    again = snapshot(folder)
+    assert again["000002.png"] == there["000002.png"]
+
+
+def test_a_sweep_is_a_table_and_a_plot_and_goes_on(run_copy):
+    settings = {
+        "sweep__solvers": "heun,dopri5,sra1", "sweep__steps": "2,3", "sweep__rtols": 0.5, "sweep__forms": "sigma,SBDM",
+        "sweep__cfg_scales": "1,2", "sweep__count": 8, "sweep__components": 4,
+    }  # fmt: skip
+    arguments = ["--workdir", run_copy, "--mode", "sweep"]
+    assert "4 of 4 samplers" in succeed(*arguments, *flags(**settings | {"sweep__solvers": "heun"}))
+    folder = only_folder(run_copy / "sweeps")
+    first = (folder / "results.jsonl").read_bytes()
+    out = succeed(*arguments, *flags(**settings))
+    assert "14 of 18 samplers" in out and (folder / "results.jsonl").read_bytes().startswith(first)
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    by_name = {(r["solver"], r["steps"], r["diffusion_form"], r["cfg_scale"]): r for r in rows}
+    assert by_name["heun", 3, None, 2.0]["evaluations"] == 6 and by_name["heun", 3, None, 2.0]["networks"] == 12
+    assert by_name["sra1", 2, "SBDM", 1.0]["evaluations"] == 5 and by_name["dopri5", None, None, 1.0]["rtol"] == 0.5
+    assert all(0 <= row["agreement"] <= 1 and row["frechet"] > 0 and row["seconds"] > 0 for row in rows)
+    lines = (folder / "table.csv").read_text().splitlines()
+    assert len(lines) == 19 and lines[0].startswith("solver,steps,rtol,diffusion_form,cfg_scale,evaluations")
+    markdown = (folder / "table.md").read_text()
+    assert len(markdown.splitlines()) == 20 and markdown in out
+    assert Image.open(folder / "plot.png").size[0] > 1000
+    # A table that is asked for again costs nothing, and holds what is asked for alone.
+    assert "0 of 4 samplers" in succeed(*arguments, *flags(**settings | {"sweep__solvers": "heun"}))
+    assert len((folder / "table.csv").read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "words"),
+    [
+        ("sample", {"sample__times": "0,0.5,1"}, "sample.times and sample.steps are both given; set sample.steps=none"),
+        (
+            "sample",
+            {"sample__steps": "none", "sample__times": "0,2"},
+            "sample.times is (0.0, 2.0); expected fractions of the way from noise to data that rise from 0 to 1",
+        ),
+        ("sample", {"sample__frames": 1}, "sample.frames is 1; expected 2 or more, or none"),
+        ("sample", {"sample__cfg_interval": "0.5,0.5"}, "sample.cfg_interval is (0.5, 0.5); expected two times with 0"),
+        ("sample", {"sample__last_step_size": 1}, "sample.last_step_size is 1.0; expected a number inside (0, 1)"),
+        ("sample", {"sample__steps": 0}, "sample.steps is 0; expected more than 0"),
+        ("sample", {"sample__solver": "shark", "sample__steps": "none"}, "'shark' needs sample.steps, such as 250"),
+        ("sample", {"sample__guide": "runs/none", "sample__cfg_scale": 2}, "'runs/none' holds no run; give a trained"),
+        ("sample", {"sample__guide": "runs/none", "sample__cfg_scale": 1}, "cfg_scale is 1, which guides by nothing"),
+        ("invert", {"sample__solver": "sra1"}, "'sra1' solves an SDE, which cannot be run backwards; give one of an"),
+        ("sweep", {"sweep__solvers": "heun,rk4"}, "unknown sweep.solvers 'rk4'"),
+        ("sweep", {"sweep__forms": "sigmas"}, "unknown sweep.forms 'sigmas'; did you mean 'sigma'"),
+        ("sweep", {"sweep__steps": "5,0"}, "sweep.steps holds 0; expected more than 0"),
+        ("sweep", {"sweep__cfg_scales": "0.5"}, "cfg scale is 0.5; expected 1 (no guidance) or more"),
+        ("sweep", {"sweep__count": 1}, "sweep.count is 1; a Frechet distance needs 2 or more"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_no_file(trained, mode, settings, words):
+    before = snapshot(trained[0])
+    assert words in refusal("--workdir", trained[0], "--mode", mode, *flags(**settings))
+    assert snapshot(trained[0]) == before
+
+
+def test_a_run_of_other_data_cannot_guide(run_copy, weak, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(weak, other)
+    config = json.loads((other / "config.json").read_text())
+    config["transport"]["path"] = "GVP"
+    (other / "config.json").write_text(json.dumps(config))
+    flag = flags(sample__guide=other, sample__cfg_scale=2)
+    words = "cannot guide this run: transport.path is 'GVP' there and 'Linear' here"
+    assert words in refusal("--workdir", run_copy, "--mode", "sample", *flag)
