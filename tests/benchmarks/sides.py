@@ -1,0 +1,92 @@
+"""Two programs that do the same work, each in its own process, timed in turn so that neither disturbs the other's.
+
+A side is a function of the options that returns its calls by name, each of which returns when its work is done. A ratio
+is the first side's time over the second's in one pair of turns.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+Calls = Mapping[str, Callable[[], object]]
+Sides = Mapping[str, Callable[[argparse.Namespace], Calls]]
+
+
+def run(parser: argparse.ArgumentParser, sides: Sides, bars: Mapping[str, float], *, memory: bool) -> None:
+    """Adds --one-core and --repeats to the flags, prints the table, and exits with 1 if a bar is missed."""
+    parser.add_argument("--repeats", type=int, default=25, help="pairs of turns (default: %(default)s)")
+    parser.add_argument("--one-core", action="store_true", help="one thread each; processor time, not wall time")
+    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        _work(sides[options.side], options)
+    else:
+        sys.exit(0 if _compare(list(sides), bars, options.repeats, memory) else 1)
+
+
+def _work(side: Callable[[argparse.Namespace], Calls], options: argparse.Namespace) -> None:
+    """A child: for each line on stdin, the name of a call, writes the seconds that it took; at the end its peak GiB."""
+    if options.one_core:  # before the frameworks are imported: they make as many threads as they have cores
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    clock = time.process_time if options.one_core else time.perf_counter
+    calls = side(options)
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = clock()
+        calls[line.strip()]()
+        print(clock() - began, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+class _Child:
+    def __init__(self, side: str):
+        command = [sys.executable, *sys.argv, "--side", side]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()  # ready
+
+    def _read(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"error: a side ended with code {self._process.wait()}; its message is above")
+        return line
+
+    def seconds(self, call: str) -> float:
+        self._process.stdin.write(call + "\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def peak_memory(self) -> float:
+        self._process.stdin.close()
+        return float(self._read())
+
+
+def _compare(sides: list[str], bars: Mapping[str, float], repeats: int, memory: bool) -> bool:
+    """Prints the table; True if every bar is met by the lower quartile, and the second side needs no more memory."""
+    children = [_Child(side) for side in sides]
+    print(f"{'':12}{sides[0]:>24}{sides[1]:>24}{'ratio':>24}  bar")
+    passed = True
+    for call, bar in bars.items():
+        turns = [[child.seconds(call) for child in children] for _ in range(repeats)]
+        first, second = np.array(turns).T
+        rows = [first * 1e3, second * 1e3, first / second]
+        low, middle, high = np.percentile(rows, [25, 50, 75], axis=1)
+        cells = [f"{m:.{d}f} ({a:.{d}f}..{b:.{d}f})" for a, m, b, d in zip(low, middle, high, (0, 0, 2), strict=True)]
+        met = low[2] >= bar
+        verdict = "met" if met else "missed"
+        print(f"{call:12}{cells[0]:>21} ms{cells[1]:>21} ms{cells[2]:>24}  {bar:.2f} {verdict}", flush=True)
+        passed &= met
+    first, second = (child.peak_memory() for child in children)
+    if memory:
+        verdict = "met" if second <= first else "missed"
+        print(f"{'peak memory':12}{first:>20.2f} GiB{second:>20.2f} GiB{first / second:>24.2f}  1.00 {verdict}")
+        passed &= second <= first
+    return bool(passed)
