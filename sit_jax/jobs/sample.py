@@ -33,6 +33,12 @@ def make_sampler(setup: Setup) -> Sampler:
 
     Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with.
     """
+    compiled = jit_sampler(setup)
+    return lambda params, *rows: compiled(params, *sharding.put_batch(setup.mesh, rows))
+
+
+def jit_sampler(setup: Setup) -> Callable:
+    """The jitted function of `make_sampler`, which takes indices and labels that lie on the devices."""
     options = setup.config.sample
 
     def run(params, indices_b, labels_b):
@@ -49,14 +55,12 @@ def make_sampler(setup: Setup) -> Sampler:
         x_bhwc, evaluations = solve(setup, guided, x_bhwc, indices_b)
         return setup.codec.decode(x_bhwc), evaluations
 
-    images_and_count = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
-    compiled = jax.jit(run, out_shardings=images_and_count)
-
-    def sampler(params, indices_b, labels_b):
+    def in_precision(*args):
         with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
-            return compiled(params, *sharding.put_batch(setup.mesh, (indices_b, labels_b)))
+            return run(*args)
 
-    return sampler
+    images_and_count = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
+    return jax.jit(in_precision, out_shardings=images_and_count)
 
 
 def _solve_ode(setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,7 +54,6 @@ class Setup:
     @functools.cached_property
     def model(self) -> SiT:
         model, dtype = self.config.model, jnp.dtype(self.config.precision.compute)
-        gather, shard = sharding.model_hooks(self.mesh, dtype)
         height, _, channels = self.input_shape
         return SiT(
             size=self.size,
@@ -64,8 +64,7 @@ class Setup:
             qk_norm=model.qk_norm,
             remat=model.remat,
             dtype=dtype,
-            gather=gather,
-            shard=shard,
+            **sharding.model_hooks(self.mesh, dtype),
         )
 
     def init_params(self) -> Any:
@@ -75,7 +74,7 @@ class Setup:
         return plain.init(rng.key(self.config.seed, "params"), x, one, one.astype(jnp.int32))["params"]
 
     def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
-        return self.model.apply({"params": params}, x_bhwc, t_b, y_b)
+        return self.model.apply({"params": sharding.gather_ends(self.mesh, params)}, x_bhwc, t_b, y_b)
 
     @property
     def objective(self) -> Objective:
@@ -111,9 +110,9 @@ class Setup:
         return 3 * forward_flops(self.size, height, channels, self.config.model.learn_sigma)
 
 
-def set_up(config: Config) -> Setup:
-    """`UserError` if the config does not fit this machine's devices."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """`UserError` if the config does not fit the devices; without any given, this machine's."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     shards = sharding.batch_shards(mesh)
     for key, size in (
         ("train.batch / train.accumulation", config.train.batch // config.train.accumulation),

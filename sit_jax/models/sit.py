@@ -18,7 +18,8 @@ from sit_jax.models.embeddings import patchify, position_embedding, time_feature
 from sit_jax.models.sizes import Size, tokens
 
 REMAT_POLICIES = {
-    "none": None,
+    # Gathered weights are gathered again: kept whole for every layer, they would undo what fsdp saves.
+    "none": lambda primitive, *_, **__: primitive.name != "custom_vjp_call",
     "dots": jax.checkpoint_policies.save_from_both_policies(  # keeps the outputs of the linear layers and of attention
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("attention"),
@@ -141,8 +142,8 @@ class SiT(nn.Module):
     """(x_bhwc, t_b in [0, 1], y_b int32) -> float32 like x_bhwc: velocity, score or noise, as it was trained.
 
     The null label is `classes`, the label table's last row. With learn_sigma the last layer has twice the channels
-    and only the first half is used, as in the published weights. `gather` maps the parameters of one layer before use
-    and `shard` the activations between layers; a mesh fills them in.
+    and only the first half is used, as in the published weights. `gather` maps the parameters of one layer before use,
+    `shard` the activations between layers and `replicate` the condition; a mesh fills them in.
     """
 
     size: Size
@@ -156,6 +157,7 @@ class SiT(nn.Module):
     dtype: Any = jnp.float32
     gather: Callable = identity
     shard: Callable = identity
+    replicate: Callable = identity
 
     @nn.compact
     def __call__(self, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
@@ -170,7 +172,9 @@ class SiT(nn.Module):
         )
         x_btd = self.shard(x_btd + jax.lax.stop_gradient(position_td).astype(self.dtype))
         labels = nn.Embed(self.classes + 1, width, embedding_init=_normal, name="y_embedder")
+        t_b, y_b = self.replicate(t_b), self.replicate(y_b)
         condition_bd = nn.silu(TimeEmbedder(width, name="t_embedder")(t_b) + labels(y_b)).astype(self.dtype)
+        condition_bd = self.replicate(condition_bd)  # its gradient too
         x_btd, _ = self._blocks()(x_btd, condition_bd)
         out_channels = self.channels * (2 if self.learn_sigma else 1)
         out_btf = FinalLayer(patch**2 * out_channels, self.dtype, name="final_layer")(x_btd, condition_bd)
@@ -182,8 +186,7 @@ class SiT(nn.Module):
         block = Block
         if not self.is_initializing():  # or the parameters would be stored as gather leaves them
             block = nn.map_variables(block, "params", trans_in_fn=self.gather)
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
