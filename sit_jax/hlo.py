@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
+_PRODUCTS = ("dot", "convolution", "custom-call")
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -136,7 +137,9 @@ class Program:
         condition, body = (self.computations[loop.attribute(name).strip("%")] for name in ("condition", "body"))
         limits = [value for i in condition.values() if (value := _constant(i)) is not None]
         last = _root(condition)
-        if len(limits) != 1 or not any("direction=LT" in i.text for i in [last, *self._called_roots(last)]):
+        if len(limits) != 1 or not any(
+            i.opcode == "compare" and "direction=LT" in i.text for i in (last, *self._called_roots(last))
+        ):
             return None
         index = next((i.attribute("index") for i in condition.values() if i.opcode == "get-tuple-element"), None)
         counter = body.get(_root(body).operands[int(index)]) if index else None
@@ -161,14 +164,30 @@ class Program:
     def flops(self, origin: str = "") -> int:
         """Floating-point operations of matrix products and convolutions, two per multiply-add.
 
-        With `origin`, of those alone whose name in the model or in the program matches that pattern.
+        A hand-written kernel (Pallas, or the compiler's own for attention) counts as much as it says of itself. With
+        `origin`, of those alone whose name in the model or in the program matches that pattern.
         """
         return sum(
-            e.times * _product_flops(e.instruction, self._operands(e))
+            e.times * self._flops(e)
             for e in self.executions
-            if e.instruction.opcode in ("dot", "convolution")
+            if e.instruction.opcode in _PRODUCTS
             and re.search(origin, f"{e.instruction.name} {_origin(e.instruction)}")
         )
+
+    @functools.cached_property
+    def bfloat16_flops(self) -> int:
+        """`flops` in units of bfloat16 products: a float32 product of precision high takes a TPU 3, of highest 6."""
+        passes = {"high": 3, "highest": 6}
+        return sum(
+            e.times * self._flops(e) * passes.get(e.instruction.attribute("operand_precision").partition(",")[0], 1)
+            for e in self.executions
+            if e.instruction.opcode in _PRODUCTS
+        )
+
+    def _flops(self, e: Execution) -> int:
+        if e.instruction.opcode == "custom-call":
+            return int(_first(r'"cost_estimate":\{"flops":"(\d+)"', e.instruction.text) or 0)
+        return _product_flops(e.instruction, self._operands(e))
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
