@@ -75,6 +75,7 @@ class Execution:
     times: int
     in_loop: bool
     fused: bool  # inside a fusion: its operands and result never reach memory
+    origin: str  # what jax calls the place in the model it came from, or the fusion it is in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +116,17 @@ class Program:
     @functools.cached_property
     def executions(self) -> list[Execution]:
         """Every instruction with its count. Each branch of a conditional counts as if it were taken."""
-        return list(self._walk(self.entry, 1, False, False))
+        return list(self._walk(self.entry, 1, False, False, ""))
 
-    def _walk(self, computation: str, times: int, in_loop: bool, fused: bool) -> Iterator[Execution]:
+    def _walk(self, computation: str, times: int, in_loop: bool, fused: bool, within: str) -> Iterator[Execution]:
         for instruction in self.computations[computation].values():
-            yield Execution(instruction, computation, times, in_loop, fused)
+            origin = _first(r'op_name="([^"]*)"', instruction.text) or within
+            yield Execution(instruction, computation, times, in_loop, fused, origin)
             is_while = instruction.opcode == "while"
             inside = times * (self.trips(instruction) or 1) if is_while else times
             for called in instruction.calls:
                 fuses = fused or instruction.opcode not in ("while", "conditional", "call", "async-start")
-                yield from self._walk(called, inside, in_loop or is_while, fuses)
+                yield from self._walk(called, inside, in_loop or is_while, fuses, origin)
 
     def trips(self, loop: Instruction) -> int | None:
         """How often a `while` turns; None if that depends on the data.
@@ -161,18 +163,13 @@ class Program:
         inside = self.computations[execution.computation]
         return [inside[name].arrays for name in execution.instruction.operands if name in inside]
 
-    def flops(self, origin: str = "") -> int:
+    @functools.cached_property
+    def flops(self) -> int:
         """Floating-point operations of matrix products and convolutions, two per multiply-add.
 
-        A hand-written kernel (Pallas, or the compiler's own for attention) counts as much as it says of itself. With
-        `origin`, of those alone whose name in the model or in the program matches that pattern.
+        A hand-written kernel (Pallas, or the compiler's own for attention) counts as much as it says of itself.
         """
-        return sum(
-            e.times * self._flops(e)
-            for e in self.executions
-            if e.instruction.opcode in _PRODUCTS
-            and re.search(origin, f"{e.instruction.name} {_origin(e.instruction)}")
-        )
+        return sum(e.times * self._flops(e) for e in self.executions if e.instruction.opcode in _PRODUCTS)
 
     @functools.cached_property
     def bfloat16_flops(self) -> int:
@@ -198,14 +195,15 @@ class Program:
             ) else (e.instruction.opcode, "", "")
             if kind not in COLLECTIVES or phase == "done":
                 continue
-            # The TPU compiler spreads one transfer over several fusions, each with a copy of the instruction: a channel
-            # is one transfer.
-            key = _first(r"channel_id=(\d+)", e.instruction.text) or (e.computation, e.instruction.name)
+            # The TPU compiler spreads one transfer over several fusions, each with a copy of the instruction: there, a
+            # channel is one transfer.
+            channel = _first(r"channel_id=(\d+)", e.instruction.text) if e.fused else None
+            key = channel or (e.computation, e.instruction.name)
             arrays = tuple(array for operand in self._operands(e) for array in operand)
             group = _group_size(e.instruction.text, self.partitions)
             background = phase == "start" or e.fused
             found.setdefault(
-                key, Collective(kind, group, e.times, e.in_loop, arrays, background, _origin(e.instruction))
+                key, Collective(kind, group, e.times, e.in_loop, arrays, background, e.origin)
             )
         return list(found.values())
 
@@ -309,10 +307,6 @@ def _size(arrays: tuple[Array, ...]) -> int:
 
 def _hbm(arrays: tuple[Array, ...]) -> int:
     return sum(array.hbm_bytes for array in arrays)
-
-
-def _origin(instruction: Instruction) -> str:
-    return _first(r'op_name="([^"]*)"', instruction.text) or ""
 
 
 def _parse(root: str | None, name: str, rest: str) -> Instruction:

@@ -104,9 +104,9 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
     """SiT's hooks: one layer's parameters made whole over fsdp, activations split over the batch, the condition whole.
 
-    gather casts before it gathers, which moves half the bytes in bfloat16. With a condition of the whole batch on every
-    device, the gradient of an adaLN matrix [d, 6d] is made where it belongs from the gathered [b, 6d], instead of
-    [d, 6d] being summed over all devices.
+    gather casts before it gathers, which moves half the bytes in bfloat16. With the whole batch's condition on every
+    device, a device makes its own part of the gradient of an adaLN matrix [d, 6d] from the gathered [b, 6d]; otherwise
+    [d, 6d] would be summed over all devices. broadcast gives a layer that condition, and splits its gradient again.
     """
 
     def gather(variables):
@@ -122,7 +122,12 @@ def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
     def replicate(x):
         return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
-    return {"gather": gather, "shard": shard, "replicate": replicate}
+    @jax.custom_vjp
+    def broadcast(x):
+        return replicate(x)
+
+    broadcast.defvjp(lambda x: (replicate(x), None), lambda _, gradient: (shard(gradient),))
+    return {"gather": gather, "shard": shard, "replicate": replicate, "broadcast": broadcast}
 
 
 def gather_ends(mesh: Mesh, params: Any) -> Any:

@@ -41,7 +41,6 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "sm_90"
 """
 _GPU_TARGETS = {"h100": _H100}
-_RECOMPUTED = r"rematted_computation|\.remat"  # by jax's policy, or by the compiler when memory was short
 
 
 def leave_devices_alone() -> None:
@@ -115,7 +114,6 @@ class Preflight:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)  # arguments, temporaries, code, alias, peak
     model_flops: int | None = None  # what the network's matmuls need; None for a sampler
     executed_flops: int = 0
-    recomputed_flops: int = 0  # of the executed
     hbm_traffic: int = 0
     collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # as hlo.by_kind
     background: float = 0.0  # share of the collectives' bytes that move while something else is computed
@@ -189,8 +187,7 @@ def _with_costs(found: Preflight, compiled: Any, chip: Chip) -> Preflight:
         fits=fits,
         verdict="" if fits else f"needs {memory['peak'] / GIB:.2f} GiB of {chip.hbm_bytes / GIB:.2f} GiB",
         memory=memory,
-        executed_flops=program.flops(),
-        recomputed_flops=program.flops(_RECOMPUTED),
+        executed_flops=program.flops,
         hbm_traffic=program.hbm_bytes,
         collectives=hlo.by_kind(program.collectives),
         background=sum(c.times * c.sent for c in program.collectives if c.in_background) / max(sent, 1),
@@ -237,12 +234,12 @@ def table(found: Preflight) -> str:
 
 
 def _flops_line(found: Preflight) -> str:
-    share = found.recomputed_flops / max(found.executed_flops, 1)
-    executed = f"executed {found.executed_flops / 1e12:.3f} T a device, recomputed {share:.1%} of them"
+    executed = f"executed {found.executed_flops / 1e12:.3f} T a device"
     if found.model_flops is None:
         return executed
     ratio = found.executed_flops / found.model_flops
-    return f"model {found.model_flops / 1e12:.3f} T, {executed}, executed/model {ratio:.3f}"
+    share = f", {1 - 1 / ratio:.1%} of them recomputed" if ratio > 1 else ""
+    return f"model {found.model_flops / 1e12:.3f} T, {executed}: {ratio:.3f} x{share}"
 
 
 def _gib(size: float) -> str:

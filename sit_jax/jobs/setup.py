@@ -122,4 +122,11 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
             size % shards == 0,
             f"{key} = {size} is not divisible by the {shards} devices it is split over; make it a multiple of {shards}",
         )
-    return Setup(config, mesh)
+    setup = Setup(config, mesh)
+    heads, tensor = setup.size.heads, mesh.shape["tensor"]
+    check(
+        heads % tensor == 0,
+        f"mesh.tensor = {tensor} does not divide the model's {heads} heads, which it splits; "
+        f"take one of {', '.join(map(str, sharding.divisors(heads)))}",
+    )
+    return setup

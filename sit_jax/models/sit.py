@@ -101,11 +101,12 @@ class Block(nn.Module):
     qk_norm: bool
     dtype: Any
     shard: Callable
+    broadcast: Callable
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, condition_bd: jax.Array) -> tuple[jax.Array, None]:
         d = x_btd.shape[-1]
-        ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")(condition_bd)
+        ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")(self.broadcast(condition_bd))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada, 6, axis=-1)
         attention = Attention(self.heads, self.qk_norm, self.dtype, name="attn")
         x_btd = x_btd + gate1[:, None] * attention(_modulate(x_btd, shift1, scale1, self.dtype))
@@ -143,7 +144,8 @@ class SiT(nn.Module):
 
     The null label is `classes`, the label table's last row. With learn_sigma the last layer has twice the channels
     and only the first half is used, as in the published weights. `gather` maps the parameters of one layer before use,
-    `shard` the activations between layers and `replicate` the condition; a mesh fills them in.
+    `shard` the activations between layers, `replicate` the condition and `broadcast` it to a layer; a mesh fills them
+    in.
     """
 
     size: Size
@@ -158,6 +160,7 @@ class SiT(nn.Module):
     gather: Callable = identity
     shard: Callable = identity
     replicate: Callable = identity
+    broadcast: Callable = identity
 
     @nn.compact
     def __call__(self, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
@@ -194,4 +197,5 @@ class SiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.size.depth,
         )
-        return stack(self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, self.shard, name="blocks")
+        hooks = {"shard": self.shard, "broadcast": self.broadcast}
+        return stack(self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, **hooks, name="blocks")
