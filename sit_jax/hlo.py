@@ -190,9 +190,11 @@ class Program:
     def collectives(self) -> list[Collective]:
         found = {}
         for e in self.executions:
-            kind, _, phase = e.instruction.opcode.rpartition("-") if e.instruction.opcode.endswith(
-                ("-start", "-done")
-            ) else (e.instruction.opcode, "", "")
+            kind, _, phase = (
+                e.instruction.opcode.rpartition("-")
+                if e.instruction.opcode.endswith(("-start", "-done"))
+                else (e.instruction.opcode, "", "")
+            )
             if kind not in COLLECTIVES or phase == "done":
                 continue
             # The TPU compiler spreads one transfer over several fusions, each with a copy of the instruction: there, a
@@ -202,9 +204,7 @@ class Program:
             arrays = tuple(array for operand in self._operands(e) for array in operand)
             group = _group_size(e.instruction.text, self.partitions)
             background = phase == "start" or e.fused
-            found.setdefault(
-                key, Collective(kind, group, e.times, e.in_loop, arrays, background, e.origin)
-            )
+            found.setdefault(key, Collective(kind, group, e.times, e.in_loop, arrays, background, e.origin))
         return list(found.values())
 
     @functools.cached_property
@@ -217,7 +217,11 @@ class Program:
 
     def _traffic(self, e: Execution) -> int:
         instruction = e.instruction
-        if instruction.opcode in _NO_TRAFFIC or instruction.opcode.endswith("-done") or "AllocateBuffer" in instruction.text:
+        if (
+            instruction.opcode in _NO_TRAFFIC
+            or instruction.opcode.endswith("-done")
+            or "AllocateBuffer" in instruction.text
+        ):
             return 0
         result = instruction.arrays
         if instruction.opcode == "copy-start":  # (result, operand, ...)
@@ -253,7 +257,9 @@ class Program:
         if user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
             return 0  # handed on, in place
         if user.opcode == "bitcast":
-            return sum(self._read_by(computation, further, user.name) for further in self._users(computation, user.name))
+            return sum(
+                self._read_by(computation, further, user.name) for further in self._users(computation, user.name)
+            )
         if user.opcode == "fusion":
             return self._read(user.calls[0], user.operands.index(name))
         return _size(self.computations[computation][name].arrays)
@@ -378,9 +384,7 @@ def _window(window: str, name: str, dimension: int, default: int) -> int:
 
 
 @functools.cache
-def _positions(
-    lhs: int, rhs: int, out: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
-) -> int:
+def _positions(lhs: int, rhs: int, out: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
     """Pairs (output, window) of one dimension for which the window meets an element, not padding or a dilation's gap."""
     return sum(
         0 <= at <= (lhs - 1) * lhs_dilate and at % lhs_dilate == 0

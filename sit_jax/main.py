@@ -24,7 +24,9 @@ python -m sit_jax.main --config configs/digits.py --workdir runs/digits      tra
 _EPILOG = "Every setting of sit_jax/settings.py is a flag: --config.train.steps=1000, --config.sample.labels=3,1,4."
 
 
-_ONLY_FOR = {"fork": "train", "profile": "train"} | dict.fromkeys(("topology", "search", "sampler", "json"), "preflight")
+_ONLY_FOR = {"fork": "train", "profile": "train"} | dict.fromkeys(
+    ("topology", "search", "sampler", "json"), "preflight"
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:

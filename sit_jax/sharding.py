@@ -130,6 +130,12 @@ def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
     return {"gather": gather, "shard": shard, "replicate": replicate, "broadcast": broadcast}
 
 
+def on_each_device(mesh: Mesh, attend: Callable) -> Callable:
+    """`attend` on the part of the batch and of the heads that a device has: the partitioner cannot split a kernel."""
+    part = PartitionSpec(("data", "fsdp"), "tensor")
+    return jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False)
+
+
 def gather_ends(mesh: Mesh, params: Any) -> Any:
     """The parameters with those outside the layers made whole over fsdp, in their own type: they are few.
 

@@ -109,7 +109,9 @@ def test_products_count_as_often_as_their_loops_turn(program):
 
 
 def test_precise_float32_products_take_several_passes():
-    program = hlo.Program(PROGRAM.replace("rhs_contracting_dims={0}", "rhs_contracting_dims={0}, operand_precision={highest,highest}"))
+    program = hlo.Program(
+        PROGRAM.replace("rhs_contracting_dims={0}", "rhs_contracting_dims={0}, operand_precision={highest,highest}")
+    )
     assert program.bfloat16_flops - program.flops == 5 * 3 * 2 * 16 * 4 * 8
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from sit_jax import report
 
-
 _Device = collections.namedtuple("_Device", "device_kind")
 
 

@@ -220,14 +220,18 @@ def table(found: Preflight) -> str:
         for kind, moved in found.collectives.items():
             text = f"{moved['in_loop'] / 1e6:.2f} MB in loops, {moved['outside'] / 1e6:.2f} MB outside"
             rows.append((kind, f"{text}, {moved['count']} transfers"))
-        rows += [("in the background", f"{found.background:.0%} of the bytes that are sent")] if found.collectives else []
+        rows += (
+            [("in the background", f"{found.background:.0%} of the bytes that are sent")] if found.collectives else []
+        )
         slowest = max(found.roofline, key=found.roofline.get)
         times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in found.roofline.items())
         rows.append(("roofline", f"{times}: bound by {slowest}"))
     if found.mfu_bound:
         rows.append(("at most", f"{found.images_per_second_bound:,.0f} images/s, MFU {found.mfu_bound:.1%}"))
     if found.data_dependent_loops:
-        rows.append(("note", "a loop that ends when the data says so (the solver's) counts once: costs are of one step"))
+        rows.append(
+            ("note", "a loop that ends when the data says so (the solver's) counts once: costs are of one step")
+        )
     rows.append(("compiled in", f"{found.compile_seconds:.1f} s"))
     head = f"{found.program} on {found.topology}, {found.devices} devices"
     return "\n".join([head, *(f"  {name:<20}{text}" for name, text in rows)])

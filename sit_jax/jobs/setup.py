@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from sit_jax import optimizer, rng, sharding
 from sit_jax.errors import check
 from sit_jax.latents import CODECS, Codec
+from sit_jax.models import attention
 from sit_jax.models.sit import SiT
-from sit_jax.models.sizes import Size, forward_flops, size_by_name
+from sit_jax.models.sizes import Size, forward_flops, size_by_name, tokens
 from sit_jax.settings import Config
 from sit_jax.train_step import Objective
 from sit_jax.transport.interval import train_interval
@@ -64,13 +65,24 @@ class Setup:
             qk_norm=model.qk_norm,
             remat=model.remat,
             dtype=dtype,
+            attend=self.attend,
             **sharding.model_hooks(self.mesh, dtype),
         )
+
+    @functools.cached_property
+    def attend(self) -> Callable:
+        """The attention that is best on the mesh's devices: (q, k, v) [b, heads, tokens, head width] -> like q."""
+        platform = self.mesh.devices.flat[0].platform
+        height, _, _ = self.input_shape
+        name = attention.choose(platform, self.config.precision.compute, tokens(height, self.size.patch))
+        function = attention.KERNELS[name]
+        return function if name == "einsum" else sharding.on_each_device(self.mesh, function)
 
     def init_params(self) -> Any:
         """Fresh parameters, a function of the seed alone."""
         x, one = jnp.zeros((1, *self.input_shape)), jnp.zeros((1,))
-        plain = self.model.clone(shard=lambda x: x)  # one example cannot be split over devices
+        # One example cannot be split over devices.
+        plain = self.model.clone(shard=lambda x: x, attend=attention.einsum)
         return plain.init(rng.key(self.config.seed, "params"), x, one, one.astype(jnp.int32))["params"]
 
     def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
@@ -123,10 +135,13 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
             f"{key} = {size} is not divisible by the {shards} devices it is split over; make it a multiple of {shards}",
         )
     setup = Setup(config, mesh)
-    heads, tensor = setup.size.heads, mesh.shape["tensor"]
-    check(
-        heads % tensor == 0,
-        f"mesh.tensor = {tensor} does not divide the model's {heads} heads, which it splits; "
-        f"take one of {', '.join(map(str, sharding.divisors(heads)))}",
-    )
+    for axis, size, what in (
+        ("tensor", setup.size.heads, "heads, which it splits"),
+        ("fsdp", setup.size.width, "wide layers: every device would hold them whole"),
+    ):
+        check(
+            size % mesh.shape[axis] == 0,
+            f"mesh.{axis} = {mesh.shape[axis]} does not divide the model's {size} {what}; "
+            f"take one of {', '.join(map(str, sharding.divisors(size)))}, and mesh.data for the rest",
+        )
     return setup

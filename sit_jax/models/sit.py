@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.errors import unknown_name
+from sit_jax.models.attention import einsum
 from sit_jax.models.embeddings import patchify, position_embedding, time_features, unpatchify
 from sit_jax.models.sizes import Size, tokens
 
@@ -46,21 +47,11 @@ def _modulate(x_btd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array, dtype:
     return (_norm(x_btd) * (1 + scale_bd[:, None]) + shift_bd[:, None]).astype(dtype)
 
 
-def _attend(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
-    """Softmax attention, the softmax in float32.
-
-    Heads come before tokens, as batched products want them, and the scale is applied to q, smaller than the logits: on
-    one CPU core 1.7x as fast as jax.nn.dot_product_attention forward, 1.15x forward and back.
-    """
-    scale = q_bsth.shape[-1] ** -0.5
-    logits_bstu = jnp.einsum("bsth,bsuh->bstu", q_bsth * scale, k_bsth, preferred_element_type=jnp.float32)
-    return jnp.einsum("bstu,bsuh->bsth", jax.nn.softmax(logits_bstu).astype(v_bsth.dtype), v_bsth)
-
-
 class Attention(nn.Module):
     heads: int
     qk_norm: bool
     dtype: Any
+    attend: Callable
 
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> jax.Array:
@@ -75,7 +66,7 @@ class Attention(nn.Module):
                 nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x).astype(self.dtype)
                 for x, name in ((q_bsth, "q_norm"), (k_bsth, "k_norm"))
             )
-        out_btsh = _attend(q_bsth, k_bsth, v_bsth).transpose(0, 2, 1, 3)
+        out_btsh = self.attend(q_bsth, k_bsth, v_bsth).transpose(0, 2, 1, 3)
         out_nd = checkpoint_name(out_btsh.reshape(b * t, d), "attention")
         proj = nn.Dense(d, dtype=self.dtype, kernel_init=_xavier, name="proj")
         return proj(out_nd).reshape(b, t, d)
@@ -100,15 +91,18 @@ class Block(nn.Module):
     mlp_ratio: int
     qk_norm: bool
     dtype: Any
+    attend: Callable
     shard: Callable
     broadcast: Callable
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, condition_bd: jax.Array) -> tuple[jax.Array, None]:
         d = x_btd.shape[-1]
-        ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")(self.broadcast(condition_bd))
+        ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")(
+            self.broadcast(condition_bd)
+        )
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada, 6, axis=-1)
-        attention = Attention(self.heads, self.qk_norm, self.dtype, name="attn")
+        attention = Attention(self.heads, self.qk_norm, self.dtype, self.attend, name="attn")
         x_btd = x_btd + gate1[:, None] * attention(_modulate(x_btd, shift1, scale1, self.dtype))
         mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
         x_btd = x_btd + gate2[:, None] * mlp(_modulate(x_btd, shift2, scale2, self.dtype))
@@ -157,6 +151,7 @@ class SiT(nn.Module):
     qk_norm: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    attend: Callable = einsum
     gather: Callable = identity
     shard: Callable = identity
     replicate: Callable = identity
@@ -197,5 +192,5 @@ class SiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.size.depth,
         )
-        hooks = {"shard": self.shard, "broadcast": self.broadcast}
+        hooks = {"attend": self.attend, "shard": self.shard, "broadcast": self.broadcast}
         return stack(self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, **hooks, name="blocks")
