@@ -1,7 +1,7 @@
 """What a compiled program does, read from its text (`compiled.as_text()`): FLOPs, memory traffic, collectives.
 
-The text is the program of one device after partitioning, fusion and scheduling, so it shows what is really executed: also
-work that partitioning left on every device, and what the compiler chose to compute again. XLA's own cost analysis
+The text is the program of one device after partitioning, fusion and scheduling, so it shows what is really executed:
+also work that partitioning left on every device, and what the compiler chose to compute again. XLA's own cost analysis
 counts the body of a loop once; here each instruction counts as often as the loops around it turn.
 """
 
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _PRODUCTS = ("dot", "convolution", "custom-call")
+# Products of the size of Q K^T in kernels of jax that say nothing of their cost: splash attention's two.
+_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -183,6 +185,10 @@ class Program:
 
     def _flops(self, e: Execution) -> int:
         if e.instruction.opcode == "custom-call":
+            products = next((n for name, n in _KERNEL_PRODUCTS.items() if e.instruction.name.startswith(name)), 0)
+            if products:
+                q_bsth = next(arrays[0].shape for arrays in self._operands(e) if len(arrays[0].shape) == 4)
+                return products * 2 * math.prod(q_bsth) * q_bsth[2]
             return int(_first(r'"cost_estimate":\{"flops":"(\d+)"', e.instruction.text) or 0)
         return _product_flops(e.instruction, self._operands(e))
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sit_jax.errors import check
@@ -104,9 +103,9 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
     """SiT's hooks: one layer's parameters made whole over fsdp, activations split over the batch, the condition whole.
 
-    gather casts before it gathers, which moves half the bytes in bfloat16. With the whole batch's condition on every
-    device, a device makes its own part of the gradient of an adaLN matrix [d, 6d] from the gathered [b, 6d]; otherwise
-    [d, 6d] would be summed over all devices. broadcast gives a layer that condition, and splits its gradient again.
+    gather casts before it gathers, which moves half the bytes in bfloat16. broadcast and split stand around an adaLN
+    matrix [d, 6d]: it sees the condition of the whole batch, and backward the whole [b, 6d], from which each device
+    makes its own part of the matrix's gradient; otherwise [d, 6d] would be summed over all devices.
     """
 
     def gather(variables):
@@ -122,12 +121,24 @@ def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
     def replicate(x):
         return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
-    @jax.custom_vjp
-    def broadcast(x):
-        return replicate(x)
+    return {
+        "gather": gather,
+        "shard": shard,
+        "replicate": replicate,
+        "broadcast": _conjugate(replicate, shard),
+        "split": _conjugate(shard, replicate),
+    }
 
-    broadcast.defvjp(lambda x: (replicate(x), None), lambda _, gradient: (shard(gradient),))
-    return {"gather": gather, "shard": shard, "replicate": replicate, "broadcast": broadcast}
+
+def _conjugate(forward: Callable, backward: Callable) -> Callable:
+    """The identity, with one constraint on what goes in and another on the gradient that comes back."""
+
+    @jax.custom_vjp
+    def constrained(x):
+        return forward(x)
+
+    constrained.defvjp(lambda x: (forward(x), None), lambda _, gradient: (backward(gradient),))
+    return constrained
 
 
 def on_each_device(mesh: Mesh, attend: Callable) -> Callable:

@@ -11,6 +11,7 @@ from sit_jax import hlo
 
 # In the TPU compiler's manner: a layer loop of 3 turns, in it a loop that counts to 8 in twos, an all-gather spread over
 # two fusions (one channel), a batched product as a dilated convolution, and arrays held on the chip, S(1).
+# ruff: noqa: E501
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, num_partitions=4
 
@@ -121,6 +122,11 @@ def test_a_kernel_counts_what_it_says():
         'custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000"}}}',
     )
     assert hlo.Program(PROGRAM).flops - hlo.Program(text).flops == 3 * (2 * 16 * 4 * 8 - 1000)
+
+
+def test_splash_attention_counts_its_products():
+    text = PROGRAM.replace("  ROOT %next =", "  %splash_mha_dkv.1 = f32[] custom-call(%row.1, %q), custom_call_target=\"tpu_custom_call\"\n  ROOT %next =")
+    assert hlo.Program(text).flops - hlo.Program(PROGRAM).flops == 3 * 5 * 2 * (2 * 6 * 256 * 64) * 256
 
 
 def test_collectives_with_their_bytes(program):

@@ -14,7 +14,7 @@ from sit_jax import optimizer, rng, sharding
 from sit_jax.errors import check
 from sit_jax.latents import CODECS, Codec
 from sit_jax.models import attention
-from sit_jax.models.sit import SiT
+from sit_jax.models.sit import SiT, identity
 from sit_jax.models.sizes import Size, forward_flops, size_by_name, tokens
 from sit_jax.settings import Config
 from sit_jax.train_step import Objective
@@ -82,7 +82,7 @@ class Setup:
         """Fresh parameters, a function of the seed alone."""
         x, one = jnp.zeros((1, *self.input_shape)), jnp.zeros((1,))
         # One example cannot be split over devices.
-        plain = self.model.clone(shard=lambda x: x, attend=attention.einsum)
+        plain = self.model.clone(shard=identity, split=identity, broadcast=identity, attend=attention.einsum)
         return plain.init(rng.key(self.config.seed, "params"), x, one, one.astype(jnp.int32))["params"]
 
     def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:

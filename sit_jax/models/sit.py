@@ -94,14 +94,14 @@ class Block(nn.Module):
     attend: Callable
     shard: Callable
     broadcast: Callable
+    split: Callable
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, condition_bd: jax.Array) -> tuple[jax.Array, None]:
         d = x_btd.shape[-1]
-        ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")(
-            self.broadcast(condition_bd)
-        )
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada, 6, axis=-1)
+        ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")
+        ada_bd = self.split(ada(self.broadcast(condition_bd)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada_bd, 6, axis=-1)
         attention = Attention(self.heads, self.qk_norm, self.dtype, self.attend, name="attn")
         x_btd = x_btd + gate1[:, None] * attention(_modulate(x_btd, shift1, scale1, self.dtype))
         mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
@@ -138,8 +138,8 @@ class SiT(nn.Module):
 
     The null label is `classes`, the label table's last row. With learn_sigma the last layer has twice the channels
     and only the first half is used, as in the published weights. `gather` maps the parameters of one layer before use,
-    `shard` the activations between layers, `replicate` the condition and `broadcast` it to a layer; a mesh fills them
-    in.
+    `shard` the activations between layers; `replicate`, `broadcast` and `split` say where the condition lies, and what
+    the layers make of it. A mesh fills them in.
     """
 
     size: Size
@@ -156,6 +156,7 @@ class SiT(nn.Module):
     shard: Callable = identity
     replicate: Callable = identity
     broadcast: Callable = identity
+    split: Callable = identity
 
     @nn.compact
     def __call__(self, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
@@ -192,5 +193,5 @@ class SiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.size.depth,
         )
-        hooks = {"attend": self.attend, "shard": self.shard, "broadcast": self.broadcast}
+        hooks = {"attend": self.attend, "shard": self.shard, "broadcast": self.broadcast, "split": self.split}
         return stack(self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, **hooks, name="blocks")

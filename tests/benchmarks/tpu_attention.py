@@ -2,8 +2,8 @@
 
     python tests/benchmarks/tpu_attention.py [--topology v5e:1x1]
 
-Forward and backward of one layer's attention as SiT-XL/2 meets it on a chip of v5e:4x4 at batch 256: 16 images, 16 heads
-of 72, in bfloat16, 256 or 1,024 tokens. Needs libtpu, no TPU. What a kernel holds on the chip is no HBM traffic.
+Forward and backward of one layer's attention as SiT-XL/2 meets it on a chip of v5e:4x4 at batch 256: 16 images, 16
+heads of 72, in bfloat16, 256 or 1,024 tokens. Needs libtpu, no TPU. What stays on the chip is no HBM traffic.
 """
 
 import argparse
