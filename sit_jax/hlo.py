@@ -15,8 +15,10 @@ from collections.abc import Iterator
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _PRODUCTS = ("dot", "convolution", "custom-call")
-# Products of the size of Q K^T in kernels of jax that say nothing of their cost: splash attention's two.
-_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
+# Products of the size of Q K^T in attention kernels that say nothing of their cost: splash attention's, cuDNN's.
+_KERNEL_PRODUCTS = {
+    "splash_mha_fwd": 2, "splash_mha_dkv": 5, "dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5
+}  # fmt: skip
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -187,8 +189,8 @@ class Program:
         if e.instruction.opcode == "custom-call":
             products = next((n for name, n in _KERNEL_PRODUCTS.items() if e.instruction.name.startswith(name)), 0)
             if products:
-                q_bsth = next(arrays[0].shape for arrays in self._operands(e) if len(arrays[0].shape) == 4)
-                return products * 2 * math.prod(q_bsth) * q_bsth[2]
+                like_q = next(array.shape for array in e.instruction.arrays if len(array.shape) == 4)
+                return products * 2 * math.prod(like_q) * like_q[2]
             return int(_first(r'"cost_estimate":\{"flops":"(\d+)"', e.instruction.text) or 0)
         return _product_flops(e.instruction, self._operands(e))
 

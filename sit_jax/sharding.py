@@ -103,9 +103,9 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
     """SiT's hooks: one layer's parameters made whole over fsdp, activations split over the batch, the condition whole.
 
-    gather casts before it gathers, which moves half the bytes in bfloat16. broadcast and split stand around an adaLN
-    matrix [d, 6d]: it sees the condition of the whole batch, and backward the whole [b, 6d], from which each device
-    makes its own part of the matrix's gradient; otherwise [d, 6d] would be summed over all devices.
+    gather casts before it gathers, which moves half the bytes in bfloat16. replicate and broadcast give the
+    layers the condition of the whole batch, and split makes the gradient [b, 6d] of what adaLN makes of it whole, from
+    which each device makes its own part of the matrix's gradient; otherwise [d, 6d] would be summed over all devices.
     """
 
     def gather(variables):

@@ -124,9 +124,13 @@ def test_a_kernel_counts_what_it_says():
     assert hlo.Program(PROGRAM).flops - hlo.Program(text).flops == 3 * (2 * 16 * 4 * 8 - 1000)
 
 
-def test_splash_attention_counts_its_products():
-    text = PROGRAM.replace("  ROOT %next =", "  %splash_mha_dkv.1 = f32[] custom-call(%row.1, %q), custom_call_target=\"tpu_custom_call\"\n  ROOT %next =")
-    assert hlo.Program(text).flops - hlo.Program(PROGRAM).flops == 3 * 5 * 2 * (2 * 6 * 256 * 64) * 256
+@pytest.mark.parametrize(
+    ("kernel", "products"), [("splash_mha_dkv_no_residuals.1", 5), ("dot_product_attention_fwd", 2)]
+)
+def test_attention_kernels_count_their_products(kernel, products):
+    call = f'%{kernel} = (f32[2,6,256], bf16[2,6,256,64]) custom-call(%q), custom_call_target="tpu_custom_call"'
+    text = PROGRAM.replace("  ROOT %next =", f"  {call}\n  ROOT %next =")
+    assert hlo.Program(text).flops - hlo.Program(PROGRAM).flops == 3 * products * 2 * (2 * 6 * 256 * 64) * 256
 
 
 def test_collectives_with_their_bytes(program):

@@ -143,7 +143,8 @@ def test_the_sampler_too():
     [
         ({"mesh.fsdp": "3"}, "does not use 4 devices; their product must be 4, with each of them one of 1, 2, 4"),
         ({"train.batch": "30"}, "is not divisible by the 4 devices it is split over; make it a multiple of 4"),
-        ({"mesh.fsdp": "1", "mesh.tensor": "4", "model.heads": "2"}, "mesh.tensor = 4 does not divide the model's 2 heads"),
+        ({"mesh.fsdp": "1", "mesh.tensor": "4", "model.heads": "2"}, "tensor = 4 does not divide the model's 2 heads"),
+        ({"mesh.fsdp": "4", "model.width": "250", "model.heads": "2"}, "width 250 is not divisible by 4"),
     ],
 )  # fmt: skip
 def test_a_config_that_the_topology_cannot_hold(small, message):
@@ -156,3 +157,13 @@ def test_a_config_that_the_topology_cannot_hold(small, message):
 def test_a_layout_that_libtpu_does_not_know():
     status, printed = run("--topology", "v5e:3x3")
     assert status == 2 and "not divisible" in printed and "known: v4:" in printed and len(printed.splitlines()) == 1
+
+
+@pytest.mark.skipif(not preflight._has_cuda(), reason='the CUDA wheels are not installed (pip install -e ".[cuda12]")')
+def test_the_train_step_compiles_for_gpus(tmp_path):
+    status, printed = run("--topology", "h100:8", "--json", str(tmp_path / "found.json"))
+    assert status == 0, printed
+    (found,) = json.loads((tmp_path / "found.json").read_text())
+    assert found["fits"] and found["devices"] == 8
+    assert 0.97 < found["executed_flops"] / found["model_flops"] < 1.05  # cuDNN's attention is counted too
+    assert "reduce-scatter" in found["collectives"]

@@ -74,7 +74,7 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
 def _tpus(chip: Chip, layout: str) -> list[jax.Device]:
     check(
         importlib.util.find_spec("libtpu"),
-        'compiling for a TPU needs its compiler: pip install libtpu (137 MB, no TPU needed), or pip install -e ".[tpu]"',
+        "compiling for a TPU needs its compiler, but no TPU: pip install libtpu (137 MB)",
     )
     # Without it the compiler takes a v4 for two devices; a run sees one.
     options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
@@ -88,11 +88,15 @@ def _tpus(chip: Chip, layout: str) -> list[jax.Device]:
 
 def _gpus(chip: Chip, layout: str) -> list[jax.Device]:
     check(
-        importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"),
+        _has_cuda(),
         'compiling for an NVIDIA GPU needs the CUDA wheels: pip install -e ".[cuda12]" (5 GB, no GPU needed)',
     )
     target = _GPU_TARGETS[chip.name]
     return topologies.get_topology_desc("gpu", "cuda", target_config=target, topology=f"1x1x{layout}").devices
+
+
+def _has_cuda() -> bool:
+    return bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,9 +36,7 @@ def splash(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array, interpret: b
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip
     one = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-    with jax.default_matmul_precision(
-        "default"
-    ):  # the kernel refuses any other
+    with jax.default_matmul_precision("default"):  # the kernel refuses any other
         return jax.vmap(one)(q_bsth * width**-0.5, k_bsth, v_bsth).astype(v_bsth.dtype)
 
 

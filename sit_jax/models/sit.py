@@ -93,14 +93,13 @@ class Block(nn.Module):
     dtype: Any
     attend: Callable
     shard: Callable
-    broadcast: Callable
     split: Callable
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, condition_bd: jax.Array) -> tuple[jax.Array, None]:
         d = x_btd.shape[-1]
         ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")
-        ada_bd = self.split(ada(self.broadcast(condition_bd)))
+        ada_bd = self.split(ada(condition_bd))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada_bd, 6, axis=-1)
         attention = Attention(self.heads, self.qk_norm, self.dtype, self.attend, name="attn")
         x_btd = x_btd + gate1[:, None] * attention(_modulate(x_btd, shift1, scale1, self.dtype))
@@ -173,7 +172,7 @@ class SiT(nn.Module):
         labels = nn.Embed(self.classes + 1, width, embedding_init=_normal, name="y_embedder")
         t_b, y_b = self.replicate(t_b), self.replicate(y_b)
         condition_bd = nn.silu(TimeEmbedder(width, name="t_embedder")(t_b) + labels(y_b)).astype(self.dtype)
-        condition_bd = self.replicate(condition_bd)  # its gradient too
+        condition_bd = self.broadcast(self.replicate(condition_bd))
         x_btd, _ = self._blocks()(x_btd, condition_bd)
         out_channels = self.channels * (2 if self.learn_sigma else 1)
         out_btf = FinalLayer(patch**2 * out_channels, self.dtype, name="final_layer")(x_btd, condition_bd)
@@ -193,5 +192,5 @@ class SiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.size.depth,
         )
-        hooks = {"attend": self.attend, "shard": self.shard, "broadcast": self.broadcast, "split": self.split}
+        hooks = {"attend": self.attend, "shard": self.shard, "split": self.split}
         return stack(self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, **hooks, name="blocks")
