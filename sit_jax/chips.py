@@ -19,8 +19,8 @@ class Chip:
 
 
 # From Google's TPU documentation and NVIDIA's data sheets; where those count both directions of ICI and NVLink, here is
-# one. jax calls a v5p "TPU v5" and counts both halves of a tpu7x. Where a variant of a chip is slower it has its own, longer
-# kind: a wrong peak is worse than none.
+# one. jax calls a v5p "TPU v5" and counts both halves of a tpu7x. Where a variant of a chip is slower it has its own,
+# longer kind: a wrong peak is worse than none.
 _2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _3D = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"
 CHIPS = (

@@ -393,7 +393,7 @@ def _window(window: str, name: str, dimension: int, default: int) -> int:
 
 @functools.cache
 def _positions(lhs: int, rhs: int, out: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
-    """Pairs (output, window) of one dimension for which the window meets an element, not padding or a dilation's gap."""
+    """Pairs (output, window) of one dimension for which the window meets an element, not padding or a gap."""
     return sum(
         0 <= at <= (lhs - 1) * lhs_dilate and at % lhs_dilate == 0
         for o in range(out)

@@ -74,7 +74,8 @@ class Setup:
         """The attention that is best on the mesh's devices: (q, k, v) [b, heads, tokens, head width] -> like q."""
         platform = self.mesh.devices.flat[0].platform
         height, _, _ = self.input_shape
-        name = attention.choose(platform, self.config.precision.compute, tokens(height, self.size.patch))
+        found = attention.choose(platform, self.config.precision.compute, tokens(height, self.size.patch))
+        name = found if self.config.model.attention == "auto" else "einsum"
         function = attention.KERNELS[name]
         return function if name == "einsum" else sharding.on_each_device(self.mesh, function)
 

@@ -52,8 +52,8 @@ KERNELS: dict[str, Callable] = {"einsum": einsum, "splash": splash, "cudnn": cud
 def choose(platform: str, dtype: str, tokens: int) -> str:
     """The kernel that costs least there, by what the compilers say (tests/benchmarks/tpu_attention.py).
 
-    Up to some 512 tokens the TPU's compiler keeps the logits on the chip by itself, and without the padding of a head to
-    128 channels that the kernel needs.
+    At 256 tokens the TPU's compiler keeps the logits on the chip by itself, without the padding of a head to 128
+    channels that the kernel needs.
     """
     if dtype != "bfloat16":
         return "einsum"
