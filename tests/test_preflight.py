@@ -111,7 +111,6 @@ def test_the_train_step_compiles_for_the_chip(topology, devices, tmp_path):
     layers = found["collectives"]["all-gather"]["in_loop"]
     weights = 2 * 7 / 8 * 4 * 18 * 256**2  # bfloat16, from 7 others, 4 layers of 18 d^2
     assert 1.5 * weights < layers < 3 * weights  # forward, and once more backward
-    assert ()  # biases alone; one matrix a layer is ten times
     assert f"train step on {topology}" in printed and "bound by" in printed
 
 
