@@ -51,7 +51,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     if flags.mode not in JOBS:
         raise unknown_name("mode", flags.mode, JOBS)
     if flags.mode != "preflight":
-        check(flags.workdir, "--workdir is missing or empty; expected a folder such as runs/digits")
+        if flags.workdir is None:
+            parser.error("the following arguments are required: --workdir")
+        check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
     else:
         check(flags.topology, f"--mode preflight needs --topology; known: {preflight.known_topologies()}")
     for name, mode in _ONLY_FOR.items():

@@ -36,7 +36,7 @@ def test_flags_that_do_not_belong_together(capsys, tmp_path):
     assert "needs --config" in refusal(capsys, "--mode", "preflight", "--topology", "v5e:2x2")
     other = [*DIGITS, "--workdir", str(tmp_path / "run")]
     assert "--search is for --mode preflight, not train" in refusal(capsys, *other, "--search")
-    assert "--workdir is missing" in refusal(capsys, *DIGITS)
+    assert "required: --workdir" in refusal(capsys, *DIGITS)
 
 
 @pytest.mark.parametrize("name", ["v5x:4x4", "v5e", "v5e:", "v5e:4by4", "h100:2x2", "h100:0", "v4i:2x2", "cpu"])

@@ -138,7 +138,7 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
     setup = Setup(config, mesh)
     for axis, size, what in (
         ("tensor", setup.size.heads, "heads, which it splits"),
-        ("fsdp", setup.size.width, "wide layers: every device would hold them whole"),
+        ("fsdp", setup.size.width, "channels of width: every device would hold all parameters whole"),
     ):
         check(
             size % mesh.shape[axis] == 0,
