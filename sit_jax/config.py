@@ -24,8 +24,8 @@ from sit_jax.settings import Config, fields, get, validate
 # What may differ between a run's start and its continuation: none of these changes the function that is being learned.
 CHANGEABLE = (
     "train.steps", "train.skip_nonfinite", "data.path", "data.workers", "data.skip_unreadable", "latents.path",
-    "latents.batch", "model.remat", "optimizer.learning_rate", "transport.sample_eps", "sample.", "likelihood.",
-    "sweep.", "checkpoint.", "log.", "mesh.",
+    "latents.batch", "model.remat", "model.attention", "optimizer.learning_rate", "transport.sample_eps", "sample.",
+    "likelihood.", "sweep.", "checkpoint.", "log.", "mesh.",
 )  # fmt: skip
 # What a finished run's weights mean: other modes may change all the rest.
 NETWORK = (

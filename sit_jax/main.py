@@ -12,7 +12,7 @@ from etils import epath
 from sit_jax import config as config_lib
 from sit_jax import report
 from sit_jax.errors import UserError, check, unknown_name
-from sit_jax.jobs import invert, likelihood, sample, sweep, train
+from sit_jax.jobs import invert, likelihood, preflight, sample, sweep, train
 from sit_jax.settings import Config
 
 JOBS = {
@@ -21,6 +21,7 @@ JOBS = {
     "sweep": sweep.run,
     "invert": invert.run,
     "likelihood": likelihood.run,
+    "preflight": preflight.run,
 }
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -28,8 +29,14 @@ _USAGE = """\
 python -m sit_jax.main --config configs/digits.py --workdir runs/digits      train, or continue what is there
        python -m sit_jax.main --workdir runs/digits                                 continue, with the recorded config
        python -m sit_jax.main --workdir runs/digits --mode sample --config.sample.cfg_scale=4
-       python -m sit_jax.main --workdir runs/digits --mode likelihood               bits/dim of the data"""
+       python -m sit_jax.main --workdir runs/digits --mode likelihood               bits/dim of the data
+       python -m sit_jax.main --config configs/digits.py --mode preflight --topology v5e:4x4       does it fit?"""
 _EPILOG = "Every setting of sit_jax/settings.py is a flag: --config.train.steps=1000, --config.sample.labels=3,1,4."
+
+
+_ONLY_FOR = {"fork": "train", "profile": "train"} | dict.fromkeys(
+    ("topology", "search", "sampler", "json"), "preflight"
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -38,20 +45,29 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument(
         "--config", help="config file: configs/X.py, or configs/X.py:variant; default: the workdir's own"
     )
-    parser.add_argument("--workdir", required=True, help="folder (local or gs://) of checkpoints, logs and samples")
+    parser.add_argument("--workdir", help="folder (local or gs://) of checkpoints, logs and samples")
     parser.add_argument("--mode", default="train", help=f"what to do: {', '.join(JOBS)} (default: train)")
     parser.add_argument("--fork", metavar="NEWDIR", help="train a new run in NEWDIR from the weights in the workdir")
     parser.add_argument(
         "--profile", metavar="FIRST:LAST", help="write a trace of these training steps to WORKDIR/profile"
     )
+    parser.add_argument("--topology", help="preflight: the chips to compile for, none needed here: v5e:4x4, h100:8")
+    parser.add_argument("--search", action="store_true", help="preflight: try batches, meshes and remat policies")
+    parser.add_argument("--sampler", action="store_true", help="preflight: compile the sampler too")
+    parser.add_argument("--json", metavar="FILE", help="preflight: write the figures there")
     parser.error = _refuse
     flags, rest = parser.parse_known_args(argv)
     flags.profile = steps_to_profile(flags.profile)
-    check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
     if flags.mode not in JOBS:
         raise unknown_name("mode", flags.mode, JOBS)
-    for name in ("fork", "profile"):
-        check(not getattr(flags, name) or flags.mode == "train", f"--{name} is for --mode train, not {flags.mode}")
+    if flags.mode != "preflight":
+        if flags.workdir is None:
+            parser.error("the following arguments are required: --workdir")
+        check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
+    else:
+        check(flags.topology, f"--mode preflight needs --topology; known: {preflight.known_topologies()}")
+    for name, mode in _ONLY_FOR.items():
+        check(not getattr(flags, name) or flags.mode == mode, f"--{name} is for --mode {mode}, not {flags.mode}")
     overrides = []
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
@@ -74,6 +90,9 @@ def _refuse(message: str) -> None:
 
 def load_config(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Config:
     """The config of the flags, or the workdir's own. `UserError` if they are not of the same run."""
+    if not flags.workdir:
+        check(flags.config, "--mode preflight needs --config, such as --config configs/digits.py, or --workdir")
+        return config_lib.load(flags.config, overrides)
     recorded = epath.Path(flags.workdir) / "config.json"
     check(
         flags.config or recorded.exists(),
@@ -114,7 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job; returns the exit status: 0, or 2 after one line on stderr for a mistake of the user's."""
     try:
         flags, overrides = parse(sys.argv[1:] if argv is None else argv)
-        config, workdir = load_config(flags, overrides), epath.Path(flags.workdir)
+        config = load_config(flags, overrides)
+        if flags.mode == "preflight":
+            preflight.leave_devices_alone()
+            preflight.run(config, flags.topology, flags.json, search=flags.search, sampler=flags.sampler)
+            return 0
+        workdir = epath.Path(flags.workdir)
         use_compilation_cache()
         keep_host_memory()
         absl_flags.FLAGS.mark_as_parsed()  # grain's reader processes look flags up

@@ -1,4 +1,4 @@
-"""What a run says about the machine it is on: its devices, their peak, and an accelerator left unused."""
+"""What a run says about the machine it is on: its devices, and an accelerator left unused."""
 
 import collections
 import os
@@ -8,34 +8,9 @@ import subprocess
 
 import jax
 
-# Dense bf16 peak of one chip, FLOP/s, from the makers' data sheets, by the start of jax's `device_kind`.
-# Where a variant of a chip is slower it has its own, longer entry: a wrong peak is worse than none.
-PEAK_FLOPS: dict[str, float] = {
-    "TPU v4": 275e12,
-    "TPU v4 lite": 138e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # what jax calls a v5p
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,  # SXM: "NVIDIA H100 80GB HBM3"
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-}
-
 _NVIDIA_DEVICE = "/dev/nvidia0"
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 _CPU_INFO = "/proc/cpuinfo"
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bf16 FLOP/s of one device, by the longest entry that `device_kind` starts with; None if unknown."""
-    known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def devices_line() -> str:

@@ -27,6 +27,7 @@ class Model:
     patch: int | None = None
     qk_norm: bool = False  # RMSNorm of queries and keys: steadier in bfloat16; the published weights have none
     learn_sigma: bool = False  # twice the output channels, half of them unused: the published weights are so
+    attention: str = "auto"  # auto: what is best on the devices; einsum: plain products, which alone have a jvp
     remat: str = "dots"  # what the backward pass keeps: none: all; dots: the matmuls' outputs; full: nothing
 
 
@@ -229,6 +230,7 @@ def validate(config: Config) -> None:
     for key in _NOT_NEGATIVE:
         check(get(config, key) >= 0, f"{key} is {get(config, key)}; expected 0 or more")
     sizes.size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
+    _one_of("model.attention", model.attention, ("auto", "einsum"))
     _one_of("model.remat", model.remat, sit.REMAT_POLICIES)
     paths.path_by_name(transport.path)
     prediction.check_prediction(transport.prediction)

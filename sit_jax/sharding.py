@@ -3,13 +3,13 @@
 Batches are split over data and fsdp together; parameters, EMA and both Adam moments by `RULES`.
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sit_jax.errors import check
@@ -46,21 +46,26 @@ def check_axes(data: int, fsdp: int, tensor: int) -> None:
     )
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh over all devices; -1 fills an axis with the devices that are left.
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`, or all that jax has; -1 fills an axis with the devices that are left.
 
     `UserError` if the sizes do not fit.
     """
     check_axes(data, fsdp, tensor)
-    devices, sizes = jax.device_count(), [data, fsdp, tensor]
-    fixed = int(np.prod([size for size in sizes if size != -1]))
-    sizes = [devices // fixed if size == -1 else size for size in sizes]
+    devices = jax.devices() if devices is None else devices
+    count, sizes = len(devices), [data, fsdp, tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    sizes = [count // fixed if size == -1 else size for size in sizes]
     check(
-        np.prod(sizes) == devices,
-        f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use {devices} devices; "
-        f"their product must be {devices}",
+        math.prod(sizes) == count,
+        f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use {count} devices; "
+        f"their product must be {count}, with each of them one of {', '.join(map(str, divisors(count)))}",
     )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def divisors(n: int) -> list[int]:
+    return [size for size in range(1, n + 1) if n % size == 0]
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -95,35 +100,76 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def model_hooks(mesh: Mesh, dtype: Any) -> tuple[Callable, Callable]:
-    """`gather` and `shard` for SiT: one layer's parameters made whole over fsdp, and activations split over the batch.
+def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
+    """SiT's hooks: one layer's parameters made whole over fsdp, activations split over the batch, the condition whole.
 
-    gather casts before it gathers, which moves half the bytes in bfloat16.
+    gather casts before it gathers, which moves half the bytes in bfloat16. replicate and broadcast give the
+    layers the condition of the whole batch, and split makes the gradient [b, 6d] of what adaLN makes of it whole, from
+    which each device makes its own part of the matrix's gradient; otherwise [d, 6d] would be summed over all devices.
     """
 
     def gather(variables):
         def leaf(path, value):
             stacked = spec("blocks/" + _name(path).removeprefix("params/"), (1, *value.shape), mesh)
-            own = PartitionSpec(*stacked[1:])
-            whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in own))
-            return _gather(NamedSharding(mesh, own), NamedSharding(mesh, whole), dtype, value)
+            return _gather(mesh, PartitionSpec(*stacked[1:]), dtype, value)
 
         return jax.tree_util.tree_map_with_path(leaf, variables)
 
-    def shard(x_btd):
-        return jax.lax.with_sharding_constraint(x_btd, batch_sharding(mesh))
+    def shard(x):
+        return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
-    return gather, shard
+    def replicate(x):
+        return jax.lax.with_sharding_constraint(x, replicated(mesh))
+
+    return {
+        "gather": gather,
+        "shard": shard,
+        "replicate": replicate,
+        "broadcast": _conjugate(replicate, shard),
+        "split": _conjugate(shard, replicate),
+    }
 
 
-def _gather(own: NamedSharding, whole: NamedSharding, dtype: Any, value: jax.Array) -> jax.Array:
+def _conjugate(forward: Callable, backward: Callable) -> Callable:
+    """The identity, with one constraint on what goes in and another on the gradient that comes back."""
+
+    @jax.custom_vjp
+    def constrained(x):
+        return forward(x)
+
+    constrained.defvjp(lambda x: (forward(x), None), lambda _, gradient: (backward(gradient),))
+    return constrained
+
+
+def on_each_device(mesh: Mesh, attend: Callable) -> Callable:
+    """`attend` on the part of the batch and of the heads that a device has: the partitioner cannot split a kernel."""
+    part = PartitionSpec(("data", "fsdp"), "tensor")
+    return jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False)
+
+
+def gather_ends(mesh: Mesh, params: Any) -> Any:
+    """The parameters with those outside the layers made whole over fsdp, in their own type: they are few.
+
+    Left split, each product with them would move activations, or split the features that the first layer gets.
+    """
+
+    def leaf(path, value):
+        name = _name(path)
+        return value if "blocks/" in name else _gather(mesh, spec(name, value.shape, mesh), value.dtype, value)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def _gather(mesh: Mesh, own: PartitionSpec, dtype: Any, value: jax.Array) -> jax.Array:
+    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in own))
+
     @jax.custom_vjp
     def gathered(value):
-        return jax.lax.with_sharding_constraint(value.astype(dtype), whole)
+        return jax.lax.with_sharding_constraint(value.astype(dtype), NamedSharding(mesh, whole))
 
     # The transpose of a plain constraint would constrain the gradient to `whole` too, and so force a full all-reduce.
     def backward(_, gradient):
-        return (jax.lax.with_sharding_constraint(gradient.astype(jnp.float32), own),)
+        return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, own)).astype(jnp.float32),)
 
     gathered.defvjp(lambda value: (gathered(value), None), backward)
     return gathered(value)

@@ -11,8 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 LEVELS = {
-    0: "transport sampling rng ema metrics storage errors",
-    1: "models latents data optimizer sharding checkpoint image_io metric_log report",
+    0: "transport sampling rng ema metrics storage errors chips",
+    1: "models latents data optimizer sharding checkpoint image_io metric_log report hlo",
     2: "train_state train_step",
     3: "jobs config settings convert",
     4: "main",

@@ -18,7 +18,7 @@ from sit_jax.data import dequantise, pipeline
 from sit_jax.data.sources import Source
 from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
-from sit_jax.jobs.setup import Setup, check_batch, compile_for_batches, set_up
+from sit_jax.jobs.setup import Setup, call_with_batches, check_batch, jit_for_batches, set_up
 from sit_jax.jobs.train import open_source
 from sit_jax.jobs.workdir import restore_weights, results_folder
 from sit_jax.sampling import density
@@ -88,7 +88,8 @@ def make_log_prob(setup: Setup) -> Callable[..., tuple[jax.Array, jax.Array]]:
         )
         return log_prob_b + correction_b, evaluations
 
-    return compile_for_batches(setup, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)))
+    out_shardings = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
+    return call_with_batches(setup, jit_for_batches(setup, run, out_shardings))
 
 
 def evaluate(
@@ -154,7 +155,9 @@ def run(config: Config, workdir: epath.Path) -> None:
     """Writes workdir/likelihood/NAME/{results.jsonl, settings.json, summary.json}; rows that are there are kept."""
     options = config.likelihood
     data = dataclasses.replace(config.data, split=options.split or config.data.split)
-    setup = set_up(dataclasses.replace(config, data=data))
+    # The fused attention kernels of accelerators have no forward-mode derivative, which the divergence is.
+    model = dataclasses.replace(config.model, attention="einsum")
+    setup = set_up(dataclasses.replace(config, data=data, model=model))
     check_batch(setup.mesh, "likelihood.batch", options.batch)
     source = open_source(setup)
     count = len(source) if options.count is None else options.count

@@ -14,7 +14,7 @@ from sit_jax import rng, sharding
 from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
 from sit_jax.image_io import sheet, to_uint8
-from sit_jax.jobs.setup import Setup, compile_for_batches, set_up
+from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches, set_up
 from sit_jax.jobs.workdir import restore_weights
 from sit_jax.sampling import ode, sde
 from sit_jax.sampling.brownian import keyed_draw
@@ -41,6 +41,11 @@ def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
     Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with. f counts
     sample.frames, or is 1: the finished image comes last. Guidance leads away from the null label, or from `weak`.
     """
+    return _call(setup, weak, jit_sampler(setup, weak))
+
+
+def jit_sampler(setup: Setup, weak: Weak | None = None) -> Callable:
+    """The jitted function of `make_sampler`: `((params, weak's or None), codec_params, indices_b, labels_b)`."""
     options = setup.config.sample
 
     def run(params, codec_params, indices_b, labels_b):
@@ -55,7 +60,7 @@ def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
         images = setup.codec.decode(codec_params, x_bfhwc.reshape(-1, *setup.input_shape))
         return images.reshape(*x_bfhwc.shape[:2], *images.shape[1:]), evaluations
 
-    return _compile(setup, weak, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)))
+    return jit_for_batches(setup, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)))
 
 
 def make_inverter(setup: Setup, weak: Weak | None = None) -> Callable:
@@ -76,7 +81,7 @@ def make_inverter(setup: Setup, weak: Weak | None = None) -> Callable:
         return noise_bhwc, setup.codec.decode(codec_params, again_bhwc), error_b, there + back
 
     batch, one = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
-    return _compile(setup, weak, run, (batch, batch, batch, one))
+    return _call(setup, weak, jit_for_batches(setup, run, (batch, batch, batch, one)))
 
 
 def _guided(setup: Setup, weak: Weak | None, both_params: Any, labels_b: jax.Array) -> Predict:
@@ -93,9 +98,9 @@ def _guided(setup: Setup, weak: Weak | None, both_params: Any, labels_b: jax.Arr
     return guide(conditional, unconditional, options.cfg_scale, options.cfg_channels, options.cfg_interval)
 
 
-def _compile(setup: Setup, weak: Weak | None, run: Callable, out_shardings: Any) -> Callable:
-    compiled = compile_for_batches(setup, run, out_shardings)
-    return lambda params, *batch: compiled((params, weak.params if weak else None), *batch)
+def _call(setup: Setup, weak: Weak | None, compiled: Callable) -> Callable:
+    call = call_with_batches(setup, compiled)
+    return lambda params, *batch: call((params, weak.params if weak else None), *batch)
 
 
 def _interval(setup: Setup) -> Interval:

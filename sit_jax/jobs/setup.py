@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from sit_jax import optimizer, rng, sharding
 from sit_jax.errors import check
 from sit_jax.latents import open_codec
 from sit_jax.latents.codec import Codec
-from sit_jax.models.sit import SiT
+from sit_jax.models import attention
+from sit_jax.models.sit import SiT, identity
 from sit_jax.models.sizes import Size, forward_flops, size_by_name, tokens
 from sit_jax.settings import Config
 from sit_jax.train_step import Objective
@@ -60,7 +61,6 @@ class Setup:
     @functools.cached_property
     def model(self) -> SiT:
         model, dtype = self.config.model, jnp.dtype(self.config.precision.compute)
-        gather, shard = sharding.model_hooks(self.mesh, dtype)
         height, _, channels = self.input_shape
         return SiT(
             size=self.size,
@@ -71,18 +71,29 @@ class Setup:
             qk_norm=model.qk_norm,
             remat=model.remat,
             dtype=dtype,
-            gather=gather,
-            shard=shard,
+            attend=self.attend,
+            **sharding.model_hooks(self.mesh, dtype),
         )
+
+    @functools.cached_property
+    def attend(self) -> Callable:
+        """The attention that is best on the mesh's devices: (q, k, v) [b, heads, tokens, head width] -> like q."""
+        platform = self.mesh.devices.flat[0].platform
+        height, _, _ = self.input_shape
+        found = attention.choose(platform, self.config.precision.compute, tokens(height, self.size.patch))
+        name = found if self.config.model.attention == "auto" else "einsum"
+        function = attention.KERNELS[name]
+        return function if name == "einsum" else sharding.on_each_device(self.mesh, function)
 
     def init_params(self) -> Any:
         """Fresh parameters, a function of the seed alone."""
         x, one = jnp.zeros((1, *self.input_shape)), jnp.zeros((1,))
-        plain = self.model.clone(shard=lambda x: x)  # one example cannot be split over devices
+        # One example cannot be split over devices.
+        plain = self.model.clone(shard=identity, split=identity, broadcast=identity, attend=attention.einsum)
         return plain.init(rng.key(self.config.seed, "params"), x, one, one.astype(jnp.int32))["params"]
 
     def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
-        return self.model.apply({"params": params}, x_bhwc, t_b, y_b)
+        return self.model.apply({"params": sharding.gather_ends(self.mesh, params)}, x_bhwc, t_b, y_b)
 
     @property
     def objective(self) -> Objective:
@@ -118,12 +129,23 @@ class Setup:
         return 3 * forward_flops(self.size, height, channels, self.config.model.learn_sigma)
 
 
-def set_up(config: Config) -> Setup:
-    """`UserError` if the config does not fit this machine's devices, or its images not the codec and the model."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """`UserError` if the config does not fit the devices (without any given, this machine's), or its images not the
+    codec and the model.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     check_batch(mesh, "train.batch / train.accumulation", config.train.batch // config.train.accumulation)
     check_batch(mesh, "sample.batch", config.sample.batch)
     setup = Setup(config, mesh)
+    for axis, size, what in (
+        ("tensor", setup.size.heads, "heads, which it splits"),
+        ("fsdp", setup.size.width, "channels of width: every device would hold all parameters whole"),
+    ):
+        check(
+            size % mesh.shape[axis] == 0,
+            f"mesh.{axis} = {mesh.shape[axis]} does not divide the model's {size} {what}; "
+            f"take one of {', '.join(map(str, sharding.divisors(size)))}, and mesh.data for the rest",
+        )
     tokens(setup.input_shape[0], setup.size.patch)
     return setup
 
@@ -137,16 +159,19 @@ def check_batch(mesh: Mesh, key: str, size: int) -> None:
     )
 
 
-def compile_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
-    """`function(params, codec_params, *batch)` jitted, as a function of (params, *batch).
+def jit_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
+    """`function(params, codec_params, *batch)` jitted, matmuls "highest" unless configured.
 
-    The codec's weights are added, the numpy batch is spread over the devices, matmuls are "highest" unless configured:
-    a float32 matmul is a few bfloat16 passes on a TPU otherwise: enough for training, not for what is measured.
+    A float32 matmul is a few bfloat16 passes on a TPU otherwise: enough for training, not for what is measured.
     """
-    compiled = jax.jit(function, out_shardings=out_shardings)
 
-    def call(params, *batch):
+    def in_precision(*arguments):
         with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
-            return compiled(params, setup.codec_params, *sharding.put_batch(setup.mesh, batch))
+            return function(*arguments)
 
-    return call
+    return jax.jit(in_precision, out_shardings=out_shardings)
+
+
+def call_with_batches(setup: Setup, compiled: Callable) -> Callable:
+    """What `jit_for_batches` gives as a function of (params, *batch in NumPy), which is spread over the devices."""
+    return lambda params, *batch: compiled(params, setup.codec_params, *sharding.put_batch(setup.mesh, batch))

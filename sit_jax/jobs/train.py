@@ -68,6 +68,15 @@ def abstract_state(setup: Setup) -> TrainState:
     return train_state.abstract(setup.init_params, setup.optimizer, setup.mesh)
 
 
+def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of what `open_batches` yields."""
+    data, rows = setup.config.data, setup.config.train.batch
+    image, label = (rows, data.image_size, data.image_size, data.channels), (rows,)
+    shapes = {"image": (image, np.uint8), "label": (label, np.int32), "skipped": (label, np.int32)}
+    split = sharding.batch_sharding(setup.mesh)
+    return {name: jax.ShapeDtypeStruct(*shape, sharding=split) for name, shape in shapes.items()}
+
+
 def open_source(setup: Setup) -> sources.Source:
     """The config's data. `UserError` if it is not there or has other classes."""
     data = setup.config.data

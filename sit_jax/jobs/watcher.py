@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from sit_jax import report
+from sit_jax.chips import chip_of
 from sit_jax.errors import check
 from sit_jax.jobs.setup import Setup
 from sit_jax.metric_log import MetricLog, Progress, format_line
@@ -31,8 +31,8 @@ def speed(setup: Setup, steps: int, seconds: float) -> dict[str, float]:
     """Images a second, FLOP/s of a device, and the share of its peak where that is known."""
     images_per_s = steps * setup.config.train.batch / seconds
     rates = {"images_per_s": images_per_s, "flops_per_s": images_per_s * setup.train_flops / jax.device_count()}
-    if peak := report.peak_flops(jax.devices()[0].device_kind):
-        rates["mfu"] = rates["flops_per_s"] / peak
+    if chip := chip_of(jax.devices()[0].device_kind):
+        rates["mfu"] = rates["flops_per_s"] / chip.peak_flops
     return rates
 
 

@@ -4,7 +4,8 @@
 
 For every solver, diffusion form and number of evaluations: the Wasserstein-1 distance between the samples at t=0.96 and
 the exact marginal there, by quantiles. All solvers have the same draws, so that they share their luck. The last line is
-what as many exact samples are apart by chance: differences far below that say nothing. Linear path; one evaluation is one call of the velocity and score.
+what as many exact samples are apart by chance: differences far below that say nothing. Linear path; one evaluation is
+one call of the velocity and score.
 """
 
 import argparse

@@ -1,0 +1,29 @@
+"""SiT on the latents of 256 px images (32x32x4, 1,000 classes), in bfloat16, its state split over all devices.
+
+    python -m sit_jax.main --config configs/latents.py --mode preflight --topology v5e:4x4
+    python -m sit_jax.main --config configs/latents.py:512 --mode preflight --topology v5e:4x4
+    python -m sit_jax.main --config configs/latents.py:3B --mode preflight --topology v5p:4x4x4
+
+SiT-XL/2 with the paper's optimizer settings and batch; `512` for the latents of 512 px images (64x64x4); `3B` for 3.1
+billion parameters at batch 1,024, bigger than the paper's, so no score is known. An image costs 0.71 TFLOP of training
+in XL/2, 3.1 in XL/2 at 512 px and 3.2 in 3B: at half the peak, the 400,000 steps take XL/2 13 hours on v5e:4x4, and 3B
+25 hours on v5p:4x4x4. The latents' shape stands for that of a codec; give data.source and data.path.
+"""
+
+from sit_jax.config import default
+
+
+def get_config(variant="256"):
+    side, batch, shape = {
+        "256": (32, 256, {}),
+        "512": (64, 256, {}),
+        "3B": (32, 1024, {"depth": 32, "width": 2304, "heads": 18}),  # heads of 128, the width of a TPU's lanes
+    }[variant]
+    config = default()
+    config.model.update(name="SiT-XL/2", **shape)
+    config.data.update(source="folder", image_size=side, channels=4, classes=1000, flip=True)
+    config.train.update(steps=400_000, batch=batch)
+    config.sample.update(steps=50, solver="heun", cfg_scale=1.5, count=256, batch=256)
+    config.precision.update(compute="bfloat16")
+    config.mesh.update(data=1, fsdp=-1)
+    return config

@@ -1,0 +1,37 @@
+"""chips: the table's figures by device kind."""
+
+import pytest
+
+from sit_jax import chips
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("TPU v4", 275e12),
+        ("TPU v4 lite", 138e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A10G", None),
+        ("TPU7x", 1153.5e12),  # half a chip, as jax counts them
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_the_peak_is_that_of_the_longest_matching_name(kind, peak):
+    chip = chips.chip_of(kind)
+    assert (chip and chip.peak_flops) == peak
+
+
+def test_names_and_kinds_are_unique():
+    assert len({chip.name for chip in chips.CHIPS}) == len(chips.CHIPS)
+    kinds = [kind for chip in chips.CHIPS for kind in chip.kinds]
+    assert len(set(kinds)) == len(kinds)
