@@ -138,8 +138,6 @@ def examine(setup: Setup, topology: str, chip: Chip, program: str = "train step"
             (setup.config.sample.batch,), np.int32, sharding=sharding.batch_sharding(setup.mesh)
         )
         function, arguments = sampler.jit_sampler(setup), ((state.params, None), codec_params, rows, rows)
-            ),
-        )
     start, devices = time.perf_counter(), setup.mesh.size
     compiled, verdict = _compile(function, arguments)
     train_flops = setup.train_flops * setup.config.train.batch // devices
