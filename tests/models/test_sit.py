@@ -60,9 +60,13 @@ def test_activations_equal_reference():
     model, params = goldens.bare()
     x, t, y = nhwc(arrays["x"]), arrays["t"], arrays["y"].astype(np.int32)
     seen = []
-    probing = model.clone(shard=lambda x_btd: seen.append(x_btd) or x_btd)
-    with jax.disable_jit():  # so that the hook between layers sees every layer of the scan
-        _, state = probing.apply({"params": params}, x, t, y, capture_intermediates=True)
+
+    def see(x_btd):  # the hook between layers, inside the scan
+        jax.debug.callback(seen.append, x_btd, ordered=True)
+        return x_btd
+
+    _, state = model.clone(shard=see).apply({"params": params}, x, t, y, capture_intermediates=True)
+    jax.effects_barrier()
     inside = {name: state["intermediates"][name]["__call__"][0] for name in ("x_embedder", "t_embedder", "y_embedder")}
     inside |= {"final_layer": state["intermediates"]["final_layer"]["__call__"][0]}
     names = {
