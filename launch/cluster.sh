@@ -108,7 +108,7 @@ read_flags() {
 main_line() {
     local environment=() line
     if [ "$flags" ]; then
-        line=$(read_flags "$flags")
+        line=$(read_flags "$flags") || exit
         environment=(env "$1=$line")
     fi
     shift
@@ -117,7 +117,12 @@ main_line() {
 
 # Passes on what training says; succeeds if it says that it stopped early, saved.
 says_it_stopped() {
-    awk '{ print; fflush() } /, saved; the same command continues/ { early = 1 } END { exit !early }'
+    local line early=''
+    while IFS= read -r line || [ "$line" ]; do # not awk: Debian's holds lines back until it has a block of them
+        printf '%s\n' "$line"
+        case $line in *', saved; the same command continues'*) early=yes ;; esac
+    done
+    [ "$early" ]
 }
 
 # train COMMAND...: its status, but $STOPPED_EARLY instead of 0 where training stopped early, saved. xpk starts a
@@ -178,7 +183,7 @@ ask() {
 
 # make_ready ATTEMPT: returns when the TPU is READY: makes it, waits for it, or replaces it where it was preempted.
 make_ready() {
-    local state last=''
+    local state last=unknown
     while :; do
         state=$(tpu_state)
         [ "$state" = "$last" ] || say "$name: ${state:-not there}"
