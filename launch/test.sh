@@ -12,6 +12,7 @@ Installs the base and pytest into .venv (once) and runs the tests on the CPU: th
 arguments choose, with paths seen from the repository root:
     bash launch/test.sh tests/test_storage.py -k whole
     bash launch/test.sh -m 'not slow'
+One process a core, up to 8, shares the files; -n 0 is one process alone, as a debugger wants.
 
 --torch   also installs PyTorch for the tests that compare with it (on Linux 5 GB; a CPU build that
           is in .venv already is kept)
@@ -36,4 +37,5 @@ done
 
 set_up "$gb" "${extras[@]}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-exec .venv/bin/python -m pytest ${arguments[@]+"${arguments[@]}"} # bash 3.2 calls an empty array unset
+# A file's tests share what is slow to make, so a file is one worker's. bash 3.2 calls an empty array unset.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile ${arguments[@]+"${arguments[@]}"}

@@ -73,6 +73,7 @@ def refusal(result):
     return line
 
 
+SHARED = " -n auto --maxprocesses 8 --dist loadfile"
 PIP = "unset: -m pip install --quiet --disable-pip-version-check -e "
 
 
@@ -127,21 +128,21 @@ def test_python_is_chosen_in_order_and_by_hand(machine, tmp_path):
 
 def test_packages_are_installed_once_and_again_when_something_changed(machine):
     assert machine.run("test.sh").returncode == 0
-    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest" + SHARED]
     assert machine.run("test.sh").returncode == 0
-    assert machine.calls() == ["cpu: -m pytest"]
+    assert machine.calls() == ["cpu: -m pytest" + SHARED]
     machine.run("test.sh", "--torch", "--tpu")
-    assert machine.calls() == [PIP + ".[test,torch,tpu]", "cpu: -m pytest"]
+    assert machine.calls() == [PIP + ".[test,torch,tpu]", "cpu: -m pytest" + SHARED]
     machine.run("test.sh")
-    assert machine.calls() == ["cpu: -m pytest"]
+    assert machine.calls() == ["cpu: -m pytest" + SHARED]
     with open(machine.root / "requirements.txt", "a") as file:
         file.write("more\n")
     machine.run("test.sh")
-    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest" + SHARED]
     # The editable installation knows its folder by an absolute path.
     machine.root = machine.root.rename(machine.root.with_name("moved"))
     machine.run("test.sh")
-    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest" + SHARED]
 
 
 def test_an_installation_that_failed_is_said_plainly_and_redone(machine):
@@ -154,7 +155,7 @@ def test_an_installation_that_failed_is_said_plainly_and_redone(machine):
     requirements.write_text(before)  # what is in .venv now nobody knows, although the stamp of old would match
     machine.calls()
     assert machine.run("test.sh").returncode == 0
-    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest" + SHARED]
 
 
 def test_a_broken_venv_of_ours_is_made_anew(machine):
@@ -162,7 +163,7 @@ def test_a_broken_venv_of_ours_is_made_anew(machine):
     machine.calls()
     (machine.root / ".venv" / "bin" / "python").unlink()
     assert machine.run("test.sh").returncode == 0
-    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest"]
+    assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest" + SHARED]
 
 
 def test_a_broken_venv_of_somebody_else_is_left_alone(machine):
@@ -176,7 +177,7 @@ def test_a_broken_venv_of_somebody_else_is_left_alone(machine):
 def test_pytest_gets_its_arguments_and_its_status_is_kept(machine):
     result = machine.run("test.sh", "-m", "not slow", "--tpu", "tests/x.py", FAILS="pytest", JAX_PLATFORMS="cuda")
     assert result.returncode == 1
-    assert machine.calls()[-1] == "cuda: -m pytest -m not slow tests/x.py"
+    assert machine.calls()[-1] == "cuda: -m pytest" + SHARED + " -m not slow tests/x.py"
 
 
 def test_the_quickstart_trains_then_draws_where_the_caller_said(machine, tmp_path):
