@@ -353,6 +353,12 @@ def test_a_pod_that_must_go_is_no_finished_one(cloud, stops, status):
     assert process.returncode == status and said == (STOPPED + "\n" if stops else "")
 
 
+def test_training_says_what_the_scripts_listen_for():
+    says = STOPPED.partition("of 9")[2]
+    assert says in (ROOT / "sit_jax" / "jobs" / "train.py").read_text()
+    assert f"'{says.partition('; ')[0]}; the same command continues'" in (ROOT / "launch" / "cluster.sh").read_text()
+
+
 def test_a_pod_keeps_the_status_of_an_error(cloud):
     cloud.tool("python", f"#!{BASH}\nexit 2\n")
     assert cloud.run("in_pod.sh", *MAIN).returncode == 2
