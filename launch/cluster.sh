@@ -94,12 +94,10 @@ read_flags() {
     while IFS= read -r line || [ "$line" ]; do
         line=${line%%#*}
         line=${line%"${line##*[! ]}"}
-        case $line in
-            '') ;;
-            *' '*) die "$1 holds the line '$line'; expected --flag=value or # and a comment" ;;
-            --?*=?*) words+=("$line") ;;
-            *) die "$1 holds the line '$line'; expected --flag=value or # and a comment" ;;
-        esac
+        [ "$line" ] || continue
+        [[ $line = --?*=?* && $line != *' '* ]] ||
+            die "$1 holds the line '$line'; expected --flag=value or # and a comment"
+        words+=("$line")
     done <"$1"
     printf '%s' "${words[*]-}"
 }

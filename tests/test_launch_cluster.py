@@ -83,7 +83,7 @@ class Cloud:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=20,
             check=False,
         )
 
@@ -335,18 +335,28 @@ def test_a_pod_that_must_go_is_no_finished_one(cloud, stops, status):
         f'#!{BASH}\ntrap \'echo "{STOPPED}"; exit\' TERM\necho training "$*"\n'
         + (f"while :; do {shutil.which('sleep')} 0.05; done\n" if stops else ""),
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [BASH, ROOT / "launch" / "in_pod.sh", *MAIN],
         env={"PATH": f"{cloud.bin}:{os.environ['PATH']}", "TMPDIR": cloud.folder},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout.readline() == f"training -m sit_jax.main {' '.join(MAIN)}\n"
-    if stops:
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == STOPPED + "\n"
-    assert process.wait(timeout=30) == status
-    process.stdout.close()
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout.readline() == f"training -m sit_jax.main {' '.join(MAIN)}\n"
+            if stops:
+                process.send_signal(signal.SIGTERM)
+            said, _ = process.communicate(timeout=20)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == status and said == (STOPPED + "\n" if stops else "")
+
+
+def test_training_says_what_the_scripts_listen_for():
+    says = STOPPED.partition("of 9")[2]
+    assert says in (ROOT / "sit_jax" / "jobs" / "train.py").read_text()
+    assert f"'{says.partition('; ')[0]}; the same command continues'" in (ROOT / "launch" / "cluster.sh").read_text()
 
 
 def test_a_pod_keeps_the_status_of_an_error(cloud):
