@@ -103,7 +103,7 @@ def machine(tmp_path, server):
     return Pretrained(tmp_path, server.address)
 
 
-def sampling(*solver, workdir=f"runs/pretrained/{NAME.removesuffix('.pt')}", decoder=None, more=()):
+def sampling(*solver, workdir=f"runs/pretrained/{NAME.removesuffix('.pt')}", decoder=None):
     settings = [
         "labels=" + ",".join(map(str, LABELS)), "cfg_scale=4", "cfg_channels=3", "count=8", "batch=8", "columns=4",
         *solver,
@@ -112,7 +112,7 @@ def sampling(*solver, workdir=f"runs/pretrained/{NAME.removesuffix('.pt')}", dec
         f"--config.latents.{decoder or 'repo=stabilityai/sd-vae-ft-mse'}",
         *(f"--config.sample.{setting}" for setting in settings),
     ]
-    return " ".join([f"unset: -m sit_jax.main --mode sample --workdir {workdir}", *flags, *more])
+    return " ".join([f"unset: -m sit_jax.main --mode sample --workdir {workdir}", *flags])
 
 
 ODE = ("solver=dopri5", "steps=none", "atol=1e-6", "rtol=1e-3")
