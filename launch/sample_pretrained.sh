@@ -4,17 +4,18 @@ set -euo pipefail
 
 file=SiT-XL-2-256.pt
 sha256=e645b5cd82d1d645cfd9b7c96041b56b2a0aa61faed90c0869e79be02ab55aca # as two projects that use it have recorded
+home=https://huggingface.co/nyu-visionx/SiT-collections
 # Where its authors keep it now, and the address in their README, which they have announced to give up.
 urls=(
-    "https://huggingface.co/nyu-visionx/SiT-collections/resolve/main/$file"
+    "$home/resolve/main/$file"
     "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/$file?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
 )
 vae=stabilityai/sd-vae-ft-mse
 folder=runs/pretrained
 
 # The PyTorch reference's sample.py: its eight labels, its guidance, and the defaults of its two samplers.
-common=(--config.sample.labels=207,360,387,974,88,979,417,279 --config.sample.cfg_scale=4 --config.sample.cfg_channels=3
-    --config.sample.count=8 --config.sample.batch=8 --config.sample.columns=4)
+common=("--config.sample.labels=207,360,387,974,88,979,417,279" --config.sample.cfg_scale=4
+    --config.sample.cfg_channels=3 --config.sample.count=8 --config.sample.batch=8 --config.sample.columns=4)
 ode=(--config.sample.solver=dopri5 --config.sample.steps=none --config.sample.atol=1e-6 --config.sample.rtol=1e-3)
 sde=(--config.sample.solver=euler-maruyama --config.sample.steps=249 --config.sample.diffusion_form=sigma
     --config.sample.diffusion_norm=1 --config.sample.last_step=mean --config.sample.last_step_size=0.04)
@@ -37,7 +38,7 @@ Meant for an accelerator: one evaluation of the eight images takes about 40 s of
 PYTHON=/path/to/python3.11   the interpreter that makes .venv
 
 Without a network: put $file (sha256 $sha256)
-of https://huggingface.co/nyu-visionx/SiT-collections into $folder, and give the two files of
+of $home into $folder, and give the two files of
 https://huggingface.co/$vae with --vae.
 END
 }
@@ -84,7 +85,7 @@ download() {
     local target=$folder/$file part=$folder/$file.part url fetched=''
     if [ -e "$target" ]; then
         is_published "$target" || die "$target is not the published file (its sha256 is not $sha256); remove it to" \
-            "download it again, or use it as it is: --checkpoint $target"
+            "download it again, or use it as it is: --checkpoint $PWD/$target"
         return
     fi
     mkdir -p "$folder"
@@ -105,7 +106,7 @@ download() {
             "$PWD/$target.refused: if you trust it, give it with --checkpoint, or else run this again"
     else
         die "$file could not be downloaded (curl's reason is above); run this again, which goes on with what is in" \
-            "$part (remove it to begin anew), or bring the file (2.7 GB, sha256 $sha256) from https://huggingface.co/nyu-visionx/SiT-collections to" \
+            "$part (remove it to begin anew), or bring the file (2.7 GB, sha256 $sha256) from $home to" \
             "$PWD/$target; without a network, bring config.json and diffusion_pytorch_model.safetensors of" \
             "https://huggingface.co/$vae as well, into a folder for --vae"
     fi

@@ -76,7 +76,7 @@ class Pretrained(Machine):
             (self.bin / "curl").symlink_to(curl)
         script = self.root / "launch" / SCRIPT
         text = script.read_text()
-        here = {f"{HOST}/resolve/main/$file": f"{address}/new", DROPBOX: f"{address}/old", PUBLISHED: SHA256}
+        here = {"$home/resolve/main/$file": f"{address}/new", DROPBOX: f"{address}/old", PUBLISHED: SHA256}
         for theirs, ours in here.items():
             assert text.count(theirs) == 1
             text = text.replace(theirs, ours)
