@@ -9,7 +9,7 @@ VAE comes from Hugging Face; without a network, --config.latents.path=FOLDER. On
 
 Cost: SiT-XL/2 at 256 takes 0.71 TFLOP of an image for the network and 0.27 for the VAE's encoder: at batch 256 1.0e20
 FLOP for 400,000 steps, 16 hours on 32 TPU v4 at the 6.8 steps/s that the reference reports. At 512 pixels the VAE's
-share is four times as large, the network's 4.7 times. The published 7M steps are --config.train.steps=7000000.
+share is four times as large, the network's 4.4 times. The published 7M steps are --config.train.steps=7000000.
 
 Expected FID-50K of the EMA as published, none of it measured here yet; ODE is heun with sample.steps=125, SDE is
 euler-maruyama with sample.steps=249 (250 evaluations each), without guidance unless given; trainings differ by about 1:

@@ -1,76 +1,16 @@
 """launch/: the scripts' decisions, on a machine that holds only a stand-in for Python; nothing is installed."""
 
-import os
-import pathlib
 import shutil
 import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-BASH = shutil.which("bash")
-
-# Runs `-c` code in the real Python after $PREAMBLE, which may bend the truth; makes a venv of itself; notes the rest.
-STAND_IN = f"""#!{BASH}
-case "$1 $2" in
-    "-c "*) exec "{sys.executable}" -c "import sys; sys.modules['pip'] = sys.modules['ensurepip'] = sys; ${{PREAMBLE:-}}
-$2" ;;
-    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-    *) printf '%s\\n' "${{JAX_PLATFORMS:-unset}}: $*" >>"$CALLS"; [ "${{FAILS:-}}" != "$2" ] ;;
-esac
-"""
-
-
-class Machine:
-    """A copy of the scripts in a folder with a space, and a PATH with a few tools and perhaps a `python3`."""
-
-    def __init__(self, folder, *, python=True):
-        self.root, self.bin, self.calls_file = folder / "a tree", folder / "bin", folder / "calls"
-        shutil.copytree(ROOT / "launch", self.root / "launch")
-        for name in ("requirements.txt", "pyproject.toml"):
-            shutil.copy(ROOT / name, self.root)
-        self.decoy = folder / "decoy"  # in CDPATH: where a careless `cd launch/..` would end
-        (self.decoy / "launch").mkdir(parents=True)
-        self.bin.mkdir()
-        for tool in ("cat", "cksum", "cp", "dirname", "mkdir", "rm", "touch"):
-            (self.bin / tool).symlink_to(shutil.which(tool))
-        if python:
-            self.stand_in(self.bin / "python3")
-
-    def stand_in(self, path):
-        path.write_text(STAND_IN)
-        path.chmod(0o755)
-
-    def run(self, script, *arguments, cwd=None, **environment):
-        return subprocess.run(
-            [BASH, os.path.relpath(self.root / "launch" / script, cwd or self.root), *arguments],
-            env={"PATH": str(self.bin), "CALLS": str(self.calls_file), "CDPATH": str(self.decoy), **environment},
-            cwd=cwd or self.root,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    def calls(self):
-        """What Python was asked to run since the last look."""
-        calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
-        self.calls_file.unlink(missing_ok=True)
-        return calls
+from tests.machine import BASH, ROOT, Machine, refusal
 
 
 @pytest.fixture
 def machine(tmp_path):
     return Machine(tmp_path)
-
-
-def refusal(result):
-    """The one line of a script that stopped because something is missing."""
-    assert result.returncode == 2
-    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("== ")]
-    assert line.startswith("error: ")
-    return line
 
 
 SHARED = " -n auto --maxprocesses 8 --dist loadfile"
@@ -84,14 +24,14 @@ def test_bash_can_parse(script):
     assert subprocess.run([BASH, "-n", str(script)], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("script", ["test.sh", "quickstart.sh"])
+@pytest.mark.parametrize("script", ["test.sh", "quickstart.sh", "sample_pretrained.sh"])
 def test_help_explains_and_does_nothing(machine, script):
     result = machine.run(script, "--help", cwd=machine.root / "launch")
     assert result.returncode == 0 and result.stdout.startswith(f"usage: bash launch/{script}")
     assert not machine.calls() and not (machine.root / ".venv").exists()
 
 
-@pytest.mark.parametrize("script", ["test.sh", "quickstart.sh"])
+@pytest.mark.parametrize("script", ["test.sh", "quickstart.sh", "sample_pretrained.sh"])
 def test_no_python_is_said_plainly(tmp_path, script):
     line = refusal(Machine(tmp_path, python=False).run(script))
     assert "Python 3.11 or newer is needed, found none of: python3.13 python3.12 python3.11 python3" in line

@@ -22,7 +22,7 @@ MODEL, SIDE, CHANNELS, CLASSES = "SiT-XL/2", 32, 4, 1000
 SECONDS, GIB, RELATIVE = 60, 8, 2e-4
 
 
-def make_file(path: str) -> None:
+def make_file(path: str, model: str = MODEL, side: int = SIDE) -> None:
     """Weights at the scale of a trained network's, the gates too: a fresh one's are zero, and so is its output."""
     from convert.names import POSITION
     from convert.torch_writer import TorchWriter
@@ -30,9 +30,9 @@ def make_file(path: str) -> None:
     from sit_jax.models.sizes import SIZES
     from tests import checkpoints
 
-    draw, size = np.random.default_rng(0), SIZES[MODEL]
-    shapes = checkpoints.shapes(size, side=SIDE, channels=CHANNELS, classes=CLASSES, learn_sigma=True)
-    position = position_embedding(size.width, SIDE // size.patch)[None]
+    draw, size = np.random.default_rng(0), SIZES[model]
+    shapes = checkpoints.shapes(size, side=side, channels=CHANNELS, classes=CLASSES, learn_sigma=True)
+    position = position_embedding(size.width, side // size.patch)[None]
     with open(path, "wb") as file, TorchWriter(file) as writer:
         writer.finish(
             {

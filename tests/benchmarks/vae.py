@@ -24,12 +24,18 @@ OPTIONS = dict(repo=None, revision=None, scale=0.18215)
 NEW_NAMES = {new: old for old, new in files.OLD_NAMES.items()}
 
 
-def write_folder(folder: pathlib.Path) -> int:
+def write_folder(folder: pathlib.Path, block_out_channels: tuple[int, ...] = (128, 256, 512, 512)) -> int:
     """config.json and weights as published but for the values; returns the bytes of the weights."""
+    blocks = len(block_out_channels)
+    config = {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+    }  # fmt: skip
+    (folder / files.CONFIG).write_text(json.dumps(config))
+    codec = open_codec("sd-vae", path=str(folder), dtype="float32", batch=1, **OPTIONS)
     tensors, draw = {}, np.random.default_rng(0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        open_codec("sd-vae", path=None, dtype="float32", batch=1, **OPTIONS).abstract_params
-    ):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(codec.abstract_params):
         name, shape = files.torch_name(path), files.torch_shape(leaf.shape)
         for new, old in NEW_NAMES.items():
             name = name.replace(f".{new}.", f".{old}.")
@@ -37,12 +43,6 @@ def write_folder(folder: pathlib.Path) -> int:
         tensors[name] = spread * draw.standard_normal(shape, np.float32) + ("norm" in name and "weight" in name)
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
     safetensors.numpy.save_file(tensors, folder / files.WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "in_channels": 3,
-        "out_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
-    }  # fmt: skip
-    (folder / files.CONFIG).write_text(json.dumps(config))
     return (folder / files.WEIGHTS).stat().st_size
 
 

@@ -1,0 +1,285 @@
+"""launch/sample_pretrained.sh: its download, from a server here; its decisions; and all of it on a small model."""
+
+import dataclasses
+import hashlib
+import http.server
+import json
+import shutil
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sit_jax import main
+from sit_jax.settings import Sample
+from tests.benchmarks import convert, vae
+from tests.machine import BASH, ROOT, Machine, refusal
+
+SCRIPT = "sample_pretrained.sh"
+NAME, HOST = "SiT-XL-2-256.pt", "https://huggingface.co/nyu-visionx/SiT-collections"
+CONTENT = bytes(range(256)) * 40
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+DROPBOX = (
+    "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/$file?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
+)
+PUBLISHED = "e645b5cd82d1d645cfd9b7c96041b56b2a0aa61faed90c0869e79be02ab55aca"
+LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` from byte to byte, but breaks off at `cut`; notes (path, Range) of what it was asked."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.cut, self.asked = CONTENT, None, []
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):  # noqa: N802
+        wanted, content = self.headers["Range"], self.server.content
+        self.server.asked.append((self.path, wanted))
+        first = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        self.send_response(416 if first >= len(content) else 206 if wanted else 200)
+        if wanted and first < len(content):
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content[first:])))
+        self.end_headers()
+        self.wfile.write(content[first : self.server.cut])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+class Pretrained(Machine):
+    """A machine whose script knows the server's file in place of the published one, and has begun no conversion."""
+
+    def __init__(self, folder, address):
+        super().__init__(folder)
+        if curl := shutil.which("curl"):
+            (self.bin / "curl").symlink_to(curl)
+        script = self.root / "launch" / SCRIPT
+        text = script.read_text()
+        here = {"$home/resolve/main/$file": f"{address}/new", DROPBOX: f"{address}/old", PUBLISHED: SHA256}
+        for theirs, ours in here.items():
+            assert text.count(theirs) == 1
+            text = text.replace(theirs, ours)
+        script.write_text(text)
+        self.folder = self.root / "runs" / "pretrained"
+        self.workdir = self.folder / NAME.removesuffix(".pt")
+        self.workdir.mkdir(parents=True)  # which the stand-in for the conversion does not do
+
+    def sample(self, *arguments, **options):
+        """What it ran, without the installation."""
+        result = self.run(SCRIPT, *arguments, **options)
+        assert result.returncode == 0, result.stderr
+        return [call for call in self.calls() if " -m pip " not in call]
+
+    def refuse(self, *arguments, **options):
+        """The error, which is the last line: curl's reasons come before it."""
+        result = self.run(SCRIPT, *arguments, **options)
+        assert result.returncode == 2 and result.stderr.count("error: ") == 1
+        return result.stderr[result.stderr.index("error: ") :]
+
+
+@pytest.fixture
+def machine(tmp_path, server):
+    return Pretrained(tmp_path, server.address)
+
+
+def sampling(*solver, workdir=f"runs/pretrained/{NAME.removesuffix('.pt')}", decoder=None):
+    settings = [
+        "labels=" + ",".join(map(str, LABELS)), "cfg_scale=4", "cfg_channels=3", "count=8", "batch=8", "columns=4",
+        *solver,
+    ]  # fmt: skip
+    flags = [
+        f"--config.latents.{decoder or 'repo=stabilityai/sd-vae-ft-mse'}",
+        *(f"--config.sample.{setting}" for setting in settings),
+    ]
+    return " ".join([f"unset: -m sit_jax.main --mode sample --workdir {workdir}", *flags])
+
+
+ODE = ("solver=dopri5", "steps=none", "atol=1e-6", "rtol=1e-3")
+SDE = ("solver=euler-maruyama", "steps=249", "diffusion_form=sigma", "diffusion_norm=1", "last_step=mean",
+       "last_step_size=0.04")  # fmt: skip
+CONVERSION = f"unset: -m convert.from_torch runs/pretrained/{NAME} runs/pretrained/{NAME.removesuffix('.pt')}"
+
+
+@needs_curl
+def test_it_downloads_converts_and_samples_and_uses_again_what_is_there(machine, server):
+    assert machine.sample() == [CONVERSION, sampling(*ODE)]
+    assert (machine.folder / NAME).read_bytes() == CONTENT
+    assert server.asked == [("/new", None)]
+    assert machine.sample("ode") == [CONVERSION, sampling(*ODE)]  # the conversion has left nothing
+    (machine.workdir / "config.json").touch()
+    assert machine.sample("sde") == [sampling(*SDE)]
+    (machine.folder / NAME).unlink()
+    assert machine.sample("sde", "--config.sample.seed=1") == [sampling(*SDE, "seed=1")]
+    assert len(server.asked) == 1
+
+
+@needs_curl
+def test_a_cut_download_goes_on_where_it_was_cut(machine, server):
+    server.cut = 4000
+    line = machine.refuse()
+    assert "could not be downloaded" in line and "run this again" in line and not machine.calls()[1:]
+    assert server.asked == [("/new", None), ("/old", "bytes=4000-")]
+    assert (machine.folder / f"{NAME}.part").read_bytes() == CONTENT[:4000] and not (machine.folder / NAME).exists()
+    server.cut = None
+    assert machine.sample() == [CONVERSION, sampling(*ODE)]
+    assert server.asked[2:] == [("/new", "bytes=4000-")]
+    assert (machine.folder / NAME).read_bytes() == CONTENT and not (machine.folder / f"{NAME}.part").exists()
+
+
+@needs_curl
+def test_a_download_that_was_killed_when_it_was_whole_is_used(machine):
+    (machine.folder / f"{NAME}.part").write_bytes(CONTENT)
+    assert machine.sample() == [CONVERSION, sampling(*ODE)]
+    assert (machine.folder / NAME).read_bytes() == CONTENT
+
+
+@needs_curl
+@pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT[:-1] + b"\0", b"<html>sign in</html>"])
+def test_another_file_is_refused_and_kept_aside(machine, server, content):
+    server.content = content
+    line = machine.refuse()
+    assert f"is not the published file (its sha256 is not {SHA256})" in line and f"{NAME}.refused" in line
+    assert (machine.folder / f"{NAME}.refused").read_bytes() == content and not (machine.folder / NAME).exists()
+    server.content = CONTENT
+    assert machine.sample() == [CONVERSION, sampling(*ODE)]
+
+
+def test_a_file_brought_by_hand_is_used_without_a_network_if_it_is_the_published_one(machine, server):
+    server.shutdown()
+    (machine.folder / NAME).write_bytes(CONTENT[:-1])
+    assert f"{NAME} is not the published file" in machine.refuse()
+    (machine.folder / NAME).write_bytes(CONTENT)
+    machine.calls()
+    assert machine.sample() == [CONVERSION, sampling(*ODE)] and not server.asked
+
+
+@needs_curl
+def test_without_a_network_it_says_what_to_bring_and_where_to(machine, server):
+    server.shutdown()
+    server.server_close()
+    line = machine.refuse()
+    assert line.count("\n") == 1
+    for part in (
+        f"{NAME} could not be downloaded", SHA256, HOST, str(machine.folder / NAME), "--vae",
+        "config.json and diffusion_pytorch_model.safetensors", "https://huggingface.co/stabilityai/sd-vae-ft-mse",
+    ):  # fmt: skip
+        assert part in line
+    assert not machine.calls()[1:]
+
+
+def test_a_file_and_a_vae_of_ones_own_are_those_that_the_caller_sees(machine, tmp_path):
+    here = tmp_path / "here"
+    (here / "my vae").mkdir(parents=True)
+    (here / "0400000.pt").write_bytes(b"mine")
+    workdir = machine.folder / "0400000"
+    workdir.mkdir()
+    arguments = ["sde", "--checkpoint", "0400000.pt", "--vae=my vae"]
+    conversion = f"unset: -m convert.from_torch {here}/0400000.pt runs/pretrained/0400000"
+    sample = sampling(*SDE, workdir="runs/pretrained/0400000", decoder=f"path={here}/my vae")
+    assert machine.sample(*arguments, cwd=here) == [conversion, sample]
+    (workdir / "config.json").touch()
+    assert machine.sample(*arguments, cwd=here) == [sample]
+    # Another file of that name is not taken for the one that was converted.
+    (here / "0400000.pt").write_bytes(b"other")
+    line = refusal(machine.run(SCRIPT, *arguments, cwd=here))
+    assert "runs/pretrained/0400000 was not converted from" in line and "--workdir" in line
+    (here / "run").mkdir()
+    machine.calls()
+    assert machine.sample("--workdir=run", *arguments, cwd=here) == [
+        conversion.replace("runs/pretrained/0400000", f"{here}/run"),
+        sample.replace("runs/pretrained/0400000", f"{here}/run"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ddim"], "unknown argument ddim"),
+        (["--steps=3"], "unknown argument --steps=3"),
+        (["--checkpoint"], "--checkpoint has no value"),
+        (["--checkpoint=no.pt"], "--checkpoint no.pt is no file"),
+        (["--vae", "no"], "--vae no is no folder"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_done(machine, arguments, words):
+    assert words in refusal(machine.run(SCRIPT, *arguments)) and not machine.calls()
+
+
+def test_a_failed_conversion_ends_it(machine):
+    (machine.folder / NAME).write_bytes(CONTENT)
+    assert machine.run(SCRIPT, FAILS="convert.from_torch").returncode != 0
+    assert machine.calls()[-1] == CONVERSION and not (machine.workdir / "converted-from").exists()
+
+
+@pytest.mark.parametrize(
+    ("solver", "expected"),
+    [
+        (ODE, Sample(solver="dopri5", steps=None, atol=1e-6, rtol=1e-3)),
+        (SDE, Sample(solver="euler-maruyama", steps=249, diffusion_form="sigma", last_step_size=0.04)),
+    ],
+)
+def test_main_knows_every_flag_of_a_sampler(solver, expected):
+    recipe = ["--config", str(ROOT / "configs" / "imagenet.py"), *sampling(*solver).split()[3:]]
+    config = main.load_config(*main.parse(recipe))
+    shared = dict(cfg_scale=4.0, count=8, batch=8, columns=4, labels=tuple(LABELS))
+    assert config.sample == dataclasses.replace(expected, **shared)
+    assert config.latents.repo == "stabilityai/sd-vae-ft-mse"
+
+
+def test_all_of_it_on_a_small_model_in_the_published_format(tmp_path):
+    machine, autoencoder = Machine(tmp_path), tmp_path / "vae"
+    python = machine.root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!{BASH}\n[ "$2" = pip ] || exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    checkpoint = tmp_path / NAME
+    convert.make_file(str(checkpoint), model="SiT-S/8", side=8)
+    autoencoder.mkdir()
+    vae.write_folder(autoencoder, (32, 32, 32, 32))
+
+    def sample(*arguments):
+        """What it printed, and the folder of the sheet."""
+        shrink = ["--config.sample.steps=2", f"--checkpoint={checkpoint}", f"--vae={autoencoder}"]
+        environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/xla"}
+        result = machine.run(SCRIPT, *shrink, *arguments, **environment)
+        assert result.returncode == 0, result.stderr
+        last = result.stdout.splitlines()[-1]
+        assert last.startswith("sheet: runs/pretrained/SiT-XL-2-256/samples/")
+        return result.stdout, (machine.root / last.removeprefix("sheet: ")).parent
+
+    printed, folder = sample("sde")
+    assert "depth 12, width 384, 6 heads, patch 8" in printed and "sees 8x8x4, 1000 classes" in printed
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
+    assert images.shape == (8, 64, 64, 3) and (images.std(axis=(1, 2, 3)) > 1).all()
+    assert np.asarray(Image.open(folder / "sheet.png")).shape == (2 * 66 + 2, 4 * 66 + 2, 3)
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["solver"], settings["labels"], settings["cfg_scale"]) == ("euler-maruyama", LABELS, 4)
+    assert settings["latents"]["path"] == str(autoencoder) and settings["latents"]["repo"] is None
+
+    files = {path: path.stat().st_mtime_ns for path in machine.root.rglob("*") if path.is_file()}
+    printed, again = sample("sde")
+    assert again == folder and "sampling 0 of 8 images" in printed and "parameters; sees" not in printed
+    images, checkpoints = list(folder.glob("0*.png")), list((folder.parents[1] / "checkpoints").rglob("*"))
+    kept = [path for path in [*images, *checkpoints] if path.is_file()]
+    assert len(kept) > 8 and all(path.stat().st_mtime_ns == files[path] for path in kept)
