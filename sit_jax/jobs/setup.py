@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sit_jax import optimizer, rng, sharding
+from sit_jax import hosts, optimizer, rng, sharding
 from sit_jax.errors import check
 from sit_jax.latents import open_codec
 from sit_jax.latents.codec import Codec
@@ -41,7 +41,7 @@ class Setup:
     @functools.cached_property
     def codec_params(self) -> Any:
         """The codec's weights, read at the first call; whole on every device."""
-        return sharding.put_replicated(self.mesh, self.codec.load())
+        return sharding.put_replicated(self.mesh, hosts.together(self.codec.load))
 
     @property
     def path(self) -> Path:
@@ -140,13 +140,14 @@ def check_batch(mesh: Mesh, key: str, size: int) -> None:
 def compile_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
     """`function(params, codec_params, *batch)` jitted, as a function of (params, *batch).
 
-    The codec's weights are added, the numpy batch is spread over the devices, matmuls are "highest" unless configured:
-    a float32 matmul is a few bfloat16 passes on a TPU otherwise: enough for training, not for what is measured.
+    The codec's weights are added; the numpy batch, whole in every process, is spread over the devices; matmuls are
+    "highest" unless configured: a float32 matmul is a few bfloat16 passes on a TPU otherwise, enough for training, not
+    for what is measured.
     """
     compiled = jax.jit(function, out_shardings=out_shardings)
 
     def call(params, *batch):
         with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
-            return compiled(params, setup.codec_params, *sharding.put_batch(setup.mesh, batch))
+            return compiled(params, setup.codec_params, *sharding.spread(setup.mesh, batch))
 
     return call
