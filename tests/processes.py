@@ -18,7 +18,7 @@ class Processes:
     """`arguments` for main in `count` processes of `devices` devices each; of `program` instead of main, where given.
 
     What they print goes to folder/out.I and folder/err.I. With `folders`, process I runs in folders[I]; `own` are
-    further arguments of each.
+    further arguments of each. Unless `joined`, nothing tells them of each other.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Processes:
         folders: Sequence[pathlib.Path] = (),
         own: Sequence[Sequence[str]] = (),
         platforms: str = "cpu",
+        joined: bool = True,
     ):
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -47,7 +48,7 @@ class Processes:
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
-            if count > 1:
+            if joined:
                 environment |= {
                     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                     "JAX_NUM_PROCESSES": str(count),

@@ -1,5 +1,6 @@
 """Real processes: they train and sample as one does, write each thing once, and end together."""
 
+import json
 import os
 import pathlib
 import re
@@ -77,6 +78,44 @@ def test_each_shard_is_stored_once(one, two):
     assert all(by_process) and sum(by_process) < 1.2 * stored(one, "ocdbt.process_0")
 
 
+_MANY = """
+import json, sys
+from sit_jax import main
+sys.exit(max(main.main(arguments) for arguments in json.loads(sys.argv[1])))
+"""
+PLACES = {  # name: (processes, devices of each, mesh)
+    "one": (1, 1, (1, 1, 1)),
+    "data": (1, 8, (8, 1, 1)),
+    "fsdp": (1, 8, (1, 8, 1)),
+    "all three": (1, 8, (2, 2, 2)),
+    "hosts": (2, 4, (2, 4, 1)),
+}
+
+
+def train_in_places(folder, steps, runs):
+    """Trains each (place, workdir) to a step, in as few processes as there are kinds of machines."""
+    machines = {}
+    for place, workdir in runs:
+        processes, devices, (data, fsdp, tensor) = PLACES[place]
+        mesh = flags(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
+        arguments = [*CONFIG, *flags(train__steps=steps), *mesh, "--workdir", str(workdir)]
+        machines.setdefault((processes, devices), []).append(arguments)
+    for (processes, devices), many in machines.items():
+        Processes(folder, [json.dumps(many)], count=processes, devices=devices, program=("-c", _MANY)).succeed()
+
+
+@pytest.mark.slow
+def test_what_is_saved_anywhere_continues_anywhere(one, tmp_path):
+    saved = {place: tmp_path / place for place in PLACES}
+    train_in_places(tmp_path, 8, saved.items())
+    copies = [(there, here, tmp_path / f"{there} to {here}") for there in PLACES for here in PLACES]
+    for there, _, workdir in copies:
+        shutil.copytree(saved[there], workdir)
+    train_in_places(tmp_path, 12, [(here, workdir) for _, here, workdir in copies])
+    for there, here, workdir in copies:
+        np.testing.assert_allclose(losses(workdir), losses(one)[:12], rtol=1e-5, err_msg=f"{there} to {here}")
+
+
 def test_two_processes_sample_the_same_bytes(one, two, tmp_path):
     workdir = pathlib.Path(shutil.copytree(two[0], tmp_path / "run"))
     Processes(tmp_path, ["--workdir", workdir, "--mode", "sample"]).succeed()
@@ -127,6 +166,7 @@ sys.exit(main.main())
 """
 
 
+@pytest.mark.slow
 def test_a_host_that_dies_in_a_save_ends_the_others_and_leaves_the_checkpoint_before(one, tmp_path):
     workdir = tmp_path / "run"
     processes = train(workdir, program=("-c", _DIE_IN_A_SAVE))
@@ -183,7 +223,7 @@ def test_a_workdir_that_one_host_does_not_share_is_told_in_one_line(two, tmp_pat
 
 @pytest.fixture
 def alone(monkeypatch):
-    """No variable of a cluster is set, and what jax is asked to join is kept instead of joined."""
+    """No variable of a cluster is set."""
     for name in os.environ:
         if name.startswith(("SLURM_", "JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS_ID", "OMPI_", "KUBERNETES_")):
             monkeypatch.delenv(name)
@@ -222,14 +262,17 @@ def test_slurm_is_found_unless_the_cpu_alone_or_one_process_is_asked_for(tmp_pat
             patch.setenv(f"SLURM_{name}", value)
         processes = Processes(
             tmp_path, [], count=1, devices=1, program=("-c", _SLURM.format(distributed=distributed)),
-            platforms=platforms,
+            platforms=platforms, joined=False,
         )  # fmt: skip
         assert processes.succeed() == f"{found} False\n"
 
 
 def test_a_laptop_stays_alone(tmp_path):
     program = _SLURM.format(distributed=None)
-    assert Processes(tmp_path, [], count=1, program=("-c", program), platforms="").succeed() == "False False\n"
-    asked = Processes(tmp_path, ["--workdir", "x", "--distributed"], count=1)
+    assert (
+        Processes(tmp_path, [], count=1, program=("-c", program), platforms="", joined=False).succeed()
+        == "False False\n"
+    )
+    asked = Processes(tmp_path, ["--workdir", "x", "--distributed"], count=1, joined=False)
     assert asked.wait() == [2]
     assert "--distributed, but no cluster is found" in asked.printed(0, "err")

@@ -176,7 +176,7 @@ def stop_signal() -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: jax's, not Python's
 
 
 def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = None) -> None:
