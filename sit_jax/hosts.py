@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,11 @@ HEARTBEAT_TIMEOUT_S = 100
 # So long an ending process waits for the others to end too, which is no wait at all unless one of them failed.
 _SHUTDOWN_TIMEOUT_S = 30
 _LAST_S = 2
+_PATIENCE_S = 20
+_WAITING = (
+    "waiting for the other processes of this run, which all hosts must start with the same command; "
+    "--no-distributed runs on this host alone"
+)
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -37,7 +43,8 @@ def join(distributed: bool | None, *, preemptible: bool) -> None:
     look on one host of a cluster stays alone. `distributed` True demands that others are found, False ignores them.
     With `preemptible`, SIGTERM becomes the notice that `multihost_utils.reached_preemption_sync_point` tells of.
 
-    `UserError` if the variables are incomplete, none are found, or the others do not come.
+    `UserError` if the variables are incomplete or no cluster is found. If the others do not come, jax ends the process
+    after 300 s; a line says so long before.
     """
     if distributed is False or jax.distributed.is_initialized():
         return
@@ -51,6 +58,8 @@ def join(distributed: bool | None, *, preemptible: bool) -> None:
         return
     options = _explicit(given) if given else {}
     jax.config.update("jax_enable_preemption_service", preemptible)  # it takes SIGTERM, which ends other jobs
+    waiting = threading.Timer(_PATIENCE_S, print, [_WAITING], {"file": sys.stderr, "flush": True})
+    waiting.start()
     try:
         jax.distributed.initialize(
             **options, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S, shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S
@@ -66,6 +75,8 @@ def join(distributed: bool | None, *, preemptible: bool) -> None:
             f"the processes of this run do not come together ({reason}); start one on every host, with the same "
             "command, or give --no-distributed to run on this host alone"
         ) from error
+    finally:
+        waiting.cancel()
 
 
 def _explicit(given: dict[str, str]) -> dict[str, Any]:

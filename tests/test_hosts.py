@@ -218,6 +218,32 @@ def test_a_workdir_that_one_host_does_not_share_is_told_in_one_line(two, tmp_pat
         assert "process 1 of 2" in error and "storage that all hosts share" in error and error.count("\n") == 1
 
 
+_ROWS = """
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from sit_jax import hosts, sharding
+
+hosts.join(None, preemptible=False)
+batch = np.arange(32.0).reshape(16, 2)
+orders = {"in turn": [0, 4, 1, 5, 2, 6, 3, 7], "backwards": [7, 6, 5, 4, 3, 2, 1, 0]}
+for order in orders.values():  # a torus has its own idea of which devices are neighbours
+    for shape in ((8, 1, 1), (2, 2, 2), (1, 1, 8)):
+        devices = np.array(jax.devices())[order].reshape(shape)
+        mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+        own = sharding.own_rows(mesh, 16)
+        placed = sharding.put_batch(mesh, {"x": batch[own]}, 16)["x"]
+        assert len(own) == (16 if shape[2] == 8 or (shape[2] == 2 and order[1] == 4) else 8), own
+        np.testing.assert_array_equal(hosts.to_host(placed), batch)
+        np.testing.assert_array_equal(hosts.to_host(sharding.spread(mesh, batch)), batch)
+assert hosts.gather("x" * jax.process_index()) == ["", "x"]
+assert hosts.by_first(lambda: [jax.process_index(), "only"]) == [0, "only"]
+"""
+
+
+def test_rows_go_where_they_belong_whatever_the_order_of_the_devices(tmp_path):
+    Processes(tmp_path, [], program=("-c", _ROWS)).succeed()
+
+
 # Joining
 
 
