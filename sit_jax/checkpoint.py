@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sit_jax import storage
+from sit_jax import hosts, storage
 from sit_jax.errors import UserError
 
 _MANIFEST = "manifest.json"
@@ -58,19 +58,27 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
+        if kind and hosts.several() and not issubclass(kind, UserError):
+            return  # a host may be dead: a save would wait for its part; main ends the process
         try:
-            self.wait()
-        except UserError:
-            if kind is None:  # another error is on its way: that one matters
-                raise
+            if kind is None:
+                self.wait()
+            else:  # another error is on its way: that one matters, and may be of this process alone
+                self._join()
         finally:
             self._manager.close()
 
     def newest_whole(self) -> tuple[int | None, list[str]]:
         """The newest step whose files are as its manifest says, or None; and a line on each newer one that is not."""
-        problems = []
         self._manager.reload()
-        found = [(step, self._folder / str(step)) for step in self._manager.all_steps()]
+        step, problems = hosts.by_first(self._newest_whole)  # one decides: what is read anew may be another thing
+        if step is not None:
+            hosts.check_all_see(self._folder / str(step) / _MANIFEST)
+        return step, problems
+
+    def _newest_whole(self) -> tuple[int | None, list[str]]:
+        problems = []
+        found = [(step, self._folder / str(step)) for step in self._steps()]
         for step, folder in sorted(found + self._set_aside(_UNFINISHED), reverse=True):
             problem = _damage(folder)
             if problem is None:
@@ -86,9 +94,7 @@ class Checkpoints:
         """
         self.wait()
         folder = self._folder / str(step)
-        if folder.exists():  # a damaged or unfinished one, which stays until this one is whole
-            names = (f"{step}.{number}{_DAMAGED}" for number in itertools.count(1))
-            folder.rename(next(self._folder / name for name in names if not (self._folder / name).exists()))
+        if hosts.by_first(lambda: self._put_aside(folder)):
             self._manager.reload()
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args["note"] = ocp.args.JsonSave(copy.deepcopy(dict(note)))  # written in the background: a log's rows go on
@@ -101,16 +107,33 @@ class Checkpoints:
         self._finishing = threading.Thread(target=self._finish, args=(step,))
         self._finishing.start()
 
+    def _put_aside(self, folder: epath.Path) -> bool:
+        """Renames the folder of a step, which is damaged or unfinished, if there is one: it stays until a newer is."""
+        if not folder.exists():
+            return False
+        names = (f"{folder.name}.{number}{_DAMAGED}" for number in itertools.count(1))
+        folder.rename(next(self._folder / name for name in names if not (self._folder / name).exists()))
+        return True
+
     def wait(self) -> None:
-        """Returns when everything saved so far is whole; `UserError` if the last save failed."""
-        if self._finishing:
-            self._finishing.join()
-            self._finishing = None
-        if self._failure:
-            (step, error), self._failure = self._failure, None
+        """Returns when everything saved so far is whole, in all processes; `UserError` if the last failed in any."""
+        self._join()
+        try:
+            hosts.together(self._raise_failure)
+        except UserError:
             with contextlib.suppress(Exception):  # a manager raises what failed a save again, whatever it is asked
                 self._manager.close()
             self._manager = self._open()
+            raise
+
+    def _join(self) -> None:
+        if self._finishing:
+            self._finishing.join()
+            self._finishing = None
+
+    def _raise_failure(self) -> None:
+        if self._failure:
+            (step, error), self._failure = self._failure, None
             reason = " ".join(str(error).split())
             reason = reason if len(reason) <= 200 else f"... {reason[-180:]}"  # the cause comes last
             raise UserError(
@@ -138,7 +161,9 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         """In the background: once Orbax has committed the step, writes its manifest, then lets older ones go."""
         try:
-            self._manager.wait_until_finished()
+            self._manager.wait_until_finished()  # for the shards of all processes: Orbax commits when they are there
+            if not hosts.is_first():
+                return
             folder = self._folder / str(step)
             storage.write_text(folder / _MANIFEST, json.dumps(_digests(folder), indent=1))
             self._remove_old(step)
@@ -150,15 +175,18 @@ class Checkpoints:
 
         Steps beyond it stay and count for nothing: they are damaged, or it would not have been made.
         """
-        steps = sorted(step for step in self._manager.all_steps() if step <= newest)
+        steps = sorted(step for step in self._steps() if step <= newest)
         finished = [step for step in steps if (self._folder / str(step) / _MANIFEST).exists()]
         oldest_kept = finished[-self._keep_last :][0] if self._keep_last else 0
         for step in steps:  # also one without a manifest, which a kill while it was removed may leave
             if step < oldest_kept and not (self._keep_every and step % self._keep_every == 0):
-                self._manager.delete(step)
+                (self._folder / str(step)).rmtree()  # Orbax's own way waits for all processes, from this thread
         for step, folder in self._set_aside(_UNFINISHED) + self._set_aside(_DAMAGED):
             if step <= newest:
                 folder.rmtree()
+
+    def _steps(self) -> list[int]:
+        return [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
 
     def _set_aside(self, suffix: str) -> list[tuple[int, epath.Path]]:
         """(step, folder) of those whose name is a step, with that suffix."""

@@ -4,13 +4,14 @@ import argparse
 import ctypes
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import flags as absl_flags
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import report
+from sit_jax import hosts, report
 from sit_jax.errors import UserError, check, unknown_name
 from sit_jax.jobs import invert, likelihood, preflight, sample, sweep, train
 from sit_jax.settings import Config
@@ -55,6 +56,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument("--search", action="store_true", help="preflight: try batches, meshes and remat policies")
     parser.add_argument("--sampler", action="store_true", help="preflight: compile the sampler too")
     parser.add_argument("--json", metavar="FILE", help="preflight: write the figures there")
+    parser.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="several processes, one run (default: where jax finds a cluster, or JAX_COORDINATOR_ADDRESS and its like "
+        "are set)",
+    )
     parser.error = _refuse
     flags, rest = parser.parse_known_args(argv)
     flags.profile = steps_to_profile(flags.profile)
@@ -133,27 +140,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one job; returns the exit status: 0, or 2 after one line on stderr for a mistake of the user's."""
     try:
         flags, overrides = parse(sys.argv[1:] if argv is None else argv)
-        config = load_config(flags, overrides)
         if flags.mode == "preflight":
+            config = load_config(flags, overrides)
             preflight.leave_devices_alone()
             preflight.run(config, flags.topology, flags.json, search=flags.search, sampler=flags.sampler)
             return 0
-        workdir = epath.Path(flags.workdir)
         use_compilation_cache()
-        keep_host_memory()
-        absl_flags.FLAGS.mark_as_parsed()  # grain's reader processes look flags up
-        print(report.devices_line(), flush=True)
-        if warning := report.unused_accelerator_warning():
-            print(warning, file=sys.stderr)
-        if flags.fork:
-            train.fork(config, workdir, epath.Path(flags.fork))
-            workdir = epath.Path(flags.fork)
-        options = {"profile": flags.profile} if flags.profile else {}
-        JOBS[flags.mode](config, workdir, **options)
+        hosts.join(flags.distributed, preemptible=flags.mode == "train")
+        keep_host_memory()  # makes the devices' client: after joining, which comes before it, and before all else
+        with hosts.only_first_prints():
+            run_job(flags, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if hosts.several():
+            hosts.leave(2)
         return 2
+    except Exception as error:
+        if not hosts.several():
+            raise
+        traceback.print_exc()
+        print(hosts.epitaph(error), file=sys.stderr)
+        hosts.leave(1)
     return 0
+
+
+def run_job(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    """The job of the flags, as this process or as one of several."""
+    config, workdir = hosts.together(lambda: load_config(flags, overrides)), epath.Path(flags.workdir)
+    hosts.check_same("config", config_lib.flatten(config))
+    hosts.check_same("command", {f"--{name}": str(value) for name, value in vars(flags).items()})
+    absl_flags.FLAGS.mark_as_parsed()  # grain's reader processes look flags up
+    print(report.devices_line(), flush=True)
+    if warning := report.unused_accelerator_warning():
+        print(warning, file=sys.stderr)
+    if flags.fork:
+        train.fork(config, workdir, epath.Path(flags.fork))
+        workdir = epath.Path(flags.fork)
+    options = {"profile": flags.profile} if flags.profile else {}
+    JOBS[flags.mode](config, workdir, **options)
+    hosts.gather(None)  # together to the end: one that leaves early counts as dead
 
 
 def use_compilation_cache() -> None:

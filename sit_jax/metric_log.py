@@ -1,6 +1,6 @@
 """Where a run's numbers go: JSONL, TensorBoard event files, Weights & Biases; and the line and bar people watch.
 
-Used by process 0 alone. Steps count finished training steps; `start_step` is the one a run resumes from.
+All of it is silent but in process 0. Steps count finished training steps; `start_step` is the one a run resumes from.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from sit_jax import storage
+from sit_jax import hosts, storage
 from sit_jax.errors import UserError
 
 _COPY_EVERY_S = 60.0
@@ -49,6 +49,9 @@ class MetricLog(contextlib.AbstractContextManager):
         self._mirror = None
         self._sinks: list[_Sink] = []
         with contextlib.ExitStack() as stack:  # closes what was opened, last first, also if a later sink fails
+            if not hosts.is_first():
+                self._closing = stack.pop_all()
+                return
             if storage.is_remote(workdir):
                 folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sit_jax_log_")))
                 self._mirror = _Mirror(folder, workdir)
@@ -219,8 +222,9 @@ class Progress(contextlib.AbstractContextManager):
 
     def __init__(self, start_step: int, total_steps: int, *, unit: str = "step"):
         self._step = start_step
-        # disable=None is tqdm's word for "unless stderr is a terminal".
-        self._bar = tqdm.tqdm(initial=start_step, total=total_steps, unit=unit, disable=None, dynamic_ncols=True)
+        self._bar = tqdm.tqdm(
+            initial=start_step, total=total_steps, unit=unit, disable=hosts.bar_off(), dynamic_ncols=True
+        )
 
     def update(self, step: int) -> None:
         """Moves the bar to `step`."""

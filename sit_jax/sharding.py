@@ -175,10 +175,33 @@ def _gather(mesh: Mesh, own: PartitionSpec, dtype: Any, value: jax.Array) -> jax
     return gathered(value)
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """This process's rows of a batch (numpy) -> the global batch on the mesh, without waiting for the copy."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+def own_rows(mesh: Mesh, size: int) -> list[int]:
+    """Which rows of a batch of `size` this process's devices hold, in order; not always neighbours, on a torus."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return sorted({row for (rows,) in held for row in range(size)[rows]})
+
+
+def put_batch(mesh: Mesh, batch: Any, size: int) -> Any:
+    """This process's `own_rows` of a batch of `size` (numpy) -> the global batch, without waiting for the copy."""
+    own, sharding = own_rows(mesh, size), batch_sharding(mesh)
+    devices, starts = [], []
+    for device, (rows,) in sharding.addressable_devices_indices_map((size,)).items():
+        devices.append(device)
+        starts.append(own.index(rows.start or 0))
+    n = size // batch_shards(mesh)  # rows of a device: neighbours in the batch, and so among the process's own
+
+    def put(rows):
+        parts = jax.device_put([rows[start : start + n] for start in starts], devices)
+        return jax.make_array_from_single_device_arrays((size, *rows.shape[1:]), sharding, parts)
+
+    return jax.tree.map(put, batch)
+
+
+def spread(mesh: Mesh, batch: Any) -> Any:
+    """A whole batch (numpy), equal in every process -> the global batch on the mesh."""
+    size = len(jax.tree.leaves(batch)[0])
+    own = own_rows(mesh, size)
+    return put_batch(mesh, jax.tree.map(lambda rows: rows[own], batch), size)
 
 
 def per_device(mesh: Mesh) -> Callable[[Callable], Callable]:

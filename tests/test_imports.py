@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 LEVELS = {
-    0: "transport sampling rng ema metrics storage errors chips",
+    0: "transport sampling rng ema metrics storage hosts errors chips",
     1: "models latents data optimizer sharding checkpoint image_io metric_log report hlo",
     2: "train_state train_step",
     3: "jobs config settings convert",
@@ -24,6 +24,7 @@ BESIDE = {
     "sampling": {"transport", "errors"},
     "metrics": {"errors"},
     "storage": {"errors"},
+    "hosts": {"errors"},
     "train_step": {"train_state"},
     "config": {"settings"},
     "jobs": {"config", "settings"},

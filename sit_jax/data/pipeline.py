@@ -30,31 +30,27 @@ def batches(
     batch_size: int,
     flip: bool,
     skip_unreadable: bool,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
     """The endless row of shuffled batches; element `k` is this process's part of global batch `k`.
 
     An element is {"image": uint8 [b, h, w, c], "label": int32 [b], "skipped": int32 [b]}. Every epoch has each record
-    once, in an order of its own; batches run on across its end. Processes hold contiguous rows, b = batch_size /
-    process_count of them: joined in order, they are the batch of one process. With `flip`, each row is mirrored with
-    probability 1/2, anew each epoch.
+    once, in an order of its own; batches run on across its end. A process holds the `rows` of each batch that it is
+    given, or all of them. With `flip`, each row is mirrored with probability 1/2, anew each epoch.
 
     An image that cannot be read raises `UserError` when its batch is read. With `skip_unreadable` the next readable
     record of the source takes its place, and "skipped" counts those passed over.
 
-    Raises `UserError` for a negative seed, and if `process_count` does not divide `batch_size`.
+    Raises `UserError` for a negative seed or an empty batch.
     """
     check(seed >= 0, f"seed={seed}, but it must not be negative; set it to 0 or more")
-    check(
-        batch_size > 0 and batch_size % process_count == 0,
-        f"data.batch_size={batch_size} cannot be shared by {process_count} processes; make it a multiple of that",
-    )
+    check(batch_size > 0, f"data.batch_size={batch_size}, but a batch has at least one row")
     read = _read_or_skip if skip_unreadable else _read
-    rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map(functools.partial(read, source))
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map(functools.partial(read, source))
     if flip:  # before the choice of rows, so that its randomness is keyed by a row's place in the global order
-        rows = rows.random_map(_flip)
-    return _ProcessRows(rows, batch_size, process_index, process_count).batch(batch_size // process_count)
+        order = order.random_map(_flip)
+    rows = range(batch_size) if rows is None else rows
+    return _ProcessRows(order, batch_size, rows).batch(len(rows))
 
 
 def in_order(
@@ -102,19 +98,18 @@ def prefetch_to_device(batches: Iterable[Any], put: Callable[[Any], Any], depth:
 
 
 class _ProcessRows(grain.MapDataset):
-    """The rows of the global order that one process reads: its contiguous b of each B."""
+    """The rows of the global order that one process reads: its b of each B."""
 
-    def __init__(self, rows: grain.MapDataset, batch_size: int, process_index: int, process_count: int):
-        super().__init__(rows)
-        self._batch_size, self._size = batch_size, batch_size // process_count
-        self._offset = process_index * self._size
+    def __init__(self, order: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        super().__init__(order)
+        self._batch_size, self._rows = batch_size, rows
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * self._size
+        return len(self._parent) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        batch, row = divmod(index, self._size)
-        return self._parent[batch * self._batch_size + self._offset + row]
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[row]]
 
 
 def _flip(record: Record, rng: np.random.Generator) -> Record:

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from sit_jax import storage
+from sit_jax import hosts, storage
 from sit_jax.data import pipeline
 from sit_jax.errors import check
 from sit_jax.image_io import ImageWriter, encode_png, sheet, to_uint8
@@ -33,38 +33,42 @@ def run(config: Config, workdir: epath.Path) -> None:
         f"sample.solver {options.solver!r} solves an SDE, which cannot be run backwards; give one of an ODE, such as "
         "dopri5",
     )
-    source = open_source(setup)
+    source = hosts.together(lambda: open_source(setup))
     count = min(options.count, len(source))
     step, params = restore_weights(setup, workdir, options.weights)
     weak = open_weak(config)
     settings = sampler_settings(config, step, weak) | {"data_path": config.data.path, "split": config.data.split}
     folder = results_folder(workdir / "inversions", sampler_name(options, step), settings)
     writer = ImageWriter(folder)
-    missing = writer.missing(count)
+    missing = hosts.by_first(lambda: writer.missing(count))
     print(f"inverting {len(missing)} of {count} images of split {config.data.split!r} under step {step}, into {folder}")
     size, shape = options.batch, (config.data.image_size, config.data.image_size, config.data.channels)
     dataset = pipeline.in_order(source, missing, batch_size=size, skip_unreadable=False, shape=shape)
     invert = make_inverter(setup, weak)
     with (
         contextlib.closing(pipeline.iterate(dataset, 0, workers=config.data.workers)) as batches,
-        tqdm(total=len(missing), unit="image", disable=None) as bar,
+        tqdm(total=len(missing), unit="image", disable=hosts.bar_off()) as bar,
     ):
         for batch in batches:
             padded = pipeline.pad(batch, size)
-            made = jax.device_get(invert(params, padded["index"], padded["image"], padded["label"]))
+            made = hosts.to_host(invert(params, padded["index"], padded["image"], padded["label"]))
             for i, (index, image, label) in enumerate(zip(batch["index"], batch["image"], batch["label"], strict=True)):
                 noise, again, error = (array[i] for array in made[:3])
                 check(
                     np.isfinite(error),
                     f"image {index} does not come back: the way is not finite; use more steps or looser tolerances",
                 )
+                if i % jax.process_count() != jax.process_index():  # every process has all, and writes some
+                    continue
                 file = io.BytesIO()
                 np.savez(file, noise=noise, label=label, error=error)
                 storage.write_bytes(folder / f"{index:06d}.npz", file.getvalue())
                 writer.write(int(index), sheet(np.stack([image, to_uint8(again)]), 2))
             bar.update(len(batch["index"]))
             bar.set_postfix(evaluations=int(made[3]))
-    _summarise(folder, writer, count, config)
+    hosts.gather(None)  # now all are there
+    if hosts.is_first():
+        _summarise(folder, writer, count, config)
 
 
 def _summarise(folder: epath.Path, writer: ImageWriter, count: int, config: Config) -> None:

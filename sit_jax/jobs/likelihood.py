@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from sit_jax import rng, sharding, storage
+from sit_jax import hosts, rng, sharding, storage
 from sit_jax.data import dequantise, pipeline
 from sit_jax.data.sources import Source
 from sit_jax.data.transforms import normalise
@@ -107,7 +107,7 @@ def evaluate(
         for batch in batches:
             n = len(batch["index"])
             padded = pipeline.pad(batch, size)
-            found_b, evaluations = jax.device_get(log_prob(params, padded["index"], padded["image"], padded["label"]))
+            found_b, evaluations = hosts.to_host(log_prob(params, padded["index"], padded["image"], padded["label"]))
             kept = [i for i in range(n) if not batch["skipped"][i]]
             bad = [int(batch["index"][i]) for i in kept if not np.isfinite(found_b[i])]
             check(
@@ -159,7 +159,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     model = dataclasses.replace(config.model, attention="einsum")
     setup = set_up(dataclasses.replace(config, data=data, model=model))
     check_batch(setup.mesh, "likelihood.batch", options.batch)
-    source = open_source(setup)
+    source = hosts.together(lambda: open_source(setup))
     count = len(source) if options.count is None else options.count
     check(
         count <= len(source),
@@ -181,21 +181,23 @@ def run(config: Config, workdir: epath.Path) -> None:
     name = f"step{step}-{options.weights}-{data.split}-{options.solver}-{trace}-seed{options.seed}"
     folder = results_folder(workdir / "likelihood", name, settings)
     results = folder / "results.jsonl"
-    rows = read_rows(results)
+    rows = hosts.by_first(lambda: read_rows(results))
     there = {row["index"] for row in rows}
     missing = [index for index in range(count) if index not in there]
     print(f"log p of {len(missing)} of {count} images of split {data.split!r} under step {step}, into {folder}")
     print(f"unguided; {how.meaning}", flush=True)
-    with tqdm(total=len(missing), unit="image", disable=None) as bar:
+    with tqdm(total=len(missing), unit="image", disable=hosts.bar_off()) as bar:
         for new, evaluations in evaluate(setup, source, params, missing):
-            storage.append_text(results, "".join(json.dumps(row) + "\n" for row in new))
+            if hosts.is_first():
+                storage.append_text(results, "".join(json.dumps(row) + "\n" for row in new))
             rows += new
             bar.update(min(options.batch, len(missing) - bar.n))
             bar.set_postfix(evaluations=evaluations)
     rows = [row for row in rows if row["index"] < count]
     check(rows, f"none of the {count} images can be read; check data.path")
     summary = summarise(rows) | {"unreadable": count - len(rows), "meaning": how.meaning}
-    storage.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if hosts.is_first():
+        storage.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, unit in (("log_prob", "log p"), ("bits_per_dim", "bits/dim")):
         mean, error = summary[name]["mean"], summary[name]["standard_error"]
         print(f"{unit}: {mean:.4f}" + (f" +- {error:.4f} (standard error)" if error is not None else ""))

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import rng, sharding
+from sit_jax import hosts, rng, sharding
 from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
 from sit_jax.image_io import sheet, to_uint8
@@ -164,7 +164,7 @@ def sample_images(
     for start in range(0, len(indices), size):
         chunk = indices[start : start + size]
         padded = np.pad(chunk, (0, size - len(chunk)), mode="edge").astype(np.int32)
-        images, evaluations = jax.device_get(sampler(params, padded, labels_of(setup, padded)))
+        images, evaluations = hosts.to_host(sampler(params, padded, labels_of(setup, padded)))
         images = images[: len(chunk)]
         bad = chunk[~np.isfinite(images[:, -1]).all(axis=(1, 2, 3))]
         check(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sit_jax import optimizer, rng, sharding
+from sit_jax import hosts, optimizer, rng, sharding
 from sit_jax.errors import check
 from sit_jax.latents import open_codec
 from sit_jax.latents.codec import Codec
@@ -42,7 +42,7 @@ class Setup:
     @functools.cached_property
     def codec_params(self) -> Any:
         """The codec's weights, read at the first call; whole on every device."""
-        return sharding.put_replicated(self.mesh, self.codec.load())
+        return sharding.put_replicated(self.mesh, hosts.together(self.codec.load))
 
     @property
     def path(self) -> Path:
@@ -173,5 +173,8 @@ def jit_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Cal
 
 
 def call_with_batches(setup: Setup, compiled: Callable) -> Callable:
-    """What `jit_for_batches` gives as a function of (params, *batch in NumPy), which is spread over the devices."""
-    return lambda params, *batch: compiled(params, setup.codec_params, *sharding.put_batch(setup.mesh, batch))
+    """What `jit_for_batches` gives as a function of (params, *batch in NumPy).
+
+    The batch, whole in every process, is spread over the devices.
+    """
+    return lambda params, *batch: compiled(params, setup.codec_params, *sharding.spread(setup.mesh, batch))

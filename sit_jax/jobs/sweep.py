@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from sit_jax import storage
+from sit_jax import hosts, storage
 from sit_jax.data import pipeline
 from sit_jax.data.sources import Source
 from sit_jax.errors import UserError, check
@@ -81,7 +81,9 @@ def _read_all(setup: Setup, source: Source, count: int) -> tuple[np.ndarray, np.
     dataset = pipeline.in_order(
         source, indices, batch_size=256, skip_unreadable=True, shape=(data.image_size, data.image_size, data.channels)
     )
-    batches = list(tqdm(pipeline.iterate(dataset, 0, workers=data.workers), "real images", leave=False, disable=None))
+    batches = list(
+        tqdm(pipeline.iterate(dataset, 0, workers=data.workers), "real images", leave=False, disable=hosts.bar_off())
+    )
     images, labels, skipped = (np.concatenate([b[name] for b in batches]) for name in ("image", "label", "skipped"))
     return images[skipped == 0], labels[skipped == 0]
 
@@ -106,7 +108,7 @@ def measure(config: Config, point: Sample, params: Any, weak: Weak | None, judge
 def run(config: Config, workdir: epath.Path) -> None:
     """Writes workdir/sweeps/NAME/{results.jsonl, table.csv, table.md, plot.png}; points that are there are kept."""
     setup, sweep = set_up(config), config.sweep
-    source = open_source(setup)
+    source = hosts.together(lambda: open_source(setup))
     step, params = restore_weights(setup, workdir, config.sample.weights)
     weak = open_weak(config)
     settings = sampler_settings(config, step, weak) | {"data": dataclasses.asdict(config.data)}
@@ -115,7 +117,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         del settings[name]
     folder = results_folder(workdir / "sweeps", f"step{step}-{config.sample.weights}-count{sweep.count}", settings)
     results = folder / "results.jsonl"
-    rows = [row for _, row in storage.json_rows(results.read_bytes())] if results.exists() else []
+    rows = hosts.by_first(lambda: read_rows(results))
     done = {_key(row) for row in rows}
     wanted = points(sweep, config.sample)
     missing = [point for point in wanted if _key(known_by(point)) not in done]
@@ -123,7 +125,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     print(f"{len(missing)} of {len(wanted)} samplers at step {step}, {sweep.count} images each, into {folder}")
     print(f"compared with {real['images']} real images of split {config.data.split!r}, whose halves are a Frechet "
           f"distance of {real['frechet_between_halves']:.3f} apart", flush=True)  # fmt: skip
-    with tqdm(missing, unit="sampler", disable=None) as bar:
+    with tqdm(missing, unit="sampler", disable=hosts.bar_off()) as bar:
         for point in bar:
             bar.set_postfix_str(_label(known_by(point)))
             try:
@@ -132,15 +134,21 @@ def run(config: Config, workdir: epath.Path) -> None:
                 bar.write(f"warning: {_label(known_by(point))}: {error}")
                 continue
             rows.append(row)
-            storage.append_text(results, json.dumps(row) + "\n")
+            if hosts.is_first():
+                storage.append_text(results, json.dumps(row) + "\n")
     asked = {_key(known_by(point)) for point in wanted}
     rows = sorted((row for row in rows if _key(row) in asked), key=lambda row: (row["cfg_scale"], row["networks"]))
     check(rows, "no sampler gave finite images; look whether training diverged")
-    storage.write_text(folder / "table.csv", as_csv(rows))
-    storage.write_text(folder / "table.md", as_markdown(rows))
-    storage.write_bytes(folder / "plot.png", plot(rows, real["frechet_between_halves"]))
+    if hosts.is_first():
+        storage.write_text(folder / "table.csv", as_csv(rows))
+        storage.write_text(folder / "table.md", as_markdown(rows))
+        storage.write_bytes(folder / "plot.png", plot(rows, real["frechet_between_halves"]))
     print(as_markdown(rows))
     print(f"plot: {folder / 'plot.png'}")
+
+
+def read_rows(path: epath.Path) -> list[dict[str, Any]]:
+    return [row for _, row in storage.json_rows(path.read_bytes())] if path.exists() else []
 
 
 def _key(row: Mapping[str, Any]) -> tuple:

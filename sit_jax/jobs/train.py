@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from etils import epath
+from jax.experimental import multihost_utils
 
 from sit_jax import config as config_lib
-from sit_jax import sharding, storage, train_state, train_step
+from sit_jax import hosts, sharding, storage, train_state, train_step
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.data import pipeline, sources, transforms
 from sit_jax.errors import UserError, check
@@ -24,7 +25,7 @@ from sit_jax.image_io import encode_png
 from sit_jax.jobs import sampler
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.watcher import Watcher
-from sit_jax.jobs.workdir import newest_whole, weights_of
+from sit_jax.jobs.workdir import make_workdir, newest_whole, weights_of
 from sit_jax.metric_log import MetricLog, Progress
 from sit_jax.settings import Config
 from sit_jax.train_state import TrainState
@@ -94,18 +95,17 @@ def open_source(setup: Setup) -> sources.Source:
 @contextlib.contextmanager
 def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
     """Batches start, start + 1, ... on the devices, fetched ahead; leaving ends the readers."""
-    data = setup.config.data
+    data, size = setup.config.data, setup.config.train.batch
     dataset = pipeline.batches(
         source,
         seed=setup.config.seed,
-        batch_size=setup.config.train.batch,
+        batch_size=size,
         flip=data.flip,
         skip_unreadable=data.skip_unreadable,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.own_rows(setup.mesh, size),
     )
     with contextlib.closing(pipeline.iterate(dataset, start, workers=data.workers)) as batches:
-        yield pipeline.prefetch_to_device(batches, lambda batch: sharding.put_batch(setup.mesh, batch))
+        yield pipeline.prefetch_to_device(batches, lambda batch: sharding.put_batch(setup.mesh, batch, size))
 
 
 def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState, dict]:
@@ -114,7 +114,7 @@ def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Trai
     if start is None:
         return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh), {}
     target = abstract_state(setup)
-    step = jax.device_put(np.asarray(start, np.int32), target.step.sharding)
+    step = sharding.put_replicated(setup.mesh, np.asarray(start, np.int32))
     if "opt_state" in checkpoints.stored(start):
         items = checkpoints.restore(start, target.items())
     else:  # weights alone, from convert.from_torch
@@ -133,16 +133,17 @@ def open_checkpoints(config: Config, workdir: epath.Path) -> Checkpoints:
 def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     """Makes `workdir` a new run at step 0 with the newest weights and EMA of the run in `source`, and fresh moments."""
     setup = set_up(config)
-    check(not (workdir / "checkpoints").exists(), f"--fork {str(workdir)!r} holds a run already; give a new folder")
-    check((source / "checkpoints").exists(), f"--workdir {str(source)!r} has no checkpoints to fork from")
-    open_source(setup)  # data that is not there leaves no folder behind
+    taken, there = hosts.by_first(lambda: [(folder / "checkpoints").exists() for folder in (workdir, source)])
+    check(not taken, f"--fork {str(workdir)!r} holds a run already; give a new folder")
+    check(there, f"--workdir {str(source)!r} has no checkpoints to fork from")
+    hosts.together(lambda: open_source(setup))  # data that is not there leaves no folder behind
     with open_checkpoints(config, source) as checkpoints:
         step = newest_whole(checkpoints)
         check(step is not None, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
         target = abstract_state(setup)  # without the moments: another optimizer has others
         weights = weights_of(checkpoints, step, {"params": target.params, "ema": target.ema})
     fresh = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
-    storage.make_workdir(workdir)
+    make_workdir(workdir)
     with open_checkpoints(config, workdir) as checkpoints:
         checkpoints.save(0, fresh.items() | weights, {"forked_from": f"{source}, step {step}"})
     print(f"forked step {step} of {source} into {workdir}")
@@ -163,11 +164,20 @@ def record_config(config: Config, workdir: epath.Path, step: int) -> None:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets. A second one ends the process at once: checkpoints survive that too."""
+    """An event that SIGTERM or Ctrl-C sets. A second one ends the process at once: checkpoints survive that too.
+
+    Among several processes SIGTERM is jax's own (`hosts.join`), which agrees with the others on a step to stop at;
+    Ctrl-C becomes one, and the event is never set.
+    """
     event, numbers = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+    if hosts.several():
+        numbers = (signal.SIGINT,)
 
     def on_signal(number, frame):
-        event.set()
+        if hosts.several():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            event.set()
         signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, on_signal) for number in numbers}
@@ -175,17 +185,18 @@ def stop_signal() -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: jax's, not Python's
 
 
 def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = None) -> None:
     """Trains to train.steps. What is in the workdir is continued; a finished run says so and ends.
 
-    SIGTERM and Ctrl-C save and return after the step under way. `profile` (a, b) writes a trace of steps a to b.
+    SIGTERM and Ctrl-C, on any host, save and return after the step under way, or one soon after that all agree on.
+    `profile` (a, b) writes a trace of steps a to b.
     """
     setup, steps = set_up(config), config.train.steps
-    source, _ = open_source(setup), setup.codec_params
-    storage.make_workdir(workdir)  # not sooner: a mistake in what is above leaves no folder behind
+    source, _ = hosts.together(lambda: open_source(setup)), setup.codec_params
+    make_workdir(workdir)  # not sooner: a mistake in what is above leaves no folder behind
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         checkpoints = stack.enter_context(open_checkpoints(config, workdir))
@@ -197,18 +208,21 @@ def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = N
             expected = f"expected one of {start + 1} to {steps}, which are to be trained"
             check(start < profile[0] <= steps, f"--profile starts at step {profile[0]}; {expected}")
         batches = stack.enter_context(open_batches(setup, source, start))
-        batches = itertools.chain([next(batches)], batches)  # unreadable data stops here, before anything is written
+        first = hosts.together(lambda: next(batches))
+        batches = itertools.chain([first], batches)  # unreadable data stops here, before anything is written
         log = stack.enter_context(
-            MetricLog(
-                workdir,
-                start_step=start,
-                tensorboard=config.log.tensorboard,
-                wandb_project=config.log.wandb_project,
-                config=config_lib.flatten(config),
-                run_name=workdir.name,
+            hosts.together(
+                lambda: MetricLog(
+                    workdir,
+                    start_step=start,
+                    tensorboard=config.log.tensorboard,
+                    wandb_project=config.log.wandb_project,
+                    config=config_lib.flatten(config),
+                    run_name=workdir.name,
+                )
             )
         )
-        record_config(config, workdir, start)
+        hosts.by_first(lambda: record_config(config, workdir, start))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)
         progress = stack.enter_context(Progress(start, steps))
@@ -256,7 +270,8 @@ class Loop:
                 start_profile(self._workdir / "profile")
             state, metrics = step_function(state, batch, codec_params)
             self._watcher.add(step, metrics)
-            last = step == config.train.steps or stop.is_set()
+            stopping = multihost_utils.reached_preemption_sync_point(step) if hosts.several() else stop.is_set()
+            last = step == config.train.steps or stopping
             if profile and profile[0] <= step and (last or step == profile[1]):
                 jax.block_until_ready(metrics)
                 jax.profiler.stop_trace()
@@ -290,6 +305,8 @@ class Loop:
             images = np.concatenate([images[:, -1] for _, images, _ in drawn])
         except UserError as error:  # a young model under strong guidance may have no finite sample: no reason to stop
             self._progress.write(f"no sheet at step {step}: {error}")
+            return
+        if not hosts.is_first():
             return
         image = sampler.make_sheet(self._setup, images)
         self._log.image(step, "samples", image)

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from sit_jax import storage, train_state
+from sit_jax import hosts, storage, train_state
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import check
 from sit_jax.jobs.setup import Setup
@@ -17,7 +17,7 @@ from sit_jax.jobs.setup import Setup
 def newest_whole(checkpoints: Checkpoints) -> int | None:
     """The newest step that can be trusted, after a warning for each newer one that cannot."""
     step, problems = checkpoints.newest_whole()
-    for problem in problems:
+    for problem in problems if hosts.is_first() else ():
         print(f"warning: {problem}", file=sys.stderr)
     return step
 
@@ -29,7 +29,8 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[in
     """
     which = {"ema": "ema", "raw": "params"}[weights]
     folder = workdir / "checkpoints"
-    check(folder.exists(), f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
+    there = hosts.by_first(folder.exists)
+    check(there, f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
     target = getattr(train_state.abstract(setup.init_params, setup.optimizer, setup.mesh), which)
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
         step = newest_whole(checkpoints)
@@ -49,6 +50,14 @@ def weights_of(checkpoints: Checkpoints, step: int, targets: Mapping[str, Any]) 
 def results_folder(parent: epath.Path, name: str, settings: Mapping[str, Any]) -> epath.Path:
     """parent/NAME-HASH with a settings.json, made if need be: other settings never share a folder."""
     text = json.dumps(settings, indent=2)
-    folder = storage.make_workdir(parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}")
-    storage.write_text(folder / "settings.json", text + "\n")
+    folder = make_workdir(parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}")
+    if hosts.is_first():
+        storage.write_text(folder / "settings.json", text + "\n")
+    return folder
+
+
+def make_workdir(folder: epath.Path) -> epath.Path:
+    """The folder, made if need be. `UserError` if it cannot be written, or is not the same on all hosts."""
+    hosts.by_first(lambda: storage.make_workdir(folder) and None)
+    hosts.check_shared(folder)
     return folder

@@ -17,7 +17,7 @@ one, eight = open_codec("sd-vae", **options, batch=8), open_codec(
     "sd-vae", **options, batch=1, per_device=sharding.per_device(mesh))
 params = one.load()
 images = np.random.default_rng(0).uniform(-1, 1, (8, 12, 12, 3)).astype(np.float32)
-everywhere, rows = sharding.put_replicated(mesh, params), sharding.put_batch(mesh, images)
+everywhere, rows = sharding.put_replicated(mesh, params), sharding.spread(mesh, images)
 keys = jax.device_put(jax.random.split(jax.random.key(3), len(images)), sharding.batch_sharding(mesh))
 
 x = jax.jit(eight.encode, out_shardings=sharding.batch_sharding(mesh))(everywhere, keys, rows)

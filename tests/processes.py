@@ -1,0 +1,82 @@
+"""main as several real processes on this machine, each with fake devices."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from tests.commands import ROOT
+
+MAIN = ("-m", "sit_jax.main")
+TIMEOUT_S = 200  # for a run to end, on a busy machine
+
+
+class Processes:
+    """`arguments` for main in `count` processes of `devices` devices each; of `program` instead of main, where given.
+
+    What they print goes to folder/out.I and folder/err.I. With `folders`, process I runs in folders[I]; `own` are
+    further arguments of each. Unless `joined`, nothing tells them of each other.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        arguments: Sequence[object],
+        *,
+        count: int = 2,
+        devices: int = 4,
+        program: Sequence[str] = MAIN,
+        folders: Sequence[pathlib.Path] = (),
+        own: Sequence[Sequence[str]] = (),
+        platforms: str = "cpu",
+        joined: bool = True,
+    ):
+        folder.mkdir(exist_ok=True)
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.children = []
+        for number in range(count):
+            environment = {
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "JAX_PLATFORMS": platforms,
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
+            if joined:
+                environment |= {
+                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                    "JAX_NUM_PROCESSES": str(count),
+                    "JAX_PROCESS_ID": str(number),
+                }
+            command = [sys.executable, *program, *map(str, arguments), *(own[number] if own else ())]
+            with open(folder / f"out.{number}", "wb") as out, open(folder / f"err.{number}", "wb") as err:
+                cwd = folders[number] if folders else ROOT
+                self.children.append(subprocess.Popen(command, env=environment, cwd=cwd, stdout=out, stderr=err))
+
+    def printed(self, number: int = 0, stream: str = "out") -> str:
+        """What a process wrote so far, without the lines of jax's CPU collectives."""
+        text = (self.folder / f"{stream}.{number}").read_text()
+        return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+
+    def wait(self) -> list[int]:
+        """The exit statuses; whatever runs too long is killed."""
+        end = time.monotonic() + TIMEOUT_S
+        try:
+            return [child.wait(max(end - time.monotonic(), 0)) for child in self.children]
+        finally:
+            for child in self.children:
+                child.kill()
+
+    def succeed(self) -> str:
+        """What process 0 printed, after all have ended well and the others have printed nothing."""
+        statuses = self.wait()
+        errors = [self.printed(number, "err")[-3000:] for number in range(len(statuses))]
+        assert statuses == [0] * len(statuses), "\n".join(errors)
+        assert not any(self.printed(number) for number in range(1, len(statuses)))
+        return self.printed()
