@@ -8,10 +8,10 @@ usage() {
     cat <<'END'
 usage: bash launch/test.sh [--torch] [--tpu] [pytest arguments]
 
-Installs the base and pytest into .venv (once) and runs the tests on the CPU: the whole suite, or what the pytest
-arguments choose, with paths seen from the repository root:
+Installs the base and pytest into .venv (once) and runs the tests on the CPU: all but the slow ones, or what the
+pytest arguments choose, with paths seen from the repository root:
     bash launch/test.sh tests/test_storage.py -k whole
-    bash launch/test.sh -m 'not slow'
+    bash launch/test.sh -m slow
 One process a core, up to 8, shares the files; -n 0 is one process alone, as a debugger wants.
 
 --torch   also installs PyTorch for the tests that compare with it (on Linux 5 GB; a CPU build that
@@ -38,4 +38,4 @@ done
 set_up "$gb" "${extras[@]}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 # A file's tests share what is slow to make, so a file is one worker's. bash 3.2 calls an empty array unset.
-exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile ${arguments[@]+"${arguments[@]}"}
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow' ${arguments[@]+"${arguments[@]}"}

@@ -13,7 +13,7 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
-SHARED = " -n auto --maxprocesses 8 --dist loadfile"
+SHARED = " -n auto --maxprocesses 8 --dist loadfile -m not slow"
 PIP = "unset: -m pip install --quiet --disable-pip-version-check -e "
 
 
@@ -115,9 +115,9 @@ def test_a_broken_venv_of_somebody_else_is_left_alone(machine):
 
 
 def test_pytest_gets_its_arguments_and_its_status_is_kept(machine):
-    result = machine.run("test.sh", "-m", "not slow", "--tpu", "tests/x.py", FAILS="pytest", JAX_PLATFORMS="cuda")
+    result = machine.run("test.sh", "-m", "slow", "--tpu", "tests/x.py", FAILS="pytest", JAX_PLATFORMS="cuda")
     assert result.returncode == 1
-    assert machine.calls()[-1] == "cuda: -m pytest" + SHARED + " -m not slow tests/x.py"
+    assert machine.calls()[-1] == "cuda: -m pytest" + SHARED + " -m slow tests/x.py"
 
 
 def test_the_quickstart_trains_then_draws_where_the_caller_said(machine, tmp_path):
