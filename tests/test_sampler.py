@@ -6,10 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from sit_jax import checkpoint
+from sit_jax import config as config_lib
+from sit_jax.jobs.setup import set_up
 from tests.commands import TINY, flags, pictures, refusal, snapshot, succeed
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
@@ -181,3 +185,13 @@ def test_a_run_of_other_data_cannot_guide(run_copy, weak, tmp_path):
     flag = flags(sample__guide=other, sample__cfg_scale=2)
     words = "cannot guide this run: transport.path is 'GVP' there and 'Linear' here"
     assert words in refusal("--workdir", run_copy, "--mode", "sample", *flag)
+
+
+def test_a_checkpoint_without_an_ema_is_named_where_it_is_asked_for(tmp_path, run_copy):
+    shutil.rmtree(run_copy / "checkpoints")
+    setup = set_up(config_lib.load(str(run_copy / "config.json")))
+    with checkpoint.Checkpoints(run_copy / "checkpoints", ["params"]) as checkpoints:
+        checkpoints.save(4, {"params": jax.jit(setup.init_params)()}, {})
+    words = "checkpoint 4 holds no EMA, only params; set sample.weights=raw"
+    assert words in refusal("--workdir", run_copy, "--mode", "sample")
+    assert sample(run_copy, sample__weights="raw").name.startswith("step4-raw")

@@ -39,10 +39,19 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[in
 
 
 def weights_of(checkpoints: Checkpoints, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """The items `params` and `ema`, or one of them. Converted weights are an EMA alone, which stands for both."""
-    stored = {name: target for name, target in targets.items() if name in checkpoints.stored(step)}
-    if "params" in targets and "params" not in stored:
+    """The items `params` and `ema`, or one of them. Converted weights are an EMA alone, which stands for both.
+
+    `UserError` for a checkpoint without an EMA where it is asked for: the trained weights are not taken for it.
+    """
+    there = checkpoints.stored(step)
+    stored = {name: target for name, target in targets.items() if name in there}
+    if "params" in targets and "params" not in there:
         stored["ema"] = targets["params"]
+    check(
+        "ema" in there or "ema" not in {*targets, *stored},
+        f"checkpoint {step} holds no EMA, only {', '.join(sorted(there)) or 'nothing'}; set sample.weights=raw, or "
+        "likelihood.weights=raw",
+    )
     restored = checkpoints.restore(step, stored)
     return {name: restored[name] if name in restored else restored["ema"] for name in targets}
 
