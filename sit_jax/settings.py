@@ -147,7 +147,7 @@ class Sweep:
 
     solvers: tuple[str, ...] = ("euler", "heun", "dopri5", "euler-maruyama", "sra1", "shark")
     steps: tuple[int, ...] = (5, 10, 25, 50, 100)
-    rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)  # adaptive solvers also choose their steps by these; atol is a tenth
+    rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)  # by which adaptive solvers choose their steps; atol is a tenth
     forms: tuple[str, ...] = ("SBDM",)  # of an SDE's diffusion
     cfg_scales: tuple[float, ...] = (1.0,)
     count: int = 1000  # images of each sampler

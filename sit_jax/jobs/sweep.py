@@ -32,17 +32,18 @@ Judge = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (uint8 images, l
 
 
 def points(sweep: Sweep, sample: Sample) -> list[Sample]:
-    """The samplers of a sweep: solvers x steps x guidance, SDEs x forms, adaptive solvers also x tolerances."""
+    """The samplers of a sweep: solvers x steps x guidance, SDEs x forms; adaptive solvers x tolerances, if given."""
     found = []
     for cfg_scale, solver in itertools.product(sweep.cfg_scales, sweep.solvers):
         base = dataclasses.replace(
             sample, solver=solver, cfg_scale=cfg_scale, count=sweep.count, times=(), frames=None, labels=()
         )
+        if solver in ode.ADAPTIVE and sweep.rtols:
+            found += [dataclasses.replace(base, steps=None, rtol=rtol, atol=rtol / 10) for rtol in sweep.rtols]
+            continue
         forms = sweep.forms if solver in sde.SOLVERS else (sample.diffusion_form,)
         for form, steps in itertools.product(forms, sweep.steps):
             found.append(dataclasses.replace(base, diffusion_form=form, steps=steps))
-        if solver in ode.ADAPTIVE:
-            found += [dataclasses.replace(base, steps=None, rtol=rtol, atol=rtol / 10) for rtol in sweep.rtols]
     return found
 
 
