@@ -106,6 +106,7 @@ def test_every_diffusion_form_keeps_the_marginals(path, form, n=4_000):
     assert abs((x > 0).mean() - above) < 4 * np.sqrt(0.21 / n) + 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", prediction.PREDICTIONS)
 @pytest.mark.parametrize("path", paths.PATHS.values(), ids=lambda p: p.name)
 def test_no_combination_is_nan(path, kind, monkeypatch):
