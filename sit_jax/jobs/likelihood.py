@@ -20,7 +20,7 @@ from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
 from sit_jax.jobs.setup import Setup, call_with_batches, check_batch, jit_for_batches, set_up
 from sit_jax.jobs.train import open_source
-from sit_jax.jobs.workdir import restore_weights, results_folder
+from sit_jax.jobs.workdir import read_rows, restore_weights, results_folder
 from sit_jax.sampling import density
 from sit_jax.settings import Config
 from sit_jax.transport.interval import Interval, ode_interval, train_interval
@@ -127,18 +127,6 @@ def evaluate(
                 ],
                 int(evaluations),
             )
-
-
-def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows that are there; a line that a kill cut is taken out of the file, so that its image is done again."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()
-    lines_and_rows = list(storage.json_rows(text))
-    whole = b"".join(line + b"\n" for line, _ in lines_and_rows)
-    if whole != text:
-        storage.write_bytes(path, whole)
-    return [row for _, row in lines_and_rows]
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sit_jax.errors import UserError, check
 from sit_jax.jobs.sampler import Weak, labels_of, make_sampler, open_weak, sample_images, sampler_settings
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.train import open_source
-from sit_jax.jobs.workdir import restore_weights, results_folder
+from sit_jax.jobs.workdir import read_rows, restore_weights, results_folder
 from sit_jax.metrics.frechet import frechet_distance, moments
 from sit_jax.metrics.pixels import as_features, fit_components, fit_judge
 from sit_jax.sampling import ode, sde
@@ -92,10 +92,7 @@ def _read_all(setup: Setup, source: Source, count: int) -> tuple[np.ndarray, np.
 def measure(config: Config, point: Sample, params: Any, weak: Weak | None, judge: Judge) -> dict[str, Any]:
     """The row of one sampler: its images are drawn, and judged, and forgotten."""
     setup = set_up(dataclasses.replace(config, sample=point))
-    sampler, indices = (
-        make_sampler(setup, open_weak(setup.config) if point.cfg_scale > 1 else None),
-        np.arange(point.count),
-    )
+    sampler, indices = make_sampler(setup, weak), np.arange(point.count)
     next(sample_images(setup, sampler, params, indices[:1]))  # compiles: not a part of its time
     began = time.perf_counter()
     drawn = [(images[:, -1], evaluations) for _, images, evaluations in sample_images(setup, sampler, params, indices)]
@@ -146,10 +143,6 @@ def run(config: Config, workdir: epath.Path) -> None:
         storage.write_bytes(folder / "plot.png", plot(rows, real["frechet_between_halves"]))
     print(as_markdown(rows))
     print(f"plot: {folder / 'plot.png'}")
-
-
-def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-    return [row for _, row in storage.json_rows(path.read_bytes())] if path.exists() else []
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
