@@ -45,7 +45,7 @@ def test_an_unknown_topology_lists_the_known(name):
         preflight.open_topology(name)
 
 
-@pytest.mark.parametrize(("topology", "install"), [("v5e:2x2", "pip install libtpu"), ("h100:8", r'-e ".\[cuda12\]"')])
+@pytest.mark.parametrize(("topology", "install"), [("v5e:2x2", r'-e ".\[tpu\]"'), ("h100:8", r'-e ".\[cuda12\]"')])
 def test_a_missing_compiler_is_named_with_what_to_install(topology, install, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=install):
@@ -127,8 +127,9 @@ def test_what_does_not_fit_is_said_in_the_compilers_words(tmp_path):
 
 @pytest.mark.tpu
 @needs_libtpu
-def test_the_sampler_too():
-    status, printed = run("--topology", "v5e:2x2", "--sampler", **{"model.depth": "1"})
+@pytest.mark.parametrize("solver", [{}, {"sample.solver": "dopri5", "sample.steps": "none"}])
+def test_the_sampler_too(solver):
+    status, printed = run("--topology", "v5e:2x2", "--sampler", **{"model.depth": "1", **solver})
     assert status == 0, printed
     assert "sampler on v5e:2x2, 4 devices" in printed
 

@@ -74,10 +74,12 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
 def _tpus(chip: Chip, layout: str) -> list[jax.Device]:
     check(
         importlib.util.find_spec("libtpu"),
-        "compiling for a TPU needs its compiler, but no TPU: pip install libtpu (137 MB)",
+        'compiling for a TPU needs its compiler, but no TPU: pip install -e ".[tpu]" (jax\'s own libtpu, 137 MB)',
     )
-    # Without it the compiler takes a v4 for two devices; a run sees one.
+    # Without them the compiler takes a v4 for two devices, where a run sees one, and a host for four chips.
     options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+    if set(layout.split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return topologies.get_topology_desc(f"{chip.name}:{layout}", "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
@@ -110,7 +112,7 @@ class Preflight:
     batch: int
     remat: str
     fits: bool
-    verdict: str  # the compiler's own words where it does not fit
+    verdict: str  # the compiler's own words where it does not fit, or does not compile
     hbm: float  # of the chip
     params: int
     optimizer: int  # moments and EMA
