@@ -177,6 +177,7 @@ class Precision:
         "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax and loss stay float32
     )
     matmul: str | None = None  # default | high | highest; None: default when training, else highest
+    grad_reduce: str = "float32"  # float32 | bfloat16: in what devices add up the gradients of the layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +251,13 @@ def validate(config: Config) -> None:
     _check_sampler(sample)
     _check_likelihood(config)
     _check_sweep(config.sweep)
-    _one_of("precision.compute", config.precision.compute, ("float32", "bfloat16"))
+    for key in ("compute", "grad_reduce"):
+        _one_of(f"precision.{key}", getattr(config.precision, key), ("float32", "bfloat16"))
+    check(
+        config.precision.grad_reduce in ("float32", config.precision.compute),
+        "precision.grad_reduce is 'bfloat16', but gradients are computed in float32; set it to float32, or "
+        "precision.compute to bfloat16 as well",
+    )
     if config.precision.matmul is not None:
         _one_of("precision.matmul", config.precision.matmul, ("default", "high", "highest"))
     for key in ("seed", "sample.seed", "likelihood.seed"):

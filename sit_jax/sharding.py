@@ -100,10 +100,11 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
+def model_hooks(mesh: Mesh, dtype: Any, grad_dtype: Any) -> dict[str, Callable]:
     """SiT's hooks: one layer's parameters made whole over fsdp, activations split over the batch, the condition whole.
 
-    gather casts before it gathers, which moves half the bytes in bfloat16. replicate and broadcast give the
+    gather casts to `dtype` before it gathers, which moves half the bytes in bfloat16; what it gives has the type that
+    gradients are to be added up in, `grad_dtype`, without another bit in it. replicate and broadcast give the
     layers the condition of the whole batch, and split makes the gradient [b, 6d] of what adaLN makes of it whole, from
     which each device makes its own part of the matrix's gradient; otherwise [d, 6d] would be summed over all devices.
     """
@@ -111,7 +112,7 @@ def model_hooks(mesh: Mesh, dtype: Any) -> dict[str, Callable]:
     def gather(variables):
         def leaf(path, value):
             stacked = spec("blocks/" + _name(path).removeprefix("params/"), (1, *value.shape), mesh)
-            return _gather(mesh, PartitionSpec(*stacked[1:]), dtype, value)
+            return _gather(mesh, PartitionSpec(*stacked[1:]), dtype, grad_dtype, value)
 
         return jax.tree_util.tree_map_with_path(leaf, variables)
 
@@ -154,18 +155,18 @@ def gather_ends(mesh: Mesh, params: Any) -> Any:
     """
 
     def leaf(path, value):
-        name = _name(path)
-        return value if "blocks/" in name else _gather(mesh, spec(name, value.shape, mesh), value.dtype, value)
+        name, own = _name(path), value.dtype
+        return value if "blocks/" in name else _gather(mesh, spec(name, value.shape, mesh), own, own, value)
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def _gather(mesh: Mesh, own: PartitionSpec, dtype: Any, value: jax.Array) -> jax.Array:
+def _gather(mesh: Mesh, own: PartitionSpec, dtype: Any, grad_dtype: Any, value: jax.Array) -> jax.Array:
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in own))
 
     @jax.custom_vjp
     def gathered(value):
-        return jax.lax.with_sharding_constraint(value.astype(dtype), NamedSharding(mesh, whole))
+        return jax.lax.with_sharding_constraint(value.astype(dtype), NamedSharding(mesh, whole)).astype(grad_dtype)
 
     # The transpose of a plain constraint would constrain the gradient to `whole` too, and so force a full all-reduce.
     def backward(_, gradient):

@@ -287,7 +287,7 @@ def test_what_a_run_and_its_samples_may_change():
         transport.times_std data.source data.split data.image_size data.channels data.classes data.flip latents.codec
         latents.repo latents.revision latents.dtype latents.scale train.batch train.accumulation train.label_dropout
         train.ema_decay optimizer.schedule optimizer.warmup_steps optimizer.b1 optimizer.b2 optimizer.eps
-        optimizer.weight_decay optimizer.clip_norm precision.compute precision.matmul""".split()
+        optimizer.weight_decay optimizer.clip_norm precision.compute precision.matmul precision.grad_reduce""".split()
     )
     network = {key for key in keys if key.startswith(config_lib.NETWORK)}
     assert network == {key for key in keys if key.startswith("model.")} | {

@@ -72,7 +72,7 @@ class Setup:
             remat=model.remat,
             dtype=dtype,
             attend=self.attend,
-            **sharding.model_hooks(self.mesh, dtype),
+            **sharding.model_hooks(self.mesh, dtype, jnp.dtype(self.config.precision.grad_reduce)),
         )
 
     @functools.cached_property

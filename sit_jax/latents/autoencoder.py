@@ -5,11 +5,14 @@ Shape suffixes: b batch, h height, w width, c channels, t = h*w.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from sit_jax.models.linear import precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,8 @@ def _norm(groups: int, dtype: Any, name: str) -> nn.Module:
     return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def _conv(channels: int, size: int, dtype: Any, name: str) -> nn.Module:
-    return nn.Conv(channels, (size, size), dtype=dtype, name=name)
+def _conv(channels: int, size: int, dtype: Any, name: str | None = None, **spacing: Any) -> nn.Module:
+    return nn.Conv(channels, (size, size), dtype=dtype, precision=precision(dtype), name=name, **spacing)
 
 
 class Resnet(nn.Module):
@@ -63,10 +66,12 @@ class Attention(nn.Module):
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
         b, h, w, c = x_bhwc.shape
         x_btc = _norm(self.groups, self.dtype, "group_norm")(x_bhwc).reshape(b, h * w, c)
-        q_btc, k_btc, v_btc = (nn.Dense(c, dtype=self.dtype, name=f"to_{name}")(x_btc) for name in "qkv")
-        logits_btu = jnp.einsum("btc,buc->btu", q_btc * c**-0.5, k_btc, preferred_element_type=jnp.float32)
-        out_btc = jnp.einsum("btu,buc->btc", jax.nn.softmax(logits_btu).astype(self.dtype), v_btc)
-        return x_bhwc + nn.Dense(c, dtype=self.dtype, name="to_out_0")(out_btc).reshape(b, h, w, c)
+        dense = functools.partial(nn.Dense, c, dtype=self.dtype, precision=precision(self.dtype))
+        product = functools.partial(jnp.einsum, precision=precision(self.dtype))
+        q_btc, k_btc, v_btc = (dense(name=f"to_{name}")(x_btc) for name in "qkv")
+        logits_btu = product("btc,buc->btu", q_btc * c**-0.5, k_btc, preferred_element_type=jnp.float32)
+        out_btc = product("btu,buc->btc", jax.nn.softmax(logits_btu).astype(self.dtype), v_btc)
+        return x_bhwc + dense(name="to_out_0")(out_btc).reshape(b, h, w, c)
 
 
 class MidBlock(nn.Module):
@@ -87,7 +92,8 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
         # Zeros at the bottom and the right alone.
-        return nn.Conv(x_bhwc.shape[-1], (3, 3), 2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv")(x_bhwc)
+        padding = ((0, 1), (0, 1))
+        return _conv(x_bhwc.shape[-1], 3, self.dtype, "conv", strides=2, padding=padding)(x_bhwc)
 
 
 class Upsample(nn.Module):
@@ -164,8 +170,8 @@ class AutoencoderKL(nn.Module):
     def setup(self):
         self.encoder = Encoder(self.architecture, self.dtype)
         self.decoder = Decoder(self.architecture, self.dtype)
-        self.quant_conv = nn.Conv(2 * self.architecture.latent_channels, (1, 1), dtype=self.dtype)
-        self.post_quant_conv = nn.Conv(self.architecture.latent_channels, (1, 1), dtype=self.dtype)
+        self.quant_conv = _conv(2 * self.architecture.latent_channels, 1, self.dtype)
+        self.post_quant_conv = _conv(self.architecture.latent_channels, 1, self.dtype)
 
     def encode(self, images_bhwc: jax.Array) -> jax.Array:
         """Images in [-1, 1] -> mean and log variance of the posterior, one after the other along the channels."""

@@ -3,10 +3,13 @@
 Shape suffixes as in `sit`: s heads, t queries, u keys, h head width.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from sit_jax.models.linear import precision
 
 
 def einsum(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
@@ -15,9 +18,10 @@ def einsum(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array
     Heads come before tokens, as batched products want them, and the scale is applied to q, smaller than the logits: on
     one CPU core 1.7x as fast as jax.nn.dot_product_attention forward, 1.15x forward and back.
     """
+    product = functools.partial(jnp.einsum, precision=precision(q_bsth.dtype))
     scale = q_bsth.shape[-1] ** -0.5
-    logits_bstu = jnp.einsum("bsth,bsuh->bstu", q_bsth * scale, k_bsth, preferred_element_type=jnp.float32)
-    return jnp.einsum("bstu,bsuh->bsth", jax.nn.softmax(logits_bstu).astype(v_bsth.dtype), v_bsth)
+    logits_bstu = product("bsth,bsuh->bstu", q_bsth * scale, k_bsth, preferred_element_type=jnp.float32)
+    return product("bstu,bsuh->bsth", jax.nn.softmax(logits_bstu).astype(v_bsth.dtype), v_bsth)
 
 
 def splash(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array, interpret: bool = False) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sit_jax.errors import unknown_name
 from sit_jax.models.attention import einsum
 from sit_jax.models.embeddings import patchify, position_embedding, time_features, unpatchify
+from sit_jax.models.linear import Linear
 from sit_jax.models.sizes import Size, tokens
 
 REMAT_POLICIES = {
@@ -27,7 +28,6 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-_xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros_init()
 
@@ -56,9 +56,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
-        # Heads are an axis of the kernel, so that a mesh can split them. Its initial spread is that of the fused
-        # matrix.
-        qkv = nn.DenseGeneral((3, self.heads, d // self.heads), dtype=self.dtype, kernel_init=_xavier, name="qkv")
+        # Heads are an axis of the kernel, so that a mesh can split them.
+        qkv = Linear((3, self.heads, d // self.heads), self.dtype, name="qkv")
         parts_nsh = jnp.unstack(qkv(x_btd.reshape(b * t, d)), axis=1)
         q_bsth, k_bsth, v_bsth = (part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in parts_nsh)
         if self.qk_norm:  # Dehghani et al. (arXiv 2302.05442): bounds the logits, which bfloat16 training may need
@@ -68,7 +67,7 @@ class Attention(nn.Module):
             )
         out_btsh = self.attend(q_bsth, k_bsth, v_bsth).transpose(0, 2, 1, 3)
         out_nd = checkpoint_name(out_btsh.reshape(b * t, d), "attention")
-        proj = nn.Dense(d, dtype=self.dtype, kernel_init=_xavier, name="proj")
+        proj = Linear(d, self.dtype, name="proj")
         return proj(out_nd).reshape(b, t, d)
 
 
@@ -79,8 +78,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
-        hidden = nn.Dense(self.ratio * d, dtype=self.dtype, kernel_init=_xavier, name="fc1")(x_btd.reshape(b * t, d))
-        out = nn.Dense(d, dtype=self.dtype, kernel_init=_xavier, name="fc2")(nn.gelu(hidden, approximate=True))
+        hidden = Linear(self.ratio * d, self.dtype, name="fc1")(x_btd.reshape(b * t, d))
+        out = Linear(d, self.dtype, name="fc2")(nn.gelu(hidden, approximate=True))
         return out.reshape(b, t, d)
 
 
@@ -98,7 +97,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array, condition_bd: jax.Array) -> tuple[jax.Array, None]:
         d = x_btd.shape[-1]
-        ada = nn.Dense(6 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")
+        ada = Linear(6 * d, self.dtype, _zeros, name="adaLN_modulation")
         ada_bd = self.split(ada(condition_bd))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada_bd, 6, axis=-1)
         attention = Attention(self.heads, self.qk_norm, self.dtype, self.attend, name="attn")
@@ -115,8 +114,8 @@ class TimeEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, t_b: jax.Array) -> jax.Array:
-        hidden = nn.Dense(self.width, kernel_init=_normal, name="fc1")(time_features(t_b))
-        return nn.Dense(self.width, kernel_init=_normal, name="fc2")(nn.silu(hidden))
+        hidden = Linear(self.width, kernel_init=_normal, name="fc1")(time_features(t_b))
+        return Linear(self.width, kernel_init=_normal, name="fc2")(nn.silu(hidden))
 
 
 class FinalLayer(nn.Module):
@@ -126,9 +125,9 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array, condition_bd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
-        ada = nn.Dense(2 * d, dtype=self.dtype, kernel_init=_zeros, name="adaLN_modulation")(condition_bd)
+        ada = Linear(2 * d, self.dtype, _zeros, name="adaLN_modulation")(condition_bd)
         x_btd = _modulate(x_btd, *jnp.split(ada, 2, axis=-1), self.dtype)
-        out = nn.Dense(self.features, dtype=self.dtype, kernel_init=_zeros, name="linear")(x_btd.reshape(b * t, d))
+        out = Linear(self.features, self.dtype, _zeros, name="linear")(x_btd.reshape(b * t, d))
         return out.reshape(b, t, self.features)
 
 
@@ -162,7 +161,7 @@ class SiT(nn.Module):
         width, patch = self.size.width, self.size.patch
         t = tokens(self.input_size, patch)
         patches_btf = patchify(x_bhwc, patch)
-        embed = nn.Dense(width, dtype=self.dtype, kernel_init=_xavier, name="x_embedder")
+        embed = Linear(width, self.dtype, name="x_embedder")
         x_btd = embed(patches_btf.reshape(-1, patches_btf.shape[-1])).reshape(-1, t, width)
         # A parameter because published files hold it; never trained.
         position_td = self.param(
