@@ -20,7 +20,8 @@ class Processes:
     """`arguments` for main in `count` processes of `devices` devices each; of `program` instead of main, where given.
 
     What they print goes to folder/out.I and folder/err.I. With `folders`, process I runs in folders[I]; `own` are
-    further arguments of each. Unless `joined`, nothing tells them of each other.
+    further arguments of each. Unless `joined`, nothing tells them of each other. Each leads a process group, as it does
+    where a shell or SLURM started it.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class Processes:
             command = [sys.executable, *program, *map(str, arguments), *(own[number] if own else ())]
             with open(folder / f"out.{number}", "wb") as out, open(folder / f"err.{number}", "wb") as err:
                 cwd = folders[number] if folders else ROOT
-                self.children.append(subprocess.Popen(command, env=environment, cwd=cwd, stdout=out, stderr=err))
+                self.children.append(
+                    subprocess.Popen(command, env=environment, cwd=cwd, stdout=out, stderr=err, process_group=0)
+                )
 
     def printed(self, number: int = 0, stream: str = "out") -> str:
         """What a process wrote so far, without the lines of jax's CPU collectives."""

@@ -128,11 +128,12 @@ def test_two_processes_sample_the_same_bytes(one, two, tmp_path):
         assert (shared / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_sigterm_on_one_host_stops_all_at_the_same_saved_step(one, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_to_all_of_one_host_stops_all_hosts_at_the_same_saved_step(one, tmp_path, workers):
     workdir = tmp_path / "run"
-    processes = train(workdir, steps=5000)
+    processes = train(workdir, steps=5000, mesh=[*FSDP, *flags(data__workers=workers)])
     wait_until(processes, lambda: "step    5/5000" in processes.printed())
-    processes.children[1].send_signal(signal.SIGTERM)
+    os.killpg(processes.children[1].pid, signal.SIGTERM)
     printed = processes.succeed()
     (step,) = map(int, re.findall(r"stopped at step (\d+) of 5000, saved; the same command continues", printed))
     assert len(losses(workdir)) == step == max(int(p.name) for p in (workdir / "checkpoints").iterdir())

@@ -1,5 +1,6 @@
 """preflight: what it refuses, what it tries, and, with the TPU compiler, what it finds. No accelerator anywhere."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -70,8 +71,9 @@ def test_candidates_cover_batches_meshes_and_policies():
 
 def report(batch=128, remat="full", fits=False, mesh=(1, 1, 1), images=0.0):
     mesh = dict(zip(("data", "fsdp", "tensor"), mesh))
+    verdict = "" if fits else "RESOURCE_EXHAUSTED: Ran out of memory"
     return preflight.Preflight(
-        "train step", "v5e:1x1", 1, mesh, batch, remat, fits, "", 16e9, 0, 0, 0.0, images_per_second_bound=images
+        "train step", "v5e:1x1", 1, mesh, batch, remat, fits, verdict, 16e9, 0, 0, 0.0, images_per_second_bound=images
     )
 
 
@@ -84,6 +86,18 @@ def test_the_search_leaves_out_what_cannot_fit_or_cannot_win():
     most = chip.peak_flops / setup.train_flops
     assert preflight._cannot_win(setup, chip, [report(fits=True, images=most)])
     assert not preflight._cannot_win(setup, chip, [report(fits=True, images=0.99 * most)])
+
+
+def test_what_does_not_compile_is_not_called_too_large(monkeypatch, capsys):
+    """A search goes on to the larger ones, and the advice is not to save memory."""
+    broken = dataclasses.replace(report(batch=64), verdict="INTERNAL: Mosaic failed to compile TPU kernel")
+    chip = next(chip for chip in preflight.CHIPS if chip.name == "v5e")
+    assert not preflight._needs_more(set_up(config_lib.load("configs/digits.py"), jax.devices()[:1]), chip, [broken])
+    monkeypatch.setattr(preflight, "open_topology", lambda name: (chip, jax.devices()[:1]))
+    monkeypatch.setattr(preflight, "examine", lambda *_: broken)
+    with pytest.raises(UserError, match="train step does not compile on v5e:1x1; the compiler fails, and not for mem"):
+        preflight.run(config_lib.load("configs/digits.py"), "v5e:1x1")
+    assert "does not compile: INTERNAL: Mosaic" in capsys.readouterr().out
 
 
 def run(*flags, **small):

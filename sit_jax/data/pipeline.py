@@ -8,6 +8,10 @@ import collections
 import functools
 import itertools
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -81,7 +85,24 @@ def iterate(dataset: grain.MapDataset, start: int, *, workers: int) -> grain.Dat
     """
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
     ahead = dataset.slice(slice(start, None)).to_iter_dataset(options)
-    return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+    return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _outlive_signals))
+
+
+def _outlive_signals(worker: int, workers: int) -> None:
+    """Of a reader process: it ends when its parent closes the iterator or dies, and by no signal that asks for an end.
+
+    A shell's Ctrl-C and a cluster's SIGTERM go to the whole process group; the step at which all hosts save takes a
+    few more batches.
+    """
+    del worker, workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def prefetch_to_device(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:

@@ -128,6 +128,14 @@ class Preflight:
     mfu_bound: float | None = None
     images_per_second_bound: float | None = None
 
+    @property
+    def outcome(self) -> str:
+        """fits | does not fit | does not compile: a compiler may fail for other reasons than memory."""
+        if self.fits:
+            return "fits"
+        lacks_memory = self.memory or self.verdict.startswith("RESOURCE_EXHAUSTED")
+        return "does not fit" if lacks_memory else "does not compile"
+
 
 def examine(setup: Setup, topology: str, chip: Chip, program: str = "train step") -> Preflight:
     """Compiles a program of the config for the devices of its mesh."""
@@ -162,7 +170,7 @@ def examine(setup: Setup, topology: str, chip: Chip, program: str = "train step"
 
 
 def _compile(function: Callable, arguments: tuple) -> tuple[Any, str]:
-    """The compiled program, and ""; or None, and what the compiler said instead: no memory, as a rule."""
+    """The compiled program, and ""; or None, and what the compiler said instead."""
     lowered = function.lower(*arguments)
     try:
         return lowered.compile(), ""
@@ -213,7 +221,7 @@ def bytes_per_device(tree: Any) -> int:
 
 def table(found: Preflight) -> str:
     """The report as lines of text."""
-    rows = [("verdict", "fits" if found.fits else f"does not fit: {found.verdict}")]
+    rows = [("verdict", found.outcome + f": {found.verdict}" * (not found.fits))]
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     rows += [
         ("mesh, batch, remat", f"{mesh}; {found.batch}; {found.remat}"),
@@ -277,8 +285,9 @@ def run(config: Config, topology: str, json_file: str | None = None, *, search: 
     if json_file:
         storage.write_text(json_file, json.dumps([dataclasses.asdict(report) for report in found], indent=2) + "\n")
     if not search:
-        misfits = " and the ".join(report.program for report in found if not report.fits)
-        check(not misfits, f"the {misfits} does not fit on {topology}; {_REMEDY}")
+        for outcome, remedy in _REMEDIES.items():
+            programs = " and the ".join(report.program for report in found if report.outcome == outcome)
+            check(not programs, f"the {programs} {outcome} on {topology}; {remedy}")
         return
     fitting = [report for report in found if report.fits]
     check(fitting, f"none of {len(found)} candidates fits on {topology}; take a larger one or a smaller train.batch")
@@ -288,7 +297,10 @@ def run(config: Config, topology: str, json_file: str | None = None, *, search: 
     print(" ".join(f"--config.{key}={value}" for key, value in flags.items()))
 
 
-_REMEDY = "raise mesh.fsdp, set model.remat to dots or full, lower train.batch, or let --search look"
+_REMEDIES = {
+    "does not compile": "the compiler fails, and not for memory: set precision.matmul=default, or try another libtpu",
+    "does not fit": "raise mesh.fsdp, set model.remat to dots or full, lower train.batch, or let --search look",
+}
 
 
 def find_fastest(config: Config, topology: str, chip: Chip, devices: Sequence[jax.Device]) -> Iterator[Preflight]:
@@ -339,7 +351,7 @@ def _needs_more(setup: Setup, chip: Chip, tried: Sequence[Preflight]) -> bool:
         return True
     needs = _BY_MEMORY.index(setup.config.model.remat)
     return any(
-        not t.fits
+        t.outcome == "does not fit"
         and t.mesh == dict(setup.mesh.shape)
         and t.batch <= setup.config.train.batch
         and _BY_MEMORY.index(t.remat) <= needs
@@ -358,7 +370,7 @@ def _search_line(found: Preflight) -> str:
     mesh = " x ".join(map(str, found.mesh.values()))
     head = f"batch {found.batch:5d}  mesh {mesh:12}  remat {found.remat:4}"
     if not found.fits:
-        return f"{head}  does not fit: {found.verdict}"
+        return f"{head}  {found.outcome}: {found.verdict}"
     return (
         f"{head}  {_gib(found.memory['peak'])}, at most {found.images_per_second_bound:,.0f} images/s, "
         f"MFU {found.mfu_bound:.1%}"

@@ -259,13 +259,7 @@ class Loop:
         codec_params = self._setup.codec_params
         self._saved = start
         for step in range(start + 1, config.train.steps + 1):
-            try:
-                batch = next(batches)
-            except Exception:  # a signal to the whole process group ends the reader processes too
-                if not stop.is_set():
-                    raise
-                self._save(step - 1, state)
-                return step - 1
+            batch = next(batches)
             if profile and step == profile[0]:
                 start_profile(self._workdir / "profile")
             state, metrics = step_function(state, batch, codec_params)
