@@ -3,6 +3,10 @@
 import contextlib
 import itertools
 import logging
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -126,6 +130,42 @@ def test_worker_processes_give_the_same_batches():
         on_device = list(ahead)  # read only below: shared memory of the workers must outlive their arrays' use
     for k, batch in enumerate(on_device, start=5):
         assert_same(batch, dataset[k])
+
+
+_READERS = """
+import multiprocessing, sys
+from absl import flags
+from sit_jax.data import pipeline, sources
+
+flags.FLAGS.mark_as_parsed()
+source = sources.open_source("digits", path="", image_size=8, channels=1, split="test")
+dataset = pipeline.batches(source, seed=0, batch_size=8, flip=False, skip_unreadable=False)
+batches = pipeline.iterate(dataset, 0, workers=2)
+next(batches), next(batches)
+print(*(reader.pid for reader in multiprocessing.active_children()), flush=True)
+for _ in sys.stdin:
+    print(next(batches)["label"].shape, flush=True)
+"""
+
+
+def test_readers_outlive_signals_but_not_their_parent():
+    command = [sys.executable, "-c", _READERS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as parent:
+        readers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(readers) == 2
+        for number, pid in itertools.product((signal.SIGTERM, signal.SIGINT), readers):
+            os.kill(pid, number)
+        for _ in range(40):  # more than is read ahead
+            parent.stdin.write("next\n")
+            assert parent.stdout.readline() == "(8,)\n"
+        parent.kill()
+    end = time.monotonic() + 20
+    for pid in readers:
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < end:
+                os.kill(pid, 0)  # 0 asks whether it is there
+                time.sleep(0.05)
+            pytest.fail("a reader goes on without its parent")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
