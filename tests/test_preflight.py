@@ -130,6 +130,19 @@ def test_the_train_step_compiles_for_the_chip(topology, devices, tmp_path):
 
 @pytest.mark.tpu
 @needs_libtpu
+def test_devices_add_up_gradients_in_the_type_that_is_asked_for(tmp_path):
+    sums = {}
+    for dtype in ("float32", "bfloat16"):
+        small = {"precision.grad_reduce": dtype}
+        status, printed = run("--topology", "v5e:2x4", "--json", str(tmp_path / dtype), **small)
+        assert status == 0, printed
+        collectives = json.loads((tmp_path / dtype).read_text())[0]["collectives"]
+        sums[dtype] = sum(moved["in_loop"] for kind, moved in collectives.items() if kind != "all-gather")
+    assert sums["float32"] / sums["bfloat16"] == pytest.approx(2, rel=0.01)
+
+
+@pytest.mark.tpu
+@needs_libtpu
 def test_what_does_not_fit_is_said_in_the_compilers_words(tmp_path):
     big = {"model.depth": "64", "model.width": "4096", "model.heads": "32", "model.remat": "none"}
     status, printed = run("--topology", "v5e:1x1", "--json", str(tmp_path / "found.json"), **big)
