@@ -141,7 +141,7 @@ BAD = [
     (dict(sample__solver="dopri"), "unknown sample.solver 'dopri'; did you mean 'dopri8' or 'dopri5'"),
     (dict(sample__cfg_scale="0.99"), "cfg scale is 0.99; expected 1 (no guidance) or more"),
     (dict(precision__compute="bf16"), "unknown precision.compute 'bf16'; did you mean 'bfloat16'?"),
-    (dict(precision__grad_reduce="bfloat16"), "precision.grad_reduce is 'bfloat16', but gradients are computed in float3"),
+    (dict(precision__grad_reduce="bfloat16"), "precision.grad_reduce is 'bfloat16', but gradients are computed in"),
     (dict(precision__matmul="max"), "unknown precision.matmul 'max'; known: 'default', 'high', 'highest'"),
     (dict(train__batch="10", train__accumulation="4"), "train.batch 10 is not divisible by train.accumulation 4;"),
     (dict(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9 (data.classes)"),

@@ -144,7 +144,7 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
         check(
             size % mesh.shape[axis] == 0,
             f"mesh.{axis} = {mesh.shape[axis]} does not divide the model's {size} {what}; "
-            f"take one of {', '.join(map(str, sharding.divisors(size)))}, and mesh.data for the rest",
+            f"take one of {', '.join(map(str, sharding.divisors(size)))}, and mesh.data or mesh.tensor for the rest",
         )
     tokens(setup.input_shape[0], setup.size.patch)
     return setup
