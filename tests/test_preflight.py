@@ -84,8 +84,8 @@ def test_the_search_leaves_out_what_cannot_fit_or_cannot_win():
     assert preflight._needs_more(setup, chip, [report(batch=64, remat="full")])
     assert not preflight._needs_more(setup, chip, [report(batch=64, remat="none"), report(batch=256)])
     most = chip.peak_flops / setup.train_flops
-    assert preflight._cannot_win(setup, chip, [report(fits=True, images=most)])
-    assert not preflight._cannot_win(setup, chip, [report(fits=True, images=0.99 * most)])
+    assert preflight._cannot_win(setup, chip, [report(fits=True, images=0.995 * most)])
+    assert not preflight._cannot_win(setup, chip, [report(fits=True, images=0.98 * most)])
 
 
 def test_what_does_not_compile_is_not_called_too_large(monkeypatch, capsys):
