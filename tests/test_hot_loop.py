@@ -1,6 +1,5 @@
 """The training loop makes no implicit transfer and never waits for a step before the next one is under way."""
 
-import itertools
 import threading
 
 import jax
@@ -98,27 +97,3 @@ def test_a_line_is_read_after_the_next_step_is_dispatched_and_nothing_is_transfe
 def test_the_guard_that_run_puts_around_the_loop_bites():
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         jax.numpy.add(jax.numpy.zeros(3), 1.0)
-
-
-@pytest.mark.parametrize("dies_at", [3, SAVE])
-def test_readers_that_die_of_the_stop_signal_too_lose_no_step(events, dies_at):
-    setup, state, loop = make_loop(events)
-    stop = threading.Event()
-
-    def dying(batches):
-        yield from itertools.islice(batches, dies_at)
-        if stops:
-            stop.set()
-        raise RuntimeError("a reader process ended")
-
-    with train.open_batches(setup, train.open_source(setup), 0) as batches:
-        stops = True
-        assert loop.run(state, dying(batches), 0, stop, None) == dies_at
-    assert [step for what, step in events if what == "save"] == [dies_at]
-
-    setup, state, loop = make_loop([])
-    with train.open_batches(setup, train.open_source(setup), 0) as batches:
-        stops = False
-        stop.clear()
-        with pytest.raises(RuntimeError, match="a reader process ended"):
-            loop.run(state, dying(batches), 0, stop, None)

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 LEVELS = {
-    0: "transport sampling rng ema metrics storage hosts errors chips",
+    0: "transport sampling rng ema metrics storage hosts errors chips precision",
     1: "models latents data optimizer sharding checkpoint image_io metric_log report hlo",
     2: "train_state train_step",
     3: "jobs config settings convert",

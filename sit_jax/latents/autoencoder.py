@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sit_jax.models.linear import precision
+from sit_jax.precision import precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-def precision(dtype: Any) -> lax.Precision | None:
-    """Of a product of operands of this type: None leaves it to `jax.default_matmul_precision`.
-
-    One pass is exact for operands of 16 bits, and the TPU's compiler knows no more of them ("Bad lhs type").
-    """
-    return None if jnp.dtype(dtype).itemsize > 2 else lax.Precision.DEFAULT
+from sit_jax.precision import precision
 
 
 class Linear(nn.Module):
@@ -49,10 +43,11 @@ def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
     The rule of a plain product would round them to the type of x, and devices would then add up what is rounded.
     """
+    passes = precision(x_ni.dtype)
 
     def product(kernel, bias):
         kernel, bias = kernel.astype(x_ni.dtype), bias.astype(x_ni.dtype)
-        return lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), precision=precision(x_ni.dtype)) + bias
+        return lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), passes) + bias
 
     if kernel.dtype == x_ni.dtype:
         return product(kernel, bias)
@@ -61,10 +56,15 @@ def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     def zero(x_ni, kernel, bias):
         return jnp.zeros((len(x_ni), *bias.shape), x_ni.dtype)
 
+    def outer(x_ni, gradient):
+        return lax.dot_general(x_ni, gradient, (((0,), (0,)), ((), ())), passes, kernel.dtype)
+
+    def cast_outer(x_ni, gradient):
+        return outer(x_ni.astype(kernel.dtype), gradient.astype(kernel.dtype))
+
     def backward(x_ni, gradient):
-        of_kernel = lax.dot_general(
-            x_ni, gradient, (((0,), (0,)), ((), ())), precision(x_ni.dtype), preferred_element_type=kernel.dtype
-        )
+        # XLA has no such product of large bfloat16 matrices on a CPU ("Unsupported element type for DotThunk").
+        of_kernel = lax.platform_dependent(x_ni, gradient, cpu=cast_outer, default=outer)
         return jnp.zeros_like(x_ni), of_kernel, gradient.sum(0, dtype=bias.dtype)
 
     zero.defvjp(lambda x_ni, kernel, bias: (zero(x_ni, kernel, bias), x_ni), backward)
