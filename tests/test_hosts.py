@@ -75,7 +75,9 @@ def test_each_shard_is_stored_once(one, two):
         return sum(p.stat().st_size for p in (workdir / "checkpoints" / "20" / "params").rglob(f"{pattern}/d/*"))
 
     by_process = [stored(two[0], f"ocdbt.process_{number}") for number in (0, 1)]
-    assert all(by_process) and sum(by_process) < 1.2 * stored(one, "ocdbt.process_0")
+    # 1.18 to 1.28 were seen: nodes of the key tree, small here as the arrays are, are written again by each commit that
+    # touches them, and how many do is a matter of time. Arrays that both stored would make it 2.
+    assert all(by_process) and sum(by_process) < 1.5 * stored(one, "ocdbt.process_0")
 
 
 _MANY = """
