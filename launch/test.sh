@@ -18,8 +18,10 @@ One process a core, up to 8, shares the files; -n 0 is one process alone, as a d
           is in .venv already is kept)
 --tpu     also installs libtpu for the tests that compile for TPUs; no TPU is needed
 
-PYTHON=/path/to/python3.11   the interpreter that makes .venv
-JAX_PLATFORMS=cuda           where the tests run (default: cpu)
+PYTHON=/path/to/python3.11          the interpreter that makes .venv
+JAX_PLATFORMS=cuda                  where the tests run (default: cpu)
+JAX_DISABLE_MOST_OPTIMIZATIONS=0    compiles for the CPU as a user's run does; without it XLA optimises little, as the
+                                    tests spend most of their time in compiling what then runs for milliseconds
 END
 }
 
@@ -37,5 +39,8 @@ done
 
 set_up "$gb" "${extras[@]}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+if [ "$JAX_PLATFORMS" = cpu ]; then
+    export JAX_DISABLE_MOST_OPTIMIZATIONS="${JAX_DISABLE_MOST_OPTIMIZATIONS:-1}"
+fi
 # A file's tests share what is slow to make, so a file is one worker's. bash 3.2 calls an empty array unset.
 exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow' ${arguments[@]+"${arguments[@]}"}

@@ -4,7 +4,9 @@ import functools
 import json
 import pathlib
 
+import jax
 import numpy as np
+import pytest
 
 from convert.names import params_from_torch
 from convert.torch_file import read_torch_file
@@ -30,6 +32,16 @@ def cases(name: str, kind: str) -> list[dict]:
     return found
 
 
+def parameters(cases: list[dict], *combinations: tuple[str, ...]) -> list:
+    """The cases as pytest's parameters; slow are those of which every combination of fields was in a case before."""
+    seen, found = set(), []
+    for case in cases:
+        values = {(fields, tuple(case.get(field) for field in fields)) for fields in combinations}
+        found.append(pytest.param(case, id=case["name"], marks=[pytest.mark.slow] if values <= seen else []))
+        seen |= values
+    return found
+
+
 @functools.cache
 def params(file: str, entry: str | None) -> dict:
     content = read_torch_file(str(FOLDER / file))
@@ -46,20 +58,22 @@ def bare():
     return model(True), params("sit_bare.pt", None)
 
 
+@functools.cache
+def labelled(y: tuple[int, ...]) -> Predict:
+    """The network of `bare` with labels y. All cases share one trace of it, which would be half of their time."""
+    net, params = bare()
+    return jax.jit(lambda x, t: net.apply({"params": params}, x, t, np.array(y)))
+
+
 def sampling(case: dict, y: np.ndarray) -> tuple[Path, Predict, int]:
     """The path, the (guided) network and the number of samples of a sampling case with labels y.
 
     With guidance the reference doubles the batch; the first half of it is the samples.
     """
-    net, params = bare()
     n = len(y) // 2 if case["cfg_scale"] else len(y)
-
-    def labelled(y):
-        return lambda x, t: net.apply({"params": params}, x, t, y.astype(np.int32))
-
-    predict = labelled(y[:n])
+    predict = labelled(tuple(y[:n]))
     if case["cfg_scale"]:
-        predict = guide(predict, labelled(y[n:]), case["cfg_scale"], channels=3)
+        predict = guide(predict, labelled(tuple(y[n:])), case["cfg_scale"], channels=3)
     return path_by_name(case["path_type"]), predict, n
 
 

@@ -104,7 +104,8 @@ def run(*flags, **small):
     """Preflight as a user runs it: (exit status, what it printed, the figures)."""
     command = [sys.executable, "-m", "sit_jax.main", *DIGITS, "--mode", "preflight", *flags]
     command += [f"--config.{key}={value}" for key, value in (SMALL | small).items()]
-    env = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    ours = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # what launch/test.sh set for the CPU
+    env = {key: value for key, value in os.environ.items() if key not in ours}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env | {"PYTHONPATH": "."})
     return done.returncode, done.stdout + done.stderr
 

@@ -17,11 +17,8 @@ SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}  # torchdiffeq
 
 def golden(case):
     """The case's velocity, x, the probe [1, b, h, w, c], and the interval in our direction of time."""
-    arrays, (net, params) = goldens.load("likelihood")[1], goldens.bare()
-    path, labels = paths.path_by_name(case["path_type"]), arrays["y"].astype(np.int32)
-    velocity = prediction.velocity_field(
-        lambda x, t: net.apply({"params": params}, x, t, labels), path, case["prediction"]
-    )
+    arrays, path = goldens.load("likelihood")[1], paths.path_by_name(case["path_type"])
+    velocity = prediction.velocity_field(goldens.labelled(tuple(arrays["y"])), path, case["prediction"])
     x, probe = (jnp.asarray(nhwc(arrays[name])) for name in ("x", "eps"))
     # The reference's solver counts s = 1 - t; with VP it starts at t=1, so this is its interval, not ours.
     low_high = tuple(1 - s for s in case["interval"][::-1]) if "interval" in case else None

@@ -52,9 +52,11 @@ def rms(x):
     return np.sqrt(np.mean(np.square(np.asarray(x, np.float64))))
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in goldens.cases("ode", "ode") if solvable(c) and c["method"] != "dopri5"], ids=lambda c: c["name"]
-)
+ODE = [case for case in goldens.cases("ode", "ode") if solvable(case)]
+FIELDS = (("path_type", "prediction"), ("method", "reverse", "prediction"), ("method", "cfg_scale"), ("sample_eps",))
+
+
+@pytest.mark.parametrize("case", goldens.parameters([c for c in ODE if c["method"] != "dopri5"], *FIELDS))
 def test_fixed_steps_equal_reference(case):
     ours, evaluations, theirs, _ = solve_golden(case)
     # tests/golden/README.md: 3e-7 for velocity, 1e-4 where the drift has 1/t, which magnifies the rounding of t.
@@ -63,9 +65,7 @@ def test_fixed_steps_equal_reference(case):
     assert evaluations == case["nfe"]
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in goldens.cases("ode", "ode") if solvable(c) and c["method"] == "dopri5"], ids=lambda c: c["name"]
-)
+@pytest.mark.parametrize("case", goldens.parameters([c for c in ODE if c["method"] == "dopri5"], *FIELDS))
 def test_adaptive_steps_are_as_near_to_the_truth_at_the_same_cost(case):
     ours, evaluations, _, truth = solve_golden(case)
     error = rms(ours - truth) / rms(truth)

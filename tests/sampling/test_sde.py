@@ -50,7 +50,11 @@ def solve_golden(case):
     return jax.jit(solve)(jnp.asarray(nhwc(z[:n])))[0], nhwc(arrays[case["final"]])[:n]
 
 
-@pytest.mark.parametrize("case", [c for c in goldens.cases("sde", "sde") if comparable(c)], ids=lambda c: c["name"])
+SDE = [case for case in goldens.cases("sde", "sde") if comparable(case)]
+FIELDS = (("path_type", "prediction"), ("method", "diffusion_form"), ("method", "last_step"), ("method", "cfg_scale"))
+
+
+@pytest.mark.parametrize("case", goldens.parameters(SDE, *FIELDS))
 def test_equals_reference(case):
     ours, theirs = solve_golden(case)
     # tests/golden/README.md: 3e-5, and 1e-4 where a drift has 1/t, as SBDM's D has.
