@@ -134,7 +134,7 @@ def _adapt(file: CheckpointFile, found: Architecture, wanted: Architecture, setu
 
 def _check_shapes(checkpoint: str, file: CheckpointFile, moments: Moments | None, setup: Setup) -> None:
     """`UserError` that names what is missing, unexpected or mis-shaped in any part of the file."""
-    expected = torch_shapes(jax.eval_shape(setup.init_params), setup.size)
+    expected = torch_shapes(setup.abstract_state.params, setup.size)
     states = {"ema": file.ema, "model": file.model} if file.model else {"the state dict": file.ema}
     if moments:
         states |= {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
@@ -153,7 +153,7 @@ def _items(file: CheckpointFile, moments: Moments | None, setup: Setup) -> dict[
         items["params"] = tree(file.model)
     if moments:
         items["opt_state"] = optax.tree.set(
-            train_state.abstract(setup.init_params, setup.optimizer, setup.mesh).opt_state,
+            setup.abstract_state.opt_state,
             count=jax.device_put(np.int32(moments.count)),
             mu=tree(moments.exp_avg),
             nu=tree(moments.exp_avg_sq),

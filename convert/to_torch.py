@@ -24,7 +24,6 @@ from sit_jax import config as config_lib
 from sit_jax import sharding, train_state
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import check
-from sit_jax.jobs import train
 from sit_jax.jobs.setup import Setup
 from sit_jax.jobs.workdir import newest_whole, weights_of
 
@@ -94,19 +93,19 @@ class _Export:
         return {"step": self.step, "config": dataclasses.asdict(self.setup.config)}
 
     def bytes(self, copies: int) -> int:
-        return copies * sum(4 * leaf.size for leaf in jax.tree.leaves(train.abstract_state(self.setup).params))
+        return copies * sum(4 * leaf.size for leaf in jax.tree.leaves(self.setup.abstract_state.params))
 
     def weights(self, which: str) -> Iterator[tuple[str, np.ndarray]]:
         """(name, tensor) of the EMA or the raw weights."""
         item = {"ema": "ema", "raw": "params"}[which]
-        target = getattr(train.abstract_state(self.setup), item)
+        target = getattr(self.setup.abstract_state, item)
         return params_to_torch(weights_of(self.checkpoints, self.step, {item: target})[item], self.setup.size)
 
     def training(self, writer: TorchWriter) -> dict[str, Any]:
         """{model, ema, opt, args}, as the reference's train.py saves it."""
         model, ema = ({n: writer.tensor(t) for n, t in self.weights(which)} for which in ("raw", "ema"))
         config, size = self.setup.config, self.setup.size
-        target = train.abstract_state(self.setup).opt_state
+        target = self.setup.abstract_state.opt_state
         state = self.checkpoints.restore(self.step, {"opt_state": target})["opt_state"]
         adam = optax.tree.get(state, "ScaleByAdamState")
         moments = zip(params_to_torch(adam.mu, size), params_to_torch(adam.nu, size), strict=True)

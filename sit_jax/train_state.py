@@ -42,7 +42,7 @@ def abstract(init_params: Callable[[], Any], optimizer: optax.GradientTransforma
     )
 
 
-def create(init_params: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, born sharded: no device ever holds all of it."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(init_params, optimizer, mesh))
+def create(init_params: Callable[[], Any], optimizer: optax.GradientTransformation, target: TrainState) -> TrainState:
+    """The state before the first step, born sharded as `target` of `abstract`: no device ever holds all of it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     return jax.jit(lambda: init(init_params, optimizer), out_shardings=shardings)()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sit_jax import config as config_lib
-from sit_jax import main, train_state
+from sit_jax import main
 from sit_jax.errors import UserError
 from sit_jax.jobs import train
 from sit_jax.jobs.setup import set_up
@@ -65,7 +65,7 @@ def test_its_model_and_state_have_shapes(path):
     """At its full size, with no memory behind it."""
     config = config_lib.load(str(path), list(ONE_DEVICE.items()))
     setup = set_up(config)
-    state = train_state.abstract(setup.init_params, setup.optimizer, setup.mesh)
+    state = setup.abstract_state
     assert jax.tree.leaves(state.params)[0].shape[0] == setup.size.depth  # blocks, stacked over the layers
     assert jax.tree.map(jnp.shape, state.ema) == jax.tree.map(jnp.shape, state.params)
     data, batch = config.data, config.train.batch

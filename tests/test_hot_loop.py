@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from sit_jax import config as config_lib
-from sit_jax import train_state
 from sit_jax.jobs import train, watcher
 from sit_jax.jobs.setup import set_up
 
@@ -69,7 +68,7 @@ def events(monkeypatch):
 
 def make_loop(events):
     setup, recorder = set_up(CONFIG), Recorder(events)
-    state = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
+    state = setup.create_state()
     return (
         setup,
         state,

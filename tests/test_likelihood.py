@@ -198,7 +198,7 @@ def test_matmuls_are_of_the_highest_precision_unless_configured(monkeypatch):
     def products(make, matmul):
         config = config_lib.load(DIGITS, [("precision.matmul", matmul), ("sample.batch", "8"), ("model.depth", "1")])
         setup, images = set_up(config), [np.zeros((8, 8, 8, 1), np.uint8)] if make is likelihood.make_log_prob else []
-        params = jax.eval_shape(setup.init_params)
+        params = setup.abstract_state.params
         lowered = make(setup)(params, np.arange(8, dtype=np.int32), *images, np.arange(8, dtype=np.int32))
         return [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
 

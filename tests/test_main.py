@@ -121,7 +121,7 @@ def arrays(workdir, step, item):
     """One item of a checkpoint."""
     config = config_lib.load(str(workdir / "config.json"))
     with train.open_checkpoints(config, workdir) as checkpoints:
-        return checkpoints.restore(step, {item: train.abstract_state(set_up(config)).items()[item]})[item]
+        return checkpoints.restore(step, {item: set_up(config).abstract_state.items()[item]})[item]
 
 
 def test_a_fork_is_a_new_run_from_the_same_weights(trained, tmp_path):

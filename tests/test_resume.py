@@ -54,7 +54,7 @@ def whole_step(workdir):
 def final_arrays(workdir):
     with train.open_checkpoints(config(), workdir) as checkpoints:
         assert checkpoints.newest_whole() == (9, [])
-        return checkpoints.restore(9, train.abstract_state(set_up(config())).items())
+        return checkpoints.restore(9, set_up(config()).abstract_state.items())
 
 
 def rows(workdir):

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from sit_jax import config as config_lib
-from sit_jax import train_state
 from sit_jax.jobs import likelihood, sampler, train
 from sit_jax.jobs.setup import set_up
 
@@ -22,7 +21,7 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
     mesh = [("mesh.data", str(data)), ("mesh.fsdp", str(fsdp)), ("mesh.tensor", str(tensor))]
     config = config_lib.load("configs/digits.py", TINY + mesh + [("train.accumulation", str(accumulation))])
     setup = set_up(config)
-    state = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
+    state = setup.create_state()
     step, losses = train.make_train_step(setup), []
     with train.open_batches(setup, train.open_source(setup), 0) as batches:
         for _ in range(config.train.steps):

@@ -139,7 +139,7 @@ class Preflight:
 
 def examine(setup: Setup, topology: str, chip: Chip, program: str = "train step") -> Preflight:
     """Compiles a program of the config for the devices of its mesh."""
-    state, codec_params = train.abstract_state(setup), setup.codec.abstract_params
+    state, codec_params = setup.abstract_state, setup.codec.abstract_params
     is_train = program == "train step"
     if is_train:
         function, arguments = train.make_train_step(setup), (state, train.abstract_batch(setup), codec_params)
@@ -351,7 +351,7 @@ def _set_up_or_none(config: Config, devices: Sequence[jax.Device]) -> Setup | No
 
 
 def _needs_more(setup: Setup, chip: Chip, tried: Sequence[Preflight]) -> bool:
-    if bytes_per_device(train.abstract_state(setup)) > chip.hbm_bytes:
+    if bytes_per_device(setup.abstract_state) > chip.hbm_bytes:
         return True
     needs = _BY_MEMORY.index(setup.config.model.remat)
     return any(

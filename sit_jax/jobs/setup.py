@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sit_jax import hosts, optimizer, rng, sharding
+from sit_jax import hosts, optimizer, rng, sharding, train_state
 from sit_jax.errors import check
 from sit_jax.latents import open_codec
 from sit_jax.latents.codec import Codec
@@ -18,6 +18,7 @@ from sit_jax.models import attention
 from sit_jax.models.sit import SiT, identity
 from sit_jax.models.sizes import Size, forward_flops, size_by_name, tokens
 from sit_jax.settings import Config
+from sit_jax.train_state import TrainState
 from sit_jax.train_step import Objective
 from sit_jax.transport.interval import train_interval
 from sit_jax.transport.paths import Path, path_by_name
@@ -121,6 +122,15 @@ class Setup:
         return optimizer.adamw(
             self.schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
         )
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of what training carries."""
+        return train_state.abstract(self.init_params, self.optimizer, self.mesh)
+
+    def create_state(self) -> TrainState:
+        """What training carries before the first step."""
+        return train_state.create(self.init_params, self.optimizer, self.abstract_state)
 
     @property
     def train_flops(self) -> int:

@@ -61,12 +61,8 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
         with jax.default_matmul_precision(setup.config.precision.matmul or "default"):
             return step(*args)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(setup))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state)
     return jax.jit(in_precision, donate_argnums=0, out_shardings=(shardings, sharding.replicated(setup.mesh)))
-
-
-def abstract_state(setup: Setup) -> TrainState:
-    return train_state.abstract(setup.init_params, setup.optimizer, setup.mesh)
 
 
 def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
@@ -112,8 +108,8 @@ def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Trai
     """The step to continue from, its state and its note: the newest whole checkpoint, or fresh weights at step 0."""
     start = newest_whole(checkpoints)
     if start is None:
-        return 0, train_state.create(setup.init_params, setup.optimizer, setup.mesh), {}
-    target = abstract_state(setup)
+        return 0, setup.create_state(), {}
+    target = setup.abstract_state
     step = sharding.put_replicated(setup.mesh, np.asarray(start, np.int32))
     if "opt_state" in checkpoints.stored(start):
         items = checkpoints.restore(start, target.items())
@@ -140,9 +136,9 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     with open_checkpoints(config, source) as checkpoints:
         step = newest_whole(checkpoints)
         check(step is not None, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
-        target = abstract_state(setup)  # without the moments: another optimizer has others
+        target = setup.abstract_state  # without the moments: another optimizer has others
         weights = weights_of(checkpoints, step, {"params": target.params, "ema": target.ema})
-    fresh = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
+    fresh = setup.create_state()
     make_workdir(workdir)
     with open_checkpoints(config, workdir) as checkpoints:
         checkpoints.save(0, fresh.items() | weights, {"forked_from": f"{source}, step {step}"})

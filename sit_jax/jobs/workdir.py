@@ -31,7 +31,7 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[in
     folder = workdir / "checkpoints"
     there = hosts.by_first(folder.exists)
     check(there, f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
-    target = getattr(train_state.abstract(setup.init_params, setup.optimizer, setup.mesh), which)
+    target = getattr(setup.abstract_state, which)
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
         step = newest_whole(checkpoints)
         check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")

@@ -185,3 +185,10 @@ class AutoencoderKL(nn.Module):
     def __call__(self, images_bhwc: jax.Array) -> jax.Array:
         """Both halves in turn, which makes all parameters."""
         return self.decode(self.encode(images_bhwc)[..., : self.architecture.latent_channels])
+
+
+@functools.cache
+def abstract_params(architecture: Architecture) -> Any:
+    """Shapes and types of the parameters."""
+    image_bhwc = jnp.zeros((1, architecture.factor, architecture.factor, architecture.image_channels))
+    return jax.eval_shape(AutoencoderKL(architecture).init, jax.random.key(0), image_bhwc)["params"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sit_jax.errors import check
 from sit_jax.latents import files
-from sit_jax.latents.autoencoder import AutoencoderKL
+from sit_jax.latents.autoencoder import AutoencoderKL, abstract_params
 from sit_jax.latents.codec import Codec, Shape
 
 Apply = Callable[[dict, jax.Array], jax.Array]  # (params, x_b) -> y_b, each row by itself
@@ -59,8 +59,7 @@ def open_sd_vae(
         )
         return height // factor, width // factor, architecture.latent_channels
 
-    sample_image = jnp.zeros((1, architecture.factor, architecture.factor, architecture.image_channels))
-    abstract = jax.eval_shape(vae.init, jax.random.key(0), sample_image)["params"]
+    abstract = abstract_params(architecture)
     return Codec(
         encode=encode,
         decode=lambda params, x_bhwc: images_of(params, x_bhwc / scale),

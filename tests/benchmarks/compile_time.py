@@ -24,7 +24,7 @@ made = setup.set_up(config.load("configs/digits.py", [
     ("model.name", "SiT-XL/2"), ("model.depth", depth), ("model.width", "none"), ("model.heads", "none"),
     ("data.image_size", "32"), ("data.channels", "4"), ("data.classes", "1000"), ("train.batch", "8"),
     ("sample.batch", "8")]))
-state = train.abstract_state(made)
+state = made.abstract_state
 batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 4), "uint8"), "label": jax.ShapeDtypeStruct((8,), "int32"),
          "skipped": jax.ShapeDtypeStruct((8,), "int32")}
 began = time.perf_counter()

@@ -162,7 +162,7 @@ def final_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     config = config_lib.load(str(workdir / "config.json"))
     with train.open_checkpoints(config, workdir) as checkpoints:
         step, _ = checkpoints.newest_whole()
-        state = checkpoints.restore(config.train.steps, train.abstract_state(set_up(config)).items())
+        state = checkpoints.restore(config.train.steps, set_up(config).abstract_state.items())
     assert step == config.train.steps
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}

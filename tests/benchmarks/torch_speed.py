@@ -35,7 +35,7 @@ def ours(options: argparse.Namespace) -> sides.Calls:
     """What there is to time, as calls that return when the work is done."""
     import jax
 
-    from sit_jax import main, train_state, train_step
+    from sit_jax import main, train_step
     from sit_jax.jobs.setup import set_up
     from sit_jax.settings import Config, Data, Model
 
@@ -46,7 +46,7 @@ def ours(options: argparse.Namespace) -> sides.Calls:
             data=Data(image_size=INPUT, channels=CHANNELS, classes=CLASSES),
         )
     )
-    state = train_state.create(setup.init_params, setup.optimizer, setup.mesh)
+    state = setup.create_state()
     batch = jax.device_put(examples(options.batch))
 
     def loss(params, examples):
