@@ -130,7 +130,7 @@ def test_two_processes_sample_the_same_bytes(one, two, tmp_path):
         assert (shared / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_to_all_of_one_host_stops_all_hosts_at_the_same_saved_step(one, tmp_path, workers):
     workdir = tmp_path / "run"
     processes = train(workdir, steps=5000, mesh=[*FSDP, *flags(data__workers=workers)])

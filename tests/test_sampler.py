@@ -30,6 +30,7 @@ def sample_on(devices):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_samples_of_eight_devices_are_those_of_one():
     one, eight = sample_on(1)["data"], sample_on(8)
     assert set(eight) == {"data", "fsdp"}

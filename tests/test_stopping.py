@@ -32,6 +32,7 @@ def same(workdir, straight):
     assert kill_resume.differences(workdir, straight) == []
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_one_never_killed(tmp_path, cache, straight):
     workdir = tmp_path / "run"
     lives = list(kill_resume.lives(workdir, cache, STEPS, kills=3))

@@ -1,5 +1,7 @@
 """The SDE samplers against the PyTorch reference, and by the law that every diffusion form keeps the same marginals."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,9 +88,16 @@ def moments(path, t):
     return mean, (WEIGHTS * (variances + means**2)).sum() - mean**2, above
 
 
-@pytest.mark.parametrize("path", paths.PATHS.values(), ids=lambda p: p.name)
-@pytest.mark.parametrize("form", diffusion.FORMS)
-def test_every_diffusion_form_keeps_the_marginals(path, form, n=4_000):
+# Every form and every path; all pairs of them are slow.
+FORMS_AND_PATHS = [
+    pytest.param(form, path, marks=[] if i % len(paths.PATHS) == j else [pytest.mark.slow])
+    for (i, form), (j, path) in itertools.product(enumerate(diffusion.FORMS), enumerate(paths.PATHS))
+]
+
+
+@pytest.mark.parametrize(("form", "path"), FORMS_AND_PATHS)
+def test_every_diffusion_form_keeps_the_marginals(form, path, n=4_000):
+    path = paths.PATHS[path]
     keys_b = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(n))
     x = jax.random.normal(jax.random.key(1), (n, 1, 1, 1))
     span = interval.sde_interval(path, "score", form, 0.04)
