@@ -12,7 +12,9 @@ def get_config():
     config.data.update(source="digits", split="train", image_size=8, channels=1, classes=10)
     config.train.update(steps=1800, batch=128, ema_decay=0.995)
     config.optimizer.update(learning_rate=2e-3, schedule="cosine")
-    config.sample.update(solver="heun", steps=25, cfg_scale=1.5, count=100, batch=100, columns=10, scale=6)
+    config.sample.update(
+        solver="heun", steps=25, cfg_scale=1.5, count=100, batch=100, columns=10, scale=6
+    )
     config.likelihood.update(split="test", batch=128)
     config.checkpoint.update(every=600)
     config.log.update(every=100, sheet_every=600, sheet_count=100)

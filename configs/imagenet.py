@@ -32,10 +32,16 @@ from sit_jax.config import default
 def get_config(arg="SiT-XL/2,256"):
     name, _, image_size = arg.partition(",")
     if image_size not in ("256", "512"):
-        raise ValueError(f"the argument is {arg!r}; expected a size and 256 or 512 pixels, such as SiT-XL/2,256")
+        raise ValueError(
+            f"the argument is {arg!r}; expected a size and 256 or 512 pixels, such as SiT-XL/2,256"
+        )
     config = default()
-    config.model.update(name=name, learn_sigma=True)  # as the reference trains, so that weights go both ways
-    config.data.update(source="folder", image_size=int(image_size), channels=3, classes=1000, flip=True, workers=8)
+    config.model.update(
+        name=name, learn_sigma=True
+    )  # as the reference trains, so that weights go both ways
+    config.data.update(
+        source="folder", image_size=int(image_size), channels=3, classes=1000, flip=True, workers=8
+    )
     config.latents.update(codec="sd-vae")
     config.train.update(steps=400_000, batch=256, label_dropout=0.1, ema_decay=0.9999)
     config.optimizer.update(learning_rate=1e-4, schedule="constant")

@@ -17,7 +17,11 @@ def get_config(variant="256"):
     side, batch, shape = {
         "256": (32, 256, {}),
         "512": (64, 256, {}),
-        "3B": (32, 1024, {"depth": 32, "width": 2304, "heads": 18}),  # heads of 128, the width of a TPU's lanes
+        "3B": (
+            32,
+            1024,
+            {"depth": 32, "width": 2304, "heads": 18},
+        ),  # heads of 128, the width of a TPU's lanes
     }[variant]
     config = default()
     config.model.update(name="SiT-XL/2", **shape)

@@ -18,7 +18,13 @@ from sit_jax.models.sizes import SIZES, Size
 
 RECORD = "sit_jax"  # where convert.to_torch leaves the config and the step, in args or the metadata of safetensors
 PARTS = ("model", "ema", "opt", "args")
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+}
 
 StateDict = dict[str, Tensor]
 
@@ -46,7 +52,9 @@ class CheckpointFile:
     def record(self) -> dict[str, Any] | None:
         """What convert.to_torch recorded: {"step": int, "config": dict}."""
         record = self.args.get(RECORD)
-        return record if isinstance(record, Mapping) and {"step", "config"} <= record.keys() else None
+        return (
+            record if isinstance(record, Mapping) and {"step", "config"} <= record.keys() else None
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +90,16 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
 
     `UserError` if it holds no state dict or half of a training checkpoint.
     """
-    content, args = _read_safetensors(path) if path.endswith(".safetensors") else (read_torch_file(path), {})
-    check(isinstance(content, Mapping) and content, f"{path} holds {type(content).__name__}, no state dict")
-    parts = {part: content[part] for part in PARTS if not isinstance(content.get(part), Tensor | None)}
+    content, args = (
+        _read_safetensors(path) if path.endswith(".safetensors") else (read_torch_file(path), {})
+    )
+    check(
+        isinstance(content, Mapping) and content,
+        f"{path} holds {type(content).__name__}, no state dict",
+    )
+    parts = {
+        part: content[part] for part in PARTS if not isinstance(content.get(part), Tensor | None)
+    }
     if not parts:
         check(not weights, f"{path} holds one set of weights; leave --weights out")
         return CheckpointFile(_state_dict(path, content), None, None, args)
@@ -92,12 +107,17 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     wanted = PARTS[:3] if weights is None else [{"ema": "ema", "raw": "model"}[weights]]
     if missing := [part for part in wanted if part not in parts]:
-        there = "--weights " + " or ".join(w for w, part in (("ema", "ema"), ("raw", "model")) if part in parts)
+        there = "--weights " + " or ".join(
+            w for w, part in (("ema", "ema"), ("raw", "model")) if part in parts
+        )
         raise UserError(
             f"{path} is half of a training checkpoint: {', '.join(missing)} of model, ema, opt and args missing; "
-            "bring the whole file" + (f", or take its weights alone with {there}" if there != "--weights " else "")
+            "bring the whole file"
+            + (f", or take its weights alone with {there}" if there != "--weights " else "")
         )
-    states = {part: _state_dict(f"{part} of {path}", parts[part]) for part in wanted if part != "opt"}
+    states = {
+        part: _state_dict(f"{part} of {path}", parts[part]) for part in wanted if part != "opt"
+    }
     if weights:
         return CheckpointFile(*states.values(), None, None, args)
     return CheckpointFile(states["ema"], states["model"], parts["opt"], args)
@@ -106,14 +126,27 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
 def architecture(path: str, tensors: StateDict) -> Architecture:
     """`UserError` if these are the tensors of something else."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    ranks = {POSITION: 3, "x_embedder.proj.weight": 4, LABEL_TABLE: 2, "final_layer.linear.weight": 2}
+    ranks = {
+        POSITION: 3,
+        "x_embedder.proj.weight": 4,
+        LABEL_TABLE: 2,
+        "final_layer.linear.weight": 2,
+    }
     lacking = [name for name, rank in ranks.items() if len(shapes.get(name, ())) != rank]
     some = ", ".join(list(shapes)[:2])
-    check(not lacking, f"{path} is no SiT: it has no {' and no '.join(lacking)}, but {len(shapes)} tensors as {some}")
+    check(
+        not lacking,
+        f"{path} is no SiT: it has no {' and no '.join(lacking)}, but {len(shapes)} tensors as {some}",
+    )
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    tokens, (labels, _), (out, _) = (shapes[name] for name in (POSITION, LABEL_TABLE, "final_layer.linear.weight"))
+    tokens, (labels, _), (out, _) = (
+        shapes[name] for name in (POSITION, LABEL_TABLE, "final_layer.linear.weight")
+    )
     grid = math.isqrt(tokens[1])
-    check(grid**2 == tokens[1], f"{path}: {POSITION} has shape {list(tokens)}, whose {tokens[1]} tokens are no square")
+    check(
+        grid**2 == tokens[1],
+        f"{path}: {POSITION} has shape {list(tokens)}, whose {tokens[1]} tokens are no square",
+    )
     features = patch**2 * channels
     check(
         out in (features, 2 * features),
@@ -121,7 +154,9 @@ def architecture(path: str, tensors: StateDict) -> Architecture:
         f"[{features}, {width}], or [{2 * features}, {width}] with learn_sigma",
     )
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    return Architecture(len(blocks), width, patch, grid * patch, channels, labels - 1, out == 2 * features)
+    return Architecture(
+        len(blocks), width, patch, grid * patch, channels, labels - 1, out == 2 * features
+    )
 
 
 def _read_safetensors(path: str) -> tuple[StateDict, dict[str, Any]]:
@@ -131,31 +166,48 @@ def _read_safetensors(path: str) -> tuple[StateDict, dict[str, Any]]:
         args = json.loads((file.metadata() or {}).get(RECORD, "null"))
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no readable safetensors file ({reason}); bring a whole one") from error
+        raise UserError(
+            f"{path} is no readable safetensors file ({reason}); bring a whole one"
+        ) from error
     return tensors, {RECORD: args} if args else {}
 
 
 def _lazy(file: Any, name: str) -> Tensor:
     part = file.get_slice(name)
-    return Tensor(tuple(part.get_shape()), np.dtype(_DTYPES[part.get_dtype()]), lambda: file.get_tensor(name))
+    return Tensor(
+        tuple(part.get_shape()), np.dtype(_DTYPES[part.get_dtype()]), lambda: file.get_tensor(name)
+    )
 
 
 def _state_dict(what: str, entry: Any) -> StateDict:
     """The tensors of an entry by name, without DistributedDataParallel's prefix, each checked when it is read."""
-    check(isinstance(entry, Mapping) and entry, f"{what} is no state dict; expected tensors by name")
+    check(
+        isinstance(entry, Mapping) and entry, f"{what} is no state dict; expected tensors by name"
+    )
     others = [str(name) for name, value in entry.items() if not isinstance(value, Tensor)]
-    check(not others, f"{what} is no state dict: {', '.join(others[:4])} is no tensor; expected tensors by name")
+    check(
+        not others,
+        f"{what} is no state dict: {', '.join(others[:4])} is no tensor; expected tensors by name",
+    )
     wrapped = all(str(name).startswith("module.") for name in entry)
-    names = {str(name).removeprefix("module.") if wrapped else str(name): tensor for name, tensor in entry.items()}
+    names = {
+        str(name).removeprefix("module.") if wrapped else str(name): tensor
+        for name, tensor in entry.items()
+    }
     return {name: _checked(what, name, tensor) for name, tensor in names.items()}
 
 
 def _checked(what: str, name: str, tensor: Tensor) -> Tensor:
     def read() -> np.ndarray:
         floating = tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16
-        check(floating, f"{what}: {name} holds {tensor.dtype} numbers; expected float32, float16 or bfloat16")
+        check(
+            floating,
+            f"{what}: {name} holds {tensor.dtype} numbers; expected float32, float16 or bfloat16",
+        )
         values = tensor.read().astype(np.float32, copy=False)
-        if not np.isfinite([values.min(initial=0), values.max(initial=0)]).all():  # no temporary while all is well
+        if not np.isfinite(
+            [values.min(initial=0), values.max(initial=0)]
+        ).all():  # no temporary while all is well
             bad = np.count_nonzero(~np.isfinite(values))
             raise UserError(
                 f"{what}: {name} holds {bad} NaN or infinite values of {values.size}; bring an earlier file"
@@ -179,7 +231,10 @@ def moments(path: str, opt: Any, model: StateDict, depth: int) -> Moments:
         still = {POSITION: in_memory(np.zeros(model[POSITION].shape, np.float32))}
         averages = [
             still
-            | {name: _checked(f"opt of {path}", f"{key} of {name}", entry[key]) for name, entry in trained.items()}
+            | {
+                name: _checked(f"opt of {path}", f"{key} of {name}", entry[key])
+                for name, entry in trained.items()
+            }
             for key in ("exp_avg", "exp_avg_sq")
         ]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -189,5 +244,10 @@ def moments(path: str, opt: Any, model: StateDict, depth: int) -> Moments:
             "weights alone with --weights ema or raw"
         ) from error
     unsupported = [name for name in ("amsgrad", "maximize") if settings.get(name)]
-    check(not unsupported, f"opt of {path} uses {unsupported}, which is not plain AdamW; take --weights ema alone")
-    return Moments(count, *averages, {key: value for key, value in settings.items() if key != "params"})
+    check(
+        not unsupported,
+        f"opt of {path} uses {unsupported}, which is not plain AdamW; take --weights ema alone",
+    )
+    return Moments(
+        count, *averages, {key: value for key, value in settings.items() if key != "params"}
+    )

@@ -16,8 +16,14 @@ _MARGIN = 10**7  # bytes beside the numbers
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(f"python -m convert.{module}", description=description, allow_abbrev=False)
-    made.add_argument("--overwrite", action="store_true", help="replace the output, which stays until the new is whole")
+    made = argparse.ArgumentParser(
+        f"python -m convert.{module}", description=description, allow_abbrev=False
+    )
+    made.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the output, which stays until the new is whole",
+    )
 
     def refuse(message: str) -> None:
         raise UserError(f"{message}; see python -m convert.{module} --help")
@@ -46,10 +52,19 @@ def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
     `UserError` if it exists and is not to be overwritten, or cannot be written.
     """
     path = epath.Path(out)
-    check(not storage.is_remote(path), f"{out!r} is not on a local disk; convert into a folder there and copy it")
-    check(overwrite or not path.exists(), f"{out!r} exists; give another name, or --overwrite to replace it")
+    check(
+        not storage.is_remote(path),
+        f"{out!r} is not on a local disk; convert into a folder there and copy it",
+    )
+    check(
+        overwrite or not path.exists(),
+        f"{out!r} exists; give another name, or --overwrite to replace it",
+    )
     replaceable = not path.is_dir() or (path / "config.json").exists()
-    check(replaceable, f"{out!r} is a folder but no workdir, so --overwrite leaves it alone; give another name")
+    check(
+        replaceable,
+        f"{out!r} is a folder but no workdir, so --overwrite leaves it alone; give another name",
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free

@@ -30,19 +30,40 @@ from sit_jax.settings import Config
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.parser("from_torch", "Makes a workdir of a PyTorch SiT checkpoint (.pt, .safetensors).")
-    parser.add_argument("checkpoint", help="{model, ema, opt, args} of the reference's train.py, or a bare state dict")
+    parser = cli.parser(
+        "from_torch", "Makes a workdir of a PyTorch SiT checkpoint (.pt, .safetensors)."
+    )
+    parser.add_argument(
+        "checkpoint",
+        help="{model, ema, opt, args} of the reference's train.py, or a bare state dict",
+    )
     parser.add_argument("workdir", help="the folder to be made")
-    parser.add_argument("--num_heads", type=int, help="of a network that is none of the twelve sizes")
-    parser.add_argument("--image_size", type=int, metavar="PIXELS", help="another resolution: pos_embed is recomputed")
-    parser.add_argument("--num_classes", type=int, help="other classes: the label table is drawn anew")
-    parser.add_argument("--weights", choices=("ema", "raw"), help="of a training checkpoint, these weights alone")
-    parser.epilog = "Every setting of sit_jax/settings.py is a flag, too: --config.transport.path=GVP"
+    parser.add_argument(
+        "--num_heads", type=int, help="of a network that is none of the twelve sizes"
+    )
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        metavar="PIXELS",
+        help="another resolution: pos_embed is recomputed",
+    )
+    parser.add_argument(
+        "--num_classes", type=int, help="other classes: the label table is drawn anew"
+    )
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="of a training checkpoint, these weights alone"
+    )
+    parser.epilog = (
+        "Every setting of sit_jax/settings.py is a flag, too: --config.transport.path=GVP"
+    )
     flags, rest = parser.parse_known_args(argv)
     overrides = []
     for flag in rest:
         key, _, text = flag.removeprefix("--config.").partition("=")
-        check(flag.startswith("--config.") and text, f"unknown argument {flag!r}; settings are --config.KEY=VALUE")
+        check(
+            flag.startswith("--config.") and text,
+            f"unknown argument {flag!r}; settings are --config.KEY=VALUE",
+        )
         overrides.append((key, text))
     convert(**vars(flags), overrides=overrides)
 
@@ -71,33 +92,48 @@ def convert(
     size_by_name(name, **vars(size))  # heads that do not divide the width
     wanted = _changed(found, image_size, num_classes)
     continues = file.opt and wanted == found
-    moments = checkpoint_file.moments(checkpoint, file.opt, file.ema, size.depth) if continues else None
+    moments = (
+        checkpoint_file.moments(checkpoint, file.opt, file.ema, size.depth) if continues else None
+    )
     values = config_lib.default()
     if file.record:
         values.update(file.record["config"])
     else:
-        values.update_from_flattened_dict(recipe.from_args(file.args, moments.settings if moments else {}))
+        values.update_from_flattened_dict(
+            recipe.from_args(file.args, moments.settings if moments else {})
+        )
     values.update_from_flattened_dict(recipe.network_settings(name, size, wanted))
     copies = 4 if moments else 2 if file.model else 1
     needed = copies * sum(4 * int(np.prod(tensor.shape)) for tensor in file.ema.values())
     with cli.output(workdir, needed, overwrite) as new:
-        config = _write_config(storage.make_workdir(new), values, overrides)
+        config = _write_config(storage.make_writable_folder(new), values, overrides)
         setup = Setup(config, sharding.make_mesh(-1, 1, 1))
         file = _adapt(file, found, wanted, setup)
         _check_shapes(checkpoint, file, moments, setup)
         _describe(file, found, wanted, setup)
         print(f"writing {needed / 1e6:,.0f} MB ...", flush=True)
         step = file.record["step"] if moments and file.record else moments.count if moments else 0
-        note = {"converted_from": os.path.basename(checkpoint), "config": config_lib.flatten(config)}
+        note = {
+            "converted_from": os.path.basename(checkpoint),
+            "config": config_lib.flatten(config),
+        }
         _save(new / "checkpoints", step, _items(file, moments, setup), note)
-    what = "parameters, EMA and AdamW's moments" if moments else "parameters and EMA" if file.model else "weights alone"
+    what = (
+        "parameters, EMA and AdamW's moments"
+        if moments
+        else "parameters and EMA"
+        if file.model
+        else "weights alone"
+    )
     print(f"{what} at step {step} -> {workdir}")
     print(f"sample:   python -m sit_jax.main --mode sample --workdir {workdir}")
     print(f"train on: python -m sit_jax.main --workdir {workdir} --config.data.path=PATH")
 
 
 def _size(model: dict[str, Any]) -> Size:
-    return size_by_name(model["name"], **{part: model[part] for part in ("depth", "width", "heads", "patch")})
+    return size_by_name(
+        model["name"], **{part: model[part] for part in ("depth", "width", "heads", "patch")}
+    )
 
 
 def _changed(found: Architecture, image_size: int | None, num_classes: int | None) -> Architecture:
@@ -106,7 +142,10 @@ def _changed(found: Architecture, image_size: int | None, num_classes: int | Non
     if image_size is not None:
         cell = recipe.pixels_per_cell(found.channels)
         side, rest = divmod(image_size, cell)
-        check(side > 0 and not rest, f"--image_size is {image_size}; expected a multiple of {cell} pixels")
+        check(
+            side > 0 and not rest,
+            f"--image_size is {image_size}; expected a multiple of {cell} pixels",
+        )
         tokens(side, found.patch)
     classes = found.classes if num_classes is None else num_classes
     check(classes > 0, f"--num_classes is {classes}; expected more than 0")
@@ -121,25 +160,35 @@ def _write_config(workdir: epath.Path, values: Any, overrides: Sequence[tuple[st
     return config
 
 
-def _adapt(file: CheckpointFile, found: Architecture, wanted: Architecture, setup: Setup) -> CheckpointFile:
+def _adapt(
+    file: CheckpointFile, found: Architecture, wanted: Architecture, setup: Setup
+) -> CheckpointFile:
     """The file with the tensors that another image size or class count asks for."""
     new = {}
     if wanted.side != found.side:
         new[POSITION] = position_embedding(found.width, wanted.side // found.patch)[None]
     if wanted.classes != found.classes:
-        new[LABEL_TABLE] = np.asarray(jax.jit(lambda: setup.init_params()["y_embedder"]["embedding"])())
+        new[LABEL_TABLE] = np.asarray(
+            jax.jit(lambda: setup.init_params()["y_embedder"]["embedding"])()
+        )
     new = {name: in_memory(array) for name, array in new.items()}
     return dataclasses.replace(file, ema=file.ema | new, model=file.model and file.model | new)
 
 
-def _check_shapes(checkpoint: str, file: CheckpointFile, moments: Moments | None, setup: Setup) -> None:
+def _check_shapes(
+    checkpoint: str, file: CheckpointFile, moments: Moments | None, setup: Setup
+) -> None:
     """`UserError` that names what is missing, unexpected or mis-shaped in any part of the file."""
     expected = torch_shapes(setup.abstract_state.params, setup.size)
     states = {"ema": file.ema, "model": file.model} if file.model else {"the state dict": file.ema}
     if moments:
         states |= {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
     for what, state in states.items():
-        check_tensors(f"{what} of {checkpoint}", {name: tensor.shape for name, tensor in state.items()}, expected)
+        check_tensors(
+            f"{what} of {checkpoint}",
+            {name: tensor.shape for name, tensor in state.items()},
+            expected,
+        )
 
 
 def _items(file: CheckpointFile, moments: Moments | None, setup: Setup) -> dict[str, Any]:
@@ -167,11 +216,15 @@ def _save(folder: epath.Path, step: int, items: dict[str, Any], note: dict[str, 
         try:
             checkpoints.wait()
         except UserError:
-            time.sleep(1)  # one of Orbax's writers has failed; the others make folders until they notice
+            time.sleep(
+                1
+            )  # one of Orbax's writers has failed; the others make folders until they notice
             raise
 
 
-def _describe(file: CheckpointFile, found: Architecture, wanted: Architecture, setup: Setup) -> None:
+def _describe(
+    file: CheckpointFile, found: Architecture, wanted: Architecture, setup: Setup
+) -> None:
     """Prints what was found, and whatever of it does not stay as it was."""
     size, (height, width, channels) = setup.size, setup.input_shape
     count = sum(int(np.prod(tensor.shape)) for tensor in file.ema.values())
@@ -185,7 +238,9 @@ def _describe(file: CheckpointFile, found: Architecture, wanted: Architecture, s
     if others:
         print(f"note: {' and '.join(sorted(others))} weights become float32")
     if wanted.side != found.side:
-        print(f"note: pos_embed is recomputed for {wanted.side} instead of {found.side} cells a side; the rest is kept")
+        print(
+            f"note: pos_embed is recomputed for {wanted.side} instead of {found.side} cells a side; the rest is kept"
+        )
     if wanted.classes != found.classes:
         print(
             f"note: the label table is drawn anew for {wanted.classes} instead of {found.classes} classes; "

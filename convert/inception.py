@@ -57,7 +57,10 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, oihw in _convolutions():
         shapes[f"{name}.conv.weight"] = oihw
-        shapes |= {f"{name}.bn.{part}": oihw[:1] for part in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {
+            f"{name}.bn.{part}": oihw[:1]
+            for part in ("weight", "bias", "running_mean", "running_var")
+        }
     return shapes | {"fc.weight": (_CLASSES, _FEATURES), "fc.bias": (_CLASSES,)}
 
 
@@ -70,7 +73,9 @@ def _convolutions() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.parser("inception", "Converts pt_inception-2015-12-05-6726825d.pth, names unchanged.")
+    parser = cli.parser(
+        "inception", "Converts pt_inception-2015-12-05-6726825d.pth, names unchanged."
+    )
     parser.add_argument("weights", help="the .pth file of pytorch-fid's release fid_weights")
     parser.add_argument("out", help="the .safetensors file to be written")
     convert(**vars(parser.parse_args(argv)))
@@ -78,17 +83,27 @@ def main(argv: Sequence[str]) -> None:
 
 def convert(weights: str, out: str, *, overwrite: bool = False) -> None:
     """Writes `out`, float32. `UserError` if the file holds other tensors than the network's."""
-    check(out.endswith(".safetensors"), f"{out!r} is no name for the result; expected NAME.safetensors")
+    check(
+        out.endswith(".safetensors"),
+        f"{out!r} is no name for the result; expected NAME.safetensors",
+    )
     content = read_torch_file(weights)
     check(isinstance(content, Mapping), f"{weights} holds {type(content).__name__}, no state dict")
     found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    found = {name: value for name, value in found.items() if not name.endswith(".num_batches_tracked")}  # a counter
+    found = {
+        name: value for name, value in found.items() if not name.endswith(".num_batches_tracked")
+    }  # a counter
     expected = expected_shapes()
     check_tensors(weights, {name: value.shape for name, value in found.items()}, expected)
-    with cli.output(out, sum(4 * int(np.prod(shape)) for shape in expected.values()), overwrite) as new:
+    with cli.output(
+        out, sum(4 * int(np.prod(shape)) for shape in expected.values()), overwrite
+    ) as new:
         tensors = {name: np.ascontiguousarray(found[name], np.float32) for name in expected}
         bad = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
-        check(not bad, f"{weights}: {', '.join(bad[:4])} holds NaN or infinite values; bring a sound file")
+        check(
+            not bad,
+            f"{weights}: {', '.join(bad[:4])} holds NaN or infinite values; bring a sound file",
+        )
         save_file(tensors, new, {"format": "pt"})
     print(f"{len(expected)} tensors -> {out}")
 

@@ -27,12 +27,17 @@ _QKV = Layout(  # [(3, heads, head), in] <-> [in, 3, heads, head]
     lambda w_oi, size: w_oi.T.reshape(size.width, 3, size.heads, -1),
     lambda w_i3nh, size: w_i3nh.reshape(size.width, -1).T,
 )
-_QKV_BIAS = Layout(lambda b_o, size: b_o.reshape(3, size.heads, -1), lambda b_3nh, size: b_3nh.reshape(-1))
+_QKV_BIAS = Layout(
+    lambda b_o, size: b_o.reshape(3, size.heads, -1), lambda b_3nh, size: b_3nh.reshape(-1)
+)
 _POSITION = Layout(lambda x_1td, size: x_1td[0], lambda x_td, size: x_td[None])
 
 
 def _layer(torch_name: str, ours: str) -> dict[str, tuple[str, Layout]]:
-    return {f"{torch_name}.weight": (f"{ours}/kernel", _LINEAR), f"{torch_name}.bias": (f"{ours}/bias", _SAME)}
+    return {
+        f"{torch_name}.weight": (f"{ours}/kernel", _LINEAR),
+        f"{torch_name}.bias": (f"{ours}/bias", _SAME),
+    }
 
 
 LABEL_TABLE, POSITION = "y_embedder.embedding_table.weight", "pos_embed"
@@ -63,7 +68,9 @@ def entries(depth: int) -> Iterator[tuple[str, str, int | None, Layout]]:
         (blocks if ".N." in name else after if blocks else before).append((name, path, layout))
     yield from ((name, path, None, layout) for name, path, layout in before)
     for layer in range(depth):
-        yield from ((name.replace("N", str(layer), 1), path, layer, layout) for name, path, layout in blocks)
+        yield from (
+            (name.replace("N", str(layer), 1), path, layer, layout) for name, path, layout in blocks
+        )
     yield from ((name, path, None, layout) for name, path, layout in after)
 
 
@@ -98,10 +105,16 @@ def torch_shapes(params: Any, size: Size) -> dict[str, tuple[int, ...]]:
     return {name: value.shape for name, value in params_to_torch(numbers, size)}
 
 
-def check_tensors(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(
+    what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
     """`UserError` that names the tensors of `what` which are missing, unexpected or of another shape."""
-    problems = [f"{n} is missing, expected shape {list(s)}" for n, s in expected.items() if n not in found]
-    problems += [f"{n} of shape {list(s)} is unexpected" for n, s in found.items() if n not in expected]
+    problems = [
+        f"{n} is missing, expected shape {list(s)}" for n, s in expected.items() if n not in found
+    ]
+    problems += [
+        f"{n} of shape {list(s)} is unexpected" for n, s in found.items() if n not in expected
+    ]
     problems += [
         f"{n} has shape {list(found[n])}, expected {list(s)}"
         for n, s in expected.items()

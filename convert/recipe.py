@@ -36,7 +36,11 @@ ARGUMENTS = {
     "sample_every": "log.sheet_every",
     "cfg_scale": "sample.cfg_scale",
 }
-_CODEC, _CELL, _LATENT_CHANNELS = "sd-vae", 8, 4  # the SD-VAE: 8 x 8 pixels a latent cell of 4 channels
+_CODEC, _CELL, _LATENT_CHANNELS = (
+    "sd-vae",
+    8,
+    4,
+)  # the SD-VAE: 8 x 8 pixels a latent cell of 4 channels
 
 
 def pixels_per_cell(channels: int) -> int:
@@ -54,7 +58,10 @@ def input_settings(side: int, channels: int) -> dict[str, Any]:
 def network_settings(name: str, size: Size, found: Architecture) -> dict[str, Any]:
     """The settings of the network: a known name where all of it is, its parts otherwise."""
     known = vars(SIZES[name])
-    parts = {f"model.{part}": None if value == known[part] else value for part, value in vars(size).items()}
+    parts = {
+        f"model.{part}": None if value == known[part] else value
+        for part, value in vars(size).items()
+    }
     return {
         "model.name": name,
         **parts,
@@ -68,8 +75,13 @@ def from_args(args: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]
     """Our settings of a run with these arguments and AdamW settings, as the reference understands them."""
     found = {ours: args[theirs] for theirs, ours in ARGUMENTS.items() if theirs in args}
     settings = REFERENCE | found
-    path, prediction = settings.get("transport.path", "Linear"), settings.get("transport.prediction", "velocity")
-    if prediction == "velocity":  # its loss weight does nothing there, and for these paths its eps neither
+    path, prediction = (
+        settings.get("transport.path", "Linear"),
+        settings.get("transport.prediction", "velocity"),
+    )
+    if (
+        prediction == "velocity"
+    ):  # its loss weight does nothing there, and for these paths its eps neither
         settings["transport.loss_weight"] = "none"
         if path != "VP":
             settings |= {"transport.train_eps": None, "transport.sample_eps": None}

@@ -59,13 +59,19 @@ class _Storage:
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_) -> Tensor:
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else -1
+    last = (
+        offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else -1
+    )
     if min([offset, *shape, *strides]) < 0 or last >= storage.count:
-        raise pickle.UnpicklingError(f"a tensor of shape {shape} reaches past its storage of {storage.count} elements")
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {shape} reaches past its storage of {storage.count} elements"
+        )
 
     def read() -> np.ndarray:
         values = np.frombuffer(storage.read(), storage.dtype, storage.count)[offset:]
-        return np.lib.stride_tricks.as_strided(values, shape, [s * values.itemsize for s in strides], writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            values, shape, [s * values.itemsize for s in strides], writeable=False
+        )
 
     return Tensor(tuple(shape), storage.dtype, read)
 
@@ -108,7 +114,9 @@ def read_torch_file(path: str) -> Any:
 def _readable(path: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a damaged or hostile pickle fails in as many ways as there are opcodes
+    except (
+        Exception
+    ) as error:  # a damaged or hostile pickle fails in as many ways as there are opcodes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{path} is no readable PyTorch checkpoint ({reason}); expected a whole file written by torch.save"
@@ -117,7 +125,9 @@ def _readable(path: str) -> Iterator[None]:
 
 def _read_zip(path: str) -> Any:
     archive = zipfile.ZipFile(path)
-    roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
+    roots = [
+        name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")
+    ]
     if len(roots) != 1:
         raise pickle.UnpicklingError("it holds no data.pkl")
     root = roots[0]
@@ -127,7 +137,9 @@ def _read_zip(path: str) -> Any:
     def storage(dtype: np.dtype, key: str, count: int) -> _Storage:
         entry = archive.getinfo(f"{root}/data/{key}")
         if entry.file_size < count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"storage {key} has {entry.file_size} bytes for {count} {dtype} numbers")
+            raise pickle.UnpicklingError(
+                f"storage {key} has {entry.file_size} bytes for {count} {dtype} numbers"
+            )
 
         def read() -> bytes:
             with _readable(path):  # its checksum may be wrong

@@ -53,7 +53,9 @@ class TorchWriter:
 
     def _entry(self, name: str, data: bytes | memoryview) -> None:
         entry = zipfile.ZipInfo(f"{_ROOT}/{name}")
-        header = 30 + len(entry.filename) + 4  # the local header, the name, and the head of the padding's extra field
+        header = (
+            30 + len(entry.filename) + 4
+        )  # the local header, the name, and the head of the padding's extra field
         padding = -(self._file.tell() + header) % _ALIGNMENT
         entry.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
         self._archive.writestr(entry, data)
@@ -86,7 +88,13 @@ def _pickled_tensor(tensor: Written) -> bytes:
     )
     hooks = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
     arguments = storage + b"".join(map(_pickled, (0, tensor.shape, tuple(strides), False))) + hooks
-    return _global("torch._utils", "_rebuild_tensor_v2") + pickle.MARK + arguments + pickle.TUPLE + pickle.REDUCE
+    return (
+        _global("torch._utils", "_rebuild_tensor_v2")
+        + pickle.MARK
+        + arguments
+        + pickle.TUPLE
+        + pickle.REDUCE
+    )
 
 
 def _global(module: str, name: str) -> bytes:

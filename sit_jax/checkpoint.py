@@ -38,10 +38,18 @@ class Checkpoints:
     """The checkpoints in a folder. Use as a context manager: leaving waits until the last save is whole."""
 
     def __init__(
-        self, folder: epath.PathLike, items: Sequence[str], keep_last: int | None = None, keep_every: int | None = None
+        self,
+        folder: epath.PathLike,
+        items: Sequence[str],
+        keep_last: int | None = None,
+        keep_every: int | None = None,
     ):
         """`items` name what a step holds. With `keep_last`, older steps go, but for multiples of `keep_every`."""
-        self._folder, self._keep_last, self._keep_every = epath.Path(folder).resolve(), keep_last, keep_every
+        self._folder, self._keep_last, self._keep_every = (
+            epath.Path(folder).resolve(),
+            keep_last,
+            keep_every,
+        )
         self._items = tuple(items)
         self._manager = self._open()
         self._finishing: threading.Thread | None = None
@@ -58,7 +66,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        if kind and hosts.several() and not issubclass(kind, UserError):
+        if kind and hosts.is_multiprocess() and not issubclass(kind, UserError):
             return  # a host may be dead: a save would wait for its part; main ends the process
         try:
             if kind is None:
@@ -68,10 +76,12 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def newest_whole(self) -> tuple[int | None, list[str]]:
+    def newest_complete(self) -> tuple[int | None, list[str]]:
         """The newest step whose files are as its manifest says, or None; and a line on each newer one that is not."""
         self._manager.reload()
-        step, problems = hosts.by_first(self._newest_whole)  # one decides: what is read anew may be another thing
+        step, problems = hosts.broadcast_from_first(
+            self._newest_whole
+        )  # one decides: what is read anew may be another thing
         if step is not None:
             hosts.check_all_see(self._folder / str(step) / _MANIFEST)
         return step, problems
@@ -94,10 +104,12 @@ class Checkpoints:
         """
         self.wait()
         folder = self._folder / str(step)
-        if hosts.by_first(lambda: self._put_aside(folder)):
+        if hosts.broadcast_from_first(lambda: self._put_aside(folder)):
             self._manager.reload()
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        args["note"] = ocp.args.JsonSave(copy.deepcopy(dict(note)))  # written in the background: a log's rows go on
+        args["note"] = ocp.args.JsonSave(
+            copy.deepcopy(dict(note))
+        )  # written in the background: a log's rows go on
         try:
             # Forced, as Orbax skips a step below its newest, which may be one that is damaged.
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
@@ -112,16 +124,20 @@ class Checkpoints:
         if not folder.exists():
             return False
         names = (f"{folder.name}.{number}{_DAMAGED}" for number in itertools.count(1))
-        folder.rename(next(self._folder / name for name in names if not (self._folder / name).exists()))
+        folder.rename(
+            next(self._folder / name for name in names if not (self._folder / name).exists())
+        )
         return True
 
     def wait(self) -> None:
         """Returns when everything saved so far is whole, in all processes; `UserError` if the last failed in any."""
         self._join()
         try:
-            hosts.together(self._raise_failure)
+            hosts.run_on_all(self._raise_failure)
         except UserError:
-            with contextlib.suppress(Exception):  # a manager raises what failed a save again, whatever it is asked
+            with contextlib.suppress(
+                Exception
+            ):  # a manager raises what failed a save again, whatever it is asked
                 self._manager.close()
             self._manager = self._open()
             raise
@@ -135,7 +151,9 @@ class Checkpoints:
         if self._failure:
             (step, error), self._failure = self._failure, None
             reason = " ".join(str(error).split())
-            reason = reason if len(reason) <= 200 else f"... {reason[-180:]}"  # the cause comes last
+            reason = (
+                reason if len(reason) <= 200 else f"... {reason[-180:]}"
+            )  # the cause comes last
             raise UserError(
                 f"checkpoint {step} could not be saved in {self._folder} ({type(error).__name__}: {reason}); "
                 "make room or mend the folder: the checkpoints before it are untouched"
@@ -156,7 +174,9 @@ class Checkpoints:
 
     def note(self, step: int) -> dict[str, Any]:
         """The note of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
+        return self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))[
+            "note"
+        ]
 
     def _finish(self, step: int) -> None:
         """In the background: once Orbax has committed the step, writes its manifest, then lets older ones go."""
@@ -178,9 +198,13 @@ class Checkpoints:
         steps = sorted(step for step in self._steps() if step <= newest)
         finished = [step for step in steps if (self._folder / str(step) / _MANIFEST).exists()]
         oldest_kept = finished[-self._keep_last :][0] if self._keep_last else 0
-        for step in steps:  # also one without a manifest, which a kill while it was removed may leave
+        for (
+            step
+        ) in steps:  # also one without a manifest, which a kill while it was removed may leave
             if step < oldest_kept and not (self._keep_every and step % self._keep_every == 0):
-                (self._folder / str(step)).rmtree()  # Orbax's own way waits for all processes, from this thread
+                (
+                    self._folder / str(step)
+                ).rmtree()  # Orbax's own way waits for all processes, from this thread
         for step, folder in self._set_aside(_UNFINISHED) + self._set_aside(_DAMAGED):
             if step <= newest:
                 folder.rmtree()
@@ -208,7 +232,8 @@ def _files(folder: epath.Path) -> dict[str, epath.Path]:
 def _digests(folder: epath.Path) -> dict[str, dict[str, Any]]:
     """{relative name: {"bytes": size, "sha256": hex}}."""
     return {
-        name: {"bytes": path.stat().length, "sha256": _sha256(path)} for name, path in sorted(_files(folder).items())
+        name: {"bytes": path.stat().length, "sha256": _sha256(path)}
+        for name, path in sorted(_files(folder).items())
     }
 
 
@@ -255,4 +280,7 @@ def _check_same_arrays(what: str, stored: Any, target: Any) -> None:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }

@@ -83,7 +83,10 @@ def _split_argument(spec: str) -> tuple[str, str | None]:
 
 
 def _run_file(path: str, argument: str | None) -> dict:
-    check(os.path.isfile(path), f"--config {path!r} does not exist; expected a file such as configs/digits.py")
+    check(
+        os.path.isfile(path),
+        f"--config {path!r} does not exist; expected a file such as configs/digits.py",
+    )
     try:
         module_spec = importlib.util.spec_from_file_location("sit_jax_config_file", path)
         module = importlib.util.module_from_spec(module_spec)
@@ -91,17 +94,26 @@ def _run_file(path: str, argument: str | None) -> dict:
         return (module.get_config() if argument is None else module.get_config(argument)).to_dict()
     except UserError:
         raise
-    except Exception as error:  # whatever is wrong in the file, the reader wants the file's name and the reason
+    except (
+        Exception
+    ) as error:  # whatever is wrong in the file, the reader wants the file's name and the reason
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be used as a config: {type(error).__name__}: {reason}") from error
+        raise UserError(
+            f"{path} cannot be used as a config: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _read_json(path: str) -> dict:
     try:
         values = json.loads(epath.Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a recorded config ({error}); give --config") from error
-    check(isinstance(values, dict), f"{path} cannot be read as a recorded config (it holds no settings); give --config")
+        raise UserError(
+            f"{path} cannot be read as a recorded config ({error}); give --config"
+        ) from error
+    check(
+        isinstance(values, dict),
+        f"{path} cannot be read as a recorded config (it holds no settings); give --config",
+    )
     return _over(dataclasses.asdict(Config()), values)
 
 
@@ -145,7 +157,10 @@ def _build(cls: type, values: dict, prefix: str) -> Any:
         if name not in names:
             raise unknown_name("config key", prefix + name, [key for key, _ in fields(cls, prefix)])
     for name in names:
-        check(name in values, f"config key {prefix + name} is missing; start from sit_jax.config.default()")
+        check(
+            name in values,
+            f"config key {prefix + name} is missing; start from sit_jax.config.default()",
+        )
     return cls(
         **{
             name: _build(kind, values[name], f"{prefix}{name}.")
@@ -160,10 +175,20 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _typed(key, typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:
-        element, several = typing.get_args(kind)[0], value if isinstance(value, (tuple, list)) else (value,)
-        example = {int: "whole numbers such as 3,1,4", float: "numbers such as 0.1,0.9", str: "names such as a,b"}
+        element, several = (
+            typing.get_args(kind)[0],
+            value if isinstance(value, (tuple, list)) else (value,),
+        )
+        example = {
+            int: "whole numbers such as 3,1,4",
+            float: "numbers such as 0.1,0.9",
+            str: "names such as a,b",
+        }
         right = (int, float) if element is float else (element,)
-        check(all(type(v) in right for v in several), f"{key} is {value!r}; expected a list of {example[element]}")
+        check(
+            all(type(v) in right for v in several),
+            f"{key} is {value!r}; expected a list of {example[element]}",
+        )
         return tuple(map(element, several))
     if kind is float and type(value) is int:
         return float(value)

@@ -14,7 +14,11 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
     # A table longer than a few lines of a terminal helps nobody.
-    listed = f"known: {', '.join(map(repr, known))}" if len(known) <= 20 else f"{len(known)} names are known"
+    listed = (
+        f"known: {', '.join(map(repr, known))}"
+        if len(known) <= 20
+        else f"{len(known)} names are known"
+    )
     return UserError(f"unknown {kind} {name!r}; {hint}{listed}")
 
 

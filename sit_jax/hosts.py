@@ -1,6 +1,6 @@
 """Several processes, one run: how they find each other, speak with one voice, and agree on what only some can see.
 
-Every process runs the same program; process 0 alone writes and prints. What every function here but `join`, `several`
+Every process runs the same program; process 0 alone writes and prints. What every function here but `join`, `is_multiprocess`
 and `is_first` does is collective: all processes must call it, in the same order. In one process all of it is free.
 """
 
@@ -57,12 +57,16 @@ def join(distributed: bool | None, *, preemptible: bool) -> None:
     if not given and not distributed and os.environ.get("JAX_PLATFORMS") == "cpu":
         return
     options = _explicit(given) if given else {}
-    jax.config.update("jax_enable_preemption_service", preemptible)  # it takes SIGTERM, which ends other jobs
+    jax.config.update(
+        "jax_enable_preemption_service", preemptible
+    )  # it takes SIGTERM, which ends other jobs
     waiting = threading.Timer(_PATIENCE_S, print, [_WAITING], {"file": sys.stderr, "flush": True})
     waiting.start()
     try:
         jax.distributed.initialize(
-            **options, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S, shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S
+            **options,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
         )
     except ValueError as error:  # jax's way to say that it knows of no cluster
         check(
@@ -93,17 +97,17 @@ def _explicit(given: dict[str, str]) -> dict[str, Any]:
     return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     """Whether the run has more than one process; looks for devices only once `join` has found others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
     """Whether this is process 0, the one that writes and prints."""
-    return not several() or jax.process_index() == 0
+    return not is_multiprocess() or jax.process_index() == 0
 
 
-def bar_off() -> bool | None:
+def tqdm_disabled() -> bool | None:
     """tqdm's `disable`: a bar is shown by process 0 alone, and only where stderr is a terminal."""
     return None if is_first() else True
 
@@ -120,18 +124,20 @@ def only_first_prints() -> Iterator[None]:
 
 def gather(value: Any) -> list[Any]:
     """What each process gives, by its number: anything JSON holds."""
-    if not several():
+    if not is_multiprocess():
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(text)))
-    room = 2 ** int(max(sizes) - 1).bit_length()  # a power of two: another size is another compilation
+    room = (
+        2 ** int(max(sizes) - 1).bit_length()
+    )  # a power of two: another size is another compilation
     rows = multihost_utils.process_allgather(np.pad(text, (0, room - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def together(function: Callable[[], Any]) -> Any:
+def run_on_all(function: Callable[[], Any]) -> Any:
     """`function()` in every process, which must not communicate in it; a `UserError` of any is raised in all."""
-    if not several():
+    if not is_multiprocess():
         return function()
     result, error = None, None
     try:
@@ -141,24 +147,33 @@ def together(function: Callable[[], Any]) -> Any:
     errors = gather(str(error) if error else None)
     failed = [number for number, message in enumerate(errors) if message]
     if failed:
-        where = "" if len(failed) == len(errors) else f"on process {', '.join(map(str, failed))} of {len(errors)}: "
+        where = (
+            ""
+            if len(failed) == len(errors)
+            else f"on process {', '.join(map(str, failed))} of {len(errors)}: "
+        )
         raise UserError(where + errors[failed[0]]) from error
     return result
 
 
-def by_first(function: Callable[[], Any]) -> Any:
+def broadcast_from_first(function: Callable[[], Any]) -> Any:
     """`function()` in process 0 alone: its result, anything JSON holds, or its `UserError`, in all."""
-    if not several():
+    if not is_multiprocess():
         return function()
-    return gather(together(lambda: function() if is_first() else None))[0]
+    return gather(run_on_all(lambda: function() if is_first() else None))[0]
 
 
 def to_host(tree: Any) -> Any:
     """A tree of global arrays as NumPy arrays, whole in every process."""
-    if not several():
+    if not is_multiprocess():
         return jax.device_get(tree)
     return jax.tree.map(
-        lambda x: np.asarray(x) if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True), tree
+        lambda x: (
+            np.asarray(x)
+            if x.is_fully_replicated
+            else multihost_utils.process_allgather(x, tiled=True)
+        ),
+        tree,
     )
 
 
@@ -167,7 +182,9 @@ def check_same(what: str, values: dict[str, Any]) -> None:
     first, *others = gather(values)
     for number, other in enumerate(others, 1):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-        listed = ", ".join(f"{n} is {first.get(n)!r} on process 0 and {other.get(n)!r} there" for n in names[:8])
+        listed = ", ".join(
+            f"{n} is {first.get(n)!r} on process 0 and {other.get(n)!r} there" for n in names[:8]
+        )
         check(
             not names,
             f"process {number} has another {what}: {listed}; start all with the same command and the same files",
@@ -176,7 +193,7 @@ def check_same(what: str, values: dict[str, Any]) -> None:
 
 def check_shared(folder: epath.PathLike) -> None:
     """`UserError` unless what process 0 writes into the folder is there for all of them."""
-    if not several():
+    if not is_multiprocess():
         return
     folder = epath.Path(folder)
     probe = folder / f".shared.{gather(uuid.uuid4().hex[:8])[0]}"
@@ -209,17 +226,21 @@ def _numbers(flags: Sequence[bool]) -> str:
     return ", ".join(str(number) for number, flag in enumerate(flags) if flag)
 
 
-def epitaph(error: Exception) -> str:
+def exit_message(error: Exception) -> str:
     """The last line of a process of several: who it was, and what that means for the run."""
     lost = isinstance(error, jax.errors.JaxRuntimeError)
-    why = "it lost another process (see what that one said), or its own device failed" if lost else str(error)
+    why = (
+        "it lost another process (see what that one said), or its own device failed"
+        if lost
+        else str(error)
+    )
     return (
         f"error: process {jax.process_index()} of {jax.process_count()} ends: {type(error).__name__}: {why}; "
         "the same command on all hosts continues from the newest whole checkpoint"
     )
 
 
-def leave(status: int) -> None:
+def exit_now(status: int) -> None:
     """Ends a process of several: after an error the usual end would wait for others that wait for this one.
 
     Process 0 goes last, for without it the others are ended before they can speak.

@@ -23,7 +23,9 @@ def to_uint8(x_bhwc: np.ndarray) -> np.ndarray:
 def encode_png(image_hwc: np.ndarray) -> bytes:
     """uint8 (h, w, 1) or (h, w, 3) -> the bytes of a PNG file; `ValueError` for any other array."""
     if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[-1] not in (1, 3):
-        raise ValueError(f"got {image_hwc.dtype} of shape {image_hwc.shape}; a PNG takes uint8 (h, w, 1 or 3)")
+        raise ValueError(
+            f"got {image_hwc.dtype} of shape {image_hwc.shape}; a PNG takes uint8 (h, w, 1 or 3)"
+        )
     file = io.BytesIO()
     Image.fromarray(image_hwc[..., 0] if image_hwc.shape[-1] == 1 else image_hwc).save(file, "PNG")
     return file.getvalue()

@@ -13,7 +13,8 @@ from etils import epath
 from sit_jax import config as config_lib
 from sit_jax import hosts, report
 from sit_jax.errors import UserError, check, unknown_name
-from sit_jax.jobs import invert, likelihood, preflight, sample, sweep, train
+from sit_jax.jobs import invert, likelihood, sample, sweep, train
+from sit_jax.jobs.preflight import job as preflight
 from sit_jax.settings import Config
 
 JOBS = {
@@ -42,18 +43,33 @@ _ONLY_FOR = {"fork": "train", "profile": "train"} | dict.fromkeys(
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     """The flags, and the (key, text) overrides given as --config.KEY=TEXT or --config.KEY TEXT."""
-    parser = argparse.ArgumentParser("sit_jax", usage=_USAGE, description=__doc__, epilog=_EPILOG, allow_abbrev=False)
-    parser.add_argument(
-        "--config", help="config file: configs/X.py, or configs/X.py:variant; default: the workdir's own"
+    parser = argparse.ArgumentParser(
+        "sit_jax", usage=_USAGE, description=__doc__, epilog=_EPILOG, allow_abbrev=False
     )
-    parser.add_argument("--workdir", help="folder (local or gs://) of checkpoints, logs and samples")
-    parser.add_argument("--mode", default="train", help=f"what to do: {', '.join(JOBS)} (default: train)")
-    parser.add_argument("--fork", metavar="NEWDIR", help="train a new run in NEWDIR from the weights in the workdir")
     parser.add_argument(
-        "--profile", metavar="FIRST:LAST", help="write a trace of these training steps to WORKDIR/profile"
+        "--config",
+        help="config file: configs/X.py, or configs/X.py:variant; default: the workdir's own",
     )
-    parser.add_argument("--topology", help="preflight: the chips to compile for, none needed here: v5e:4x4, h100:8")
-    parser.add_argument("--search", action="store_true", help="preflight: try batches, meshes and remat policies")
+    parser.add_argument(
+        "--workdir", help="folder (local or gs://) of checkpoints, logs and samples"
+    )
+    parser.add_argument(
+        "--mode", default="train", help=f"what to do: {', '.join(JOBS)} (default: train)"
+    )
+    parser.add_argument(
+        "--fork", metavar="NEWDIR", help="train a new run in NEWDIR from the weights in the workdir"
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="write a trace of these training steps to WORKDIR/profile",
+    )
+    parser.add_argument(
+        "--topology", help="preflight: the chips to compile for, none needed here: v5e:4x4, h100:8"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="preflight: try batches, meshes and remat policies"
+    )
     parser.add_argument("--sampler", action="store_true", help="preflight: compile the sampler too")
     parser.add_argument("--json", metavar="FILE", help="preflight: write the figures there")
     parser.add_argument(
@@ -72,13 +88,22 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
             parser.error("the following arguments are required: --workdir")
         check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
     else:
-        check(flags.topology, f"--mode preflight needs --topology; known: {preflight.known_topologies()}")
+        check(
+            flags.topology,
+            f"--mode preflight needs --topology; known: {preflight.known_topologies()}",
+        )
     for name, mode in _ONLY_FOR.items():
-        check(not getattr(flags, name) or flags.mode == mode, f"--{name} is for --mode {mode}, not {flags.mode}")
+        check(
+            not getattr(flags, name) or flags.mode == mode,
+            f"--{name} is for --mode {mode}, not {flags.mode}",
+        )
     overrides = []
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
-        check(flag.startswith("--config."), f"unknown flag {flag!r}; see python -m sit_jax.main --help")
+        check(
+            flag.startswith("--config."),
+            f"unknown flag {flag!r}; see python -m sit_jax.main --help",
+        )
         if not equals and rest and not rest[0].startswith("--config."):
             text = rest.pop(0)
         check(text, f"{flag} has no value; expected {flag}=VALUE")
@@ -98,7 +123,10 @@ def _refuse(message: str) -> None:
 def load_config(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> Config:
     """The config of the flags, or the workdir's own. `UserError` if they are not of the same run."""
     if not flags.workdir:
-        check(flags.config, "--mode preflight needs --config, such as --config configs/digits.py, or --workdir")
+        check(
+            flags.config,
+            "--mode preflight needs --config, such as --config configs/digits.py, or --workdir",
+        )
         return config_lib.load(flags.config, overrides)
     recorded = epath.Path(flags.workdir) / "config.json"
     check(
@@ -115,7 +143,9 @@ def refuse_another_run(recorded: Config, config: Config, flags: argparse.Namespa
     """`UserError` that names every setting which this mode may not change, with both values."""
     changes = config_lib.changes(recorded, config).items()
     if flags.mode == "train":
-        fixed = {key: values for key, values in changes if not key.startswith(config_lib.CHANGEABLE)}
+        fixed = {
+            key: values for key, values in changes if not key.startswith(config_lib.CHANGEABLE)
+        }
     else:
         fixed = {key: values for key, values in changes if key.startswith(config_lib.NETWORK)}
     listed = ", ".join(f"{key} is {new!r} but was {old!r}" for key, (old, new) in fixed.items())
@@ -143,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.mode == "preflight":
             config = load_config(flags, overrides)
             preflight.leave_devices_alone()
-            preflight.run(config, flags.topology, flags.json, search=flags.search, sampler=flags.sampler)
+            preflight.run(
+                config, flags.topology, flags.json, search=flags.search, sampler=flags.sampler
+            )
             return 0
         use_compilation_cache()
         hosts.join(flags.distributed, preemptible=flags.mode == "train")
@@ -152,21 +184,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_job(flags, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        if hosts.several():
-            hosts.leave(2)
+        if hosts.is_multiprocess():
+            hosts.exit_now(2)
         return 2
     except Exception as error:
-        if not hosts.several():
+        if not hosts.is_multiprocess():
             raise
         traceback.print_exc()
-        print(hosts.epitaph(error), file=sys.stderr)
-        hosts.leave(1)
+        print(hosts.exit_message(error), file=sys.stderr)
+        hosts.exit_now(1)
     return 0
 
 
 def run_job(flags: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
     """The job of the flags, as this process or as one of several."""
-    config, workdir = hosts.together(lambda: load_config(flags, overrides)), epath.Path(flags.workdir)
+    config, workdir = (
+        hosts.run_on_all(lambda: load_config(flags, overrides)),
+        epath.Path(flags.workdir),
+    )
     hosts.check_same("config", config_lib.flatten(config))
     hosts.check_same("command", {f"--{name}": str(value) for name, value in vars(flags).items()})
     absl_flags.FLAGS.mark_as_parsed()  # grain's reader processes look flags up

@@ -48,12 +48,16 @@ class MetricLog(contextlib.AbstractContextManager):
         workdir = folder = epath.Path(workdir)
         self._mirror = None
         self._sinks: list[_Sink] = []
-        with contextlib.ExitStack() as stack:  # closes what was opened, last first, also if a later sink fails
+        with (
+            contextlib.ExitStack() as stack
+        ):  # closes what was opened, last first, also if a later sink fails
             if not hosts.is_first():
                 self._closing = stack.pop_all()
                 return
             if storage.is_remote(workdir):
-                folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sit_jax_log_")))
+                folder = epath.Path(
+                    stack.enter_context(tempfile.TemporaryDirectory(prefix="sit_jax_log_"))
+                )
                 self._mirror = _Mirror(folder, workdir)
                 stack.callback(self._mirror.close)
 
@@ -63,7 +67,15 @@ class MetricLog(contextlib.AbstractContextManager):
 
             if wandb_project:  # first: the one that can refuse, before the others drop any row
                 run_id = _wandb_id(workdir / "wandb_id.txt")
-                add(_Wandb(folder, project=wandb_project, run_id=run_id, run_name=run_name, config=config))
+                add(
+                    _Wandb(
+                        folder,
+                        project=wandb_project,
+                        run_id=run_id,
+                        run_name=run_name,
+                        config=config,
+                    )
+                )
             add(_Jsonl(folder / "metrics.jsonl", start_step))
             if tensorboard:
                 add(_TensorBoard(folder / "tensorboard", start_step))
@@ -118,7 +130,9 @@ class _Jsonl:
 
 def _rows_up_to(step: int, log: bytes) -> bytes:
     """The whole rows of a log up to `step`."""
-    return b"".join(line + b"\n" for line, row in storage.json_rows(log) if row.get("step", math.inf) <= step)
+    return b"".join(
+        line + b"\n" for line, row in storage.json_rows(log) if row.get("step", math.inf) <= step
+    )
 
 
 class _TensorBoard:
@@ -128,7 +142,9 @@ class _TensorBoard:
         import tensorboardX  # here, as it imports torch where that is installed
 
         # By default two minutes of events wait in memory; a kill would lose them, and a resumed run does not redo them.
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=1)
+        self._writer = tensorboardX.SummaryWriter(
+            str(folder), purge_step=start_step + 1, flush_secs=1
+        )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -144,7 +160,9 @@ class _TensorBoard:
 class _Wandb:
     """A W&B run. It ignores steps below its newest: what a resumed run logs again is not doubled there either."""
 
-    def __init__(self, folder: epath.Path, *, project: str, run_id: str, run_name: str, config: dict):
+    def __init__(
+        self, folder: epath.Path, *, project: str, run_id: str, run_name: str, config: dict
+    ):
         try:
             import wandb  # not in the base installation, and never imported unless asked for
         except ImportError as error:
@@ -155,7 +173,12 @@ class _Wandb:
         self._wandb = wandb
         try:
             self._run = wandb.init(
-                project=project, id=run_id, name=run_name, config=config, resume="allow", dir=str(folder)
+                project=project,
+                id=run_id,
+                name=run_name,
+                config=config,
+                resume="allow",
+                dir=str(folder),
             )
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())
@@ -195,10 +218,14 @@ class _Mirror:
 
     def tick(self) -> None:
         """Starts a copy if a minute has passed and the last one is done; one that failed is tried again."""
-        if time.monotonic() - self._last_s < _COPY_EVERY_S or (self._copy and not self._copy.done()):
+        if time.monotonic() - self._last_s < _COPY_EVERY_S or (
+            self._copy and not self._copy.done()
+        ):
             return
         if self._copy and (error := self._copy.exception()):
-            logging.warning("logs could not be copied to %s (%s); trying again", self._remote, error)
+            logging.warning(
+                "logs could not be copied to %s (%s); trying again", self._remote, error
+            )
         self._last_s = time.monotonic()
         self._copy = self._thread.submit(self._copy_changed)
 
@@ -210,7 +237,9 @@ class _Mirror:
     def _copy_changed(self) -> None:
         for path in [*self._local.glob("metrics.jsonl"), *self._local.glob("tensorboard/*")]:
             data = path.read_bytes()
-            if self._copied_sizes.get(path) != len(data):  # these files only grow: an equal size is an equal file
+            if self._copied_sizes.get(path) != len(
+                data
+            ):  # these files only grow: an equal size is an equal file
                 target = self._remote / path.relative_to(self._local)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_bytes(target, data)
@@ -223,7 +252,11 @@ class Progress(contextlib.AbstractContextManager):
     def __init__(self, start_step: int, total_steps: int, *, unit: str = "step"):
         self._step = start_step
         self._bar = tqdm.tqdm(
-            initial=start_step, total=total_steps, unit=unit, disable=hosts.bar_off(), dynamic_ncols=True
+            initial=start_step,
+            total=total_steps,
+            unit=unit,
+            disable=hosts.tqdm_disabled(),
+            dynamic_ncols=True,
         )
 
     def update(self, step: int) -> None:

@@ -17,11 +17,19 @@ def learning_rate(name: str, peak: float, warmup_steps: int, total_steps: int) -
         after = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
     if not warmup_steps:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps]
+    )
 
 
 def adamw(
-    schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float | None
+    schedule: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float | None,
 ) -> optax.GradientTransformation:
     """AdamW with an optional clip of the global gradient norm before it.
 

@@ -16,7 +16,10 @@ _CPU_INFO = "/proc/cpuinfo"
 def devices_line() -> str:
     """All devices of the run: `devices: 1 x cpu (AMD EPYC 7B13)`, or `devices: 8 x TPU v5 lite, 2 processes`."""
     counts = collections.Counter(device.device_kind for device in jax.devices())
-    kinds = [f"{count} x {kind}" + (f" ({_cpu_name()})" if kind == "cpu" else "") for kind, count in counts.items()]
+    kinds = [
+        f"{count} x {kind}" + (f" ({_cpu_name()})" if kind == "cpu" else "")
+        for kind, count in counts.items()
+    ]
     processes = jax.process_count()
     return "devices: " + ", ".join(kinds) + (f", {processes} processes" if processes > 1 else "")
 
@@ -56,7 +59,9 @@ def _has_nvidia_gpu() -> bool:
 def _cpu_name() -> str:
     try:
         with open(_CPU_INFO, encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
     except OSError:  # not Linux
         names = []
     return (names[0] if names else "") or platform.processor() or platform.machine()

@@ -20,15 +20,25 @@ from sit_jax.transport import diffusion, interval, losses, paths, prediction, ti
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    name: str = "SiT-S/2"  # one of the twelve published sizes; the next four replace its fields where given
+    name: str = (
+        "SiT-S/2"  # one of the twelve published sizes; the next four replace its fields where given
+    )
     depth: int | None = None
     width: int | None = None
     heads: int | None = None
     patch: int | None = None
-    qk_norm: bool = False  # RMSNorm of queries and keys: steadier in bfloat16; the published weights have none
-    learn_sigma: bool = False  # twice the output channels, half of them unused: the published weights are so
-    attention: str = "auto"  # auto: what is best on the devices; einsum: plain products, which alone have a jvp
-    remat: str = "dots"  # what the backward pass keeps: none: all; dots: the matmuls' outputs; full: nothing
+    qk_norm: bool = (
+        False  # RMSNorm of queries and keys: steadier in bfloat16; the published weights have none
+    )
+    learn_sigma: bool = (
+        False  # twice the output channels, half of them unused: the published weights are so
+    )
+    attention: str = (
+        "auto"  # auto: what is best on the devices; einsum: plain products, which alone have a jvp
+    )
+    remat: str = (
+        "dots"  # what the backward pass keeps: none: all; dots: the matmuls' outputs; full: nothing
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +46,9 @@ class Transport:
     path: str = "Linear"  # Linear | GVP | VP
     prediction: str = "velocity"  # velocity | score | noise
     loss_weight: str = "none"  # none | velocity | likelihood (score and noise only)
-    train_eps: float | None = None  # distance from singular times, inside (0, 0.5); None: the path's default
+    train_eps: float | None = (
+        None  # distance from singular times, inside (0, 0.5); None: the path's default
+    )
     sample_eps: float | None = None
     times: str = "uniform"  # uniform | logit-normal
     times_mean: float = 0.0  # of the logit
@@ -52,17 +64,27 @@ class Data:
     channels: int = 1
     classes: int = 10
     flip: bool = False  # random horizontal flip
-    skip_unreadable: bool = False  # pass over images that cannot be read (counted and reported) instead of stopping
-    workers: int = 0  # reader processes; 0 reads in threads, which suits in-memory and small sources
+    skip_unreadable: bool = (
+        False  # pass over images that cannot be read (counted and reported) instead of stopping
+    )
+    workers: int = (
+        0  # reader processes; 0 reads in threads, which suits in-memory and small sources
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
     codec: str = "pixels"  # what the network sees of an image: pixels | sd-vae
     # The rest is of sd-vae.
-    path: str | None = None  # folder with config.json and diffusion_pytorch_model.safetensors; None: from the repo
-    repo: str | None = None  # on Hugging Face; None: stabilityai/sd-vae-ft-ema; sd-vae-ft-mse has the same latents
-    revision: str | None = None  # commit of the repo; None: the one that is known here, of these two
+    path: str | None = (
+        None  # folder with config.json and diffusion_pytorch_model.safetensors; None: from the repo
+    )
+    repo: str | None = (
+        None  # on Hugging Face; None: stabilityai/sd-vae-ft-ema; sd-vae-ft-mse has the same latents
+    )
+    revision: str | None = (
+        None  # commit of the repo; None: the one that is known here, of these two
+    )
     dtype: str = "float32"  # float32 | bfloat16: its activations and matmuls
     scale: float = 0.18215  # what the encoder gives is multiplied by it
     batch: int = 8  # images that go through it at once on each device
@@ -74,7 +96,9 @@ class Train:
     batch: int = 256  # images per step, over all devices and accumulated microbatches
     accumulation: int = 1  # microbatches per step
     label_dropout: float = 0.1  # share of labels replaced by the null label
-    skip_nonfinite: int = 0  # updates with a NaN or infinite loss or gradient to pass over before the run stops
+    skip_nonfinite: int = (
+        0  # updates with a NaN or infinite loss or gradient to pass over before the run stops
+    )
     ema_decay: float = 0.9999
 
 
@@ -95,25 +119,39 @@ class Sample:
     weights: str = "ema"  # ema | raw
     solver: str = "dopri5"  # ODE: euler midpoint heun ralston bosh3 tsit5 dopri5 dopri8
     #                         SDE: euler-maruyama reference-heun sra1 shark
-    steps: int | None = None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
-    times: tuple[float, ...] = ()  # in place of steps: fractions of the way from noise to data, rising from 0 to 1
-    time_shift: float = 1.0  # s of t' = s t / (1 + (s - 1) t) for fixed steps; above 1: more of them near data
+    steps: int | None = (
+        None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
+    )
+    times: tuple[
+        float, ...
+    ] = ()  # in place of steps: fractions of the way from noise to data, rising from 0 to 1
+    time_shift: float = (
+        1.0  # s of t' = s t / (1 + (s - 1) t) for fixed steps; above 1: more of them near data
+    )
     atol: float = 1e-6
     rtol: float = 1e-3
     error_norm: str = "sample"  # sample: every sample has its own steps | batch: one error for all, as torchdiffeq
-    diffusion_form: str = "SBDM"  # constant | SBDM | sigma | linear | decreasing | increasing-decreasing, for an SDE
+    diffusion_form: str = (
+        "SBDM"  # constant | SBDM | sigma | linear | decreasing | increasing-decreasing, for an SDE
+    )
     diffusion_norm: float = 1.0
     last_step: str = "mean"  # none | mean | tweedie | euler: noiseless, after an SDE's steps
     last_step_size: float = 0.04
     cfg_scale: float = 1.0  # classifier-free guidance; 1 is none
-    cfg_channels: int | None = 3  # guide the first channels only, as published numbers do; None: all
+    cfg_channels: int | None = (
+        3  # guide the first channels only, as published numbers do; None: all
+    )
     cfg_interval: tuple[float, ...] = (0.0, 1.0)  # guide at these times only
-    guide: str | None = None  # workdir of a weaker run, which guidance leads away from in place of the null label
+    guide: str | None = (
+        None  # workdir of a weaker run, which guidance leads away from in place of the null label
+    )
     count: int = 64
     batch: int = 64
     labels: tuple[int, ...] = ()  # repeated in turn to `count`; empty: balanced over the classes
     seed: int = 0
-    frames: int | None = None  # also write each image at so many times of its way from noise, as one strip
+    frames: int | None = (
+        None  # also write each image at so many times of its way from noise, as one strip
+    )
     columns: int = 10  # of the sheet
     scale: int = 1  # of the sheet: enlargement by whole pixels
 
@@ -131,13 +169,17 @@ class Likelihood:
     batch: int = 64
     labels: str = "data"  # data: each image's own | null: the null label for all
     solver: str = "dopri5"  # euler midpoint heun ralston bosh3 tsit5 dopri5 dopri8: of an ODE alone, without guidance
-    steps: int | None = None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
+    steps: int | None = (
+        None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
+    )
     atol: float = 1e-5
     rtol: float = 1e-5
     trace: str = "hutchinson"  # hutchinson | exact: as many derivatives as there are dimensions, for small ones
     probe: str = "rademacher"  # rademacher | gaussian: of Hutchinson's trace
     probes: int = 1  # averaged, the same ones along a trajectory
-    dequantisation: str | None = None  # of pixels: uniform | gaussian; None: uniform. Latents are continuous: None
+    dequantisation: str | None = (
+        None  # of pixels: uniform | gaussian; None: uniform. Latents are continuous: None
+    )
     seed: int = 0  # of probes and dequantisation
 
 
@@ -147,7 +189,11 @@ class Sweep:
 
     solvers: tuple[str, ...] = ("euler", "heun", "dopri5", "euler-maruyama", "sra1", "shark")
     steps: tuple[int, ...] = (5, 10, 25, 50, 100)
-    rtols: tuple[float, ...] = (1e-1, 1e-2, 1e-3)  # by which adaptive solvers choose their steps; atol is a tenth
+    rtols: tuple[float, ...] = (
+        1e-1,
+        1e-2,
+        1e-3,
+    )  # by which adaptive solvers choose their steps; atol is a tenth
     forms: tuple[str, ...] = ("SBDM",)  # of an SDE's diffusion
     cfg_scales: tuple[float, ...] = (1.0,)
     count: int = 1000  # images of each sampler
@@ -173,11 +219,11 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    compute: str = (
-        "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax and loss stay float32
-    )
+    compute: str = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax and loss stay float32
     matmul: str | None = None  # default | high | highest; None: default when training, else highest
-    grad_reduce: str = "float32"  # float32 | bfloat16: in what devices add up the gradients of the layers
+    grad_reduce: str = (
+        "float32"  # float32 | bfloat16: in what devices add up the gradients of the layers
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +276,9 @@ def validate(config: Config) -> None:
         check(value is None or value > 0, f"{key} is {value}; expected more than 0")
     for key in _NOT_NEGATIVE:
         check(get(config, key) >= 0, f"{key} is {get(config, key)}; expected 0 or more")
-    sizes.size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
+    sizes.size_by_name(
+        model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch
+    )
     _one_of("model.attention", model.attention, ("auto", "einsum"))
     _one_of("model.remat", model.remat, sit.REMAT_POLICIES)
     paths.path_by_name(transport.path)
@@ -263,33 +311,49 @@ def validate(config: Config) -> None:
     for key in ("seed", "sample.seed", "likelihood.seed"):
         check(get(config, key) < 2**32, f"{key} is {get(config, key)}; expected less than 2**32")
     for key in ("train.label_dropout", "train.ema_decay", "optimizer.b1", "optimizer.b2"):
-        check(0 <= get(config, key) <= 1, f"{key} is {get(config, key)}; expected a number from 0 to 1")
+        check(
+            0 <= get(config, key) <= 1,
+            f"{key} is {get(config, key)}; expected a number from 0 to 1",
+        )
     check(
         train.batch % train.accumulation == 0,
         f"train.batch {train.batch} is not divisible by train.accumulation {train.accumulation}; change either",
     )
     for label in sample.labels:
         check(
-            0 <= label < data.classes, f"sample.labels holds {label}; expected 0 to {data.classes - 1} (data.classes)"
+            0 <= label < data.classes,
+            f"sample.labels holds {label}; expected 0 to {data.classes - 1} (data.classes)",
         )
     sharding.check_axes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
 def _check_sampler(sample: Sample) -> None:
     _one_of("sample.solver", sample.solver, [*ode.SOLVERS, *sde.SOLVERS])
-    check(not (sample.times and sample.steps), "sample.times and sample.steps are both given; set sample.steps=none")
+    check(
+        not (sample.times and sample.steps),
+        "sample.times and sample.steps are both given; set sample.steps=none",
+    )
     if sample.times:
         ode.check_times("sample.times", sample.times)
     if sample.solver in sde.SOLVERS:
-        check(sample.grid is not None, f"sample.solver {sample.solver!r} needs sample.steps, such as 250")
+        check(
+            sample.grid is not None,
+            f"sample.solver {sample.solver!r} needs sample.steps, such as 250",
+        )
     else:
         ode.check_solver(sample.solver, sample.grid)
-    check(sample.frames is None or sample.frames > 1, f"sample.frames is {sample.frames}; expected 2 or more, or none")
+    check(
+        sample.frames is None or sample.frames > 1,
+        f"sample.frames is {sample.frames}; expected 2 or more, or none",
+    )
     _one_of("sample.error_norm", sample.error_norm, ode.ERROR_NORMS)
     _one_of("sample.diffusion_form", sample.diffusion_form, diffusion.FORMS)
     _one_of("sample.last_step", sample.last_step, sde.LAST_STEPS)
     size = sample.last_step_size
-    check(0 < size < 1, f"sample.last_step_size is {size}; expected a number inside (0, 1), or sample.last_step=none")
+    check(
+        0 < size < 1,
+        f"sample.last_step_size is {size}; expected a number inside (0, 1), or sample.last_step=none",
+    )
     check_scale(sample.cfg_scale)
     check(
         sample.guide is None or sample.cfg_scale > 1,
@@ -332,7 +396,10 @@ def _check_sweep(sweep: Sweep) -> None:
         _one_of("sweep.solvers", solver, [*ode.SOLVERS, *sde.SOLVERS])
     for form in sweep.forms:
         _one_of("sweep.forms", form, diffusion.FORMS)
-    check(sweep.forms or not set(sweep.solvers) & set(sde.SOLVERS), "sweep.forms is empty, but an SDE needs one")
+    check(
+        sweep.forms or not set(sweep.solvers) & set(sde.SOLVERS),
+        "sweep.forms is empty, but an SDE needs one",
+    )
     for key in ("steps", "rtols"):
         for value in getattr(sweep, key):
             check(value > 0, f"sweep.{key} holds {value}; expected more than 0")
@@ -341,18 +408,54 @@ def _check_sweep(sweep: Sweep) -> None:
     check(sweep.count >= 2, f"sweep.count is {sweep.count}; a Frechet distance needs 2 or more")
 
 
-_POSITIVE = """
-    data.image_size data.channels data.classes latents.scale latents.batch train.steps train.batch train.accumulation
-    optimizer.learning_rate optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.time_shift
-    sample.atol sample.rtol sample.diffusion_norm sample.cfg_channels sample.count sample.batch sample.columns
-    sample.scale likelihood.count likelihood.batch likelihood.steps likelihood.atol likelihood.rtol likelihood.probes
-    sweep.count sweep.reference_count sweep.components checkpoint.every checkpoint.keep_last checkpoint.keep_every
-    log.every log.sheet_count
-""".split()
-_NOT_NEGATIVE = """
-    seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed likelihood.seed
-    log.sheet_every
-""".split()
+_POSITIVE = [
+    "data.image_size",
+    "data.channels",
+    "data.classes",
+    "latents.scale",
+    "latents.batch",
+    "train.steps",
+    "train.batch",
+    "train.accumulation",
+    "optimizer.learning_rate",
+    "optimizer.eps",
+    "optimizer.clip_norm",
+    "transport.times_std",
+    "sample.steps",
+    "sample.time_shift",
+    "sample.atol",
+    "sample.rtol",
+    "sample.diffusion_norm",
+    "sample.cfg_channels",
+    "sample.count",
+    "sample.batch",
+    "sample.columns",
+    "sample.scale",
+    "likelihood.count",
+    "likelihood.batch",
+    "likelihood.steps",
+    "likelihood.atol",
+    "likelihood.rtol",
+    "likelihood.probes",
+    "sweep.count",
+    "sweep.reference_count",
+    "sweep.components",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "log.every",
+    "log.sheet_count",
+]
+_NOT_NEGATIVE = [
+    "seed",
+    "data.workers",
+    "train.skip_nonfinite",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "sample.seed",
+    "likelihood.seed",
+    "log.sheet_every",
+]
 
 
 def _one_of(key: str, value: str, known) -> None:

@@ -39,14 +39,18 @@ def check_axes(data: int, fsdp: int, tensor: int) -> None:
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     for axis, size in sizes.items():
         check(
-            size == -1 or size >= 1, f"mesh.{axis} is {size}; expected 1 or more, or -1 for the devices that are left"
+            size == -1 or size >= 1,
+            f"mesh.{axis} is {size}; expected 1 or more, or -1 for the devices that are left",
         )
     check(
-        list(sizes.values()).count(-1) <= 1, f"mesh {sizes} has more than one -1; leave at most one axis to be filled"
+        list(sizes.values()).count(-1) <= 1,
+        f"mesh {sizes} has more than one -1; leave at most one axis to be filled",
     )
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The mesh over `devices`, or all that jax has; -1 fills an axis with the devices that are left.
 
     `UserError` if the sizes do not fit.
@@ -90,7 +94,9 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     rule = next(rule for pattern, rule in RULES if re.search(pattern, name))
     if not shape:  # counters
         return PartitionSpec()
-    return PartitionSpec(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(rule, shape, strict=False)))
+    return PartitionSpec(
+        *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(rule, shape, strict=False))
+    )
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
@@ -156,21 +162,33 @@ def gather_ends(mesh: Mesh, params: Any) -> Any:
 
     def leaf(path, value):
         name, own = _name(path), value.dtype
-        return value if "blocks/" in name else _gather(mesh, spec(name, value.shape, mesh), own, own, value)
+        return (
+            value
+            if "blocks/" in name
+            else _gather(mesh, spec(name, value.shape, mesh), own, own, value)
+        )
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def _gather(mesh: Mesh, own: PartitionSpec, dtype: Any, grad_dtype: Any, value: jax.Array) -> jax.Array:
+def _gather(
+    mesh: Mesh, own: PartitionSpec, dtype: Any, grad_dtype: Any, value: jax.Array
+) -> jax.Array:
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in own))
 
     @jax.custom_vjp
     def gathered(value):
-        return jax.lax.with_sharding_constraint(value.astype(dtype), NamedSharding(mesh, whole)).astype(grad_dtype)
+        return jax.lax.with_sharding_constraint(
+            value.astype(dtype), NamedSharding(mesh, whole)
+        ).astype(grad_dtype)
 
     # The transpose of a plain constraint would constrain the gradient to `whole` too, and so force a full all-reduce.
     def backward(_, gradient):
-        return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, own)).astype(jnp.float32),)
+        return (
+            jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, own)).astype(
+                jnp.float32
+            ),
+        )
 
     gathered.defvjp(lambda value: (gathered(value), None), backward)
     return gathered(value)
@@ -189,7 +207,9 @@ def put_batch(mesh: Mesh, batch: Any, size: int) -> Any:
     for device, (rows,) in sharding.addressable_devices_indices_map((size,)).items():
         devices.append(device)
         starts.append(own.index(rows.start or 0))
-    n = size // batch_shards(mesh)  # rows of a device: neighbours in the batch, and so among the process's own
+    n = size // batch_shards(
+        mesh
+    )  # rows of a device: neighbours in the batch, and so among the process's own
 
     def put(rows):
         parts = jax.device_put([rows[start : start + n] for start in starts], devices)
@@ -198,7 +218,7 @@ def put_batch(mesh: Mesh, batch: Any, size: int) -> Any:
     return jax.tree.map(put, batch)
 
 
-def spread(mesh: Mesh, batch: Any) -> Any:
+def shard_global_batch(mesh: Mesh, batch: Any) -> Any:
     """A whole batch (numpy), equal in every process -> the global batch on the mesh."""
     size = len(jax.tree.leaves(batch)[0])
     own = own_rows(mesh, size)
@@ -207,7 +227,9 @@ def spread(mesh: Mesh, batch: Any) -> Any:
 
 def per_device(mesh: Mesh) -> Callable[[Callable], Callable]:
     """Turns `apply(params, x_b) -> y_b`, each row by itself, into the same done by every device for its own rows."""
-    return lambda apply: jax.shard_map(apply, mesh=mesh, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH)
+    return lambda apply: jax.shard_map(
+        apply, mesh=mesh, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH
+    )
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:

@@ -27,7 +27,9 @@ def beside(path: epath.PathLike) -> Iterator[epath.Path]:
     What was there before is kept until then. After an error the new one is removed.
     """
     path = epath.Path(path)
-    new, old = (path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{word}" for word in ("tmp", "old"))
+    new, old = (
+        path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{word}" for word in ("tmp", "old")
+    )
     try:
         yield new
         if path.is_dir():
@@ -88,7 +90,7 @@ def json_rows(text: bytes) -> Iterator[tuple[bytes, dict]]:
             yield line, row
 
 
-def make_workdir(path: epath.PathLike) -> epath.Path:
+def make_writable_folder(path: epath.PathLike) -> epath.Path:
     """The folder, made if need be; `UserError` if it cannot be written."""
     path = epath.Path(path)
     try:

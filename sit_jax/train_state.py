@@ -29,10 +29,14 @@ class TrainState:
 def init(init_params: Callable[[], Any], optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; the EMA starts as the parameters."""
     params = init_params()
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params)
+    )
 
 
-def abstract(init_params: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract(
+    init_params: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     """Shapes, types and shardings of the state, with no memory behind them: the target of a restore."""
     shapes = jax.eval_shape(lambda: init(init_params, optimizer))
     return jax.tree.map(
@@ -42,7 +46,9 @@ def abstract(init_params: Callable[[], Any], optimizer: optax.GradientTransforma
     )
 
 
-def create(init_params: Callable[[], Any], optimizer: optax.GradientTransformation, target: TrainState) -> TrainState:
+def create(
+    init_params: Callable[[], Any], optimizer: optax.GradientTransformation, target: TrainState
+) -> TrainState:
     """The state before the first step, born sharded as `target` of `abstract`: no device ever holds all of it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     return jax.jit(lambda: init(init_params, optimizer), out_shardings=shardings)()

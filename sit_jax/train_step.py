@@ -16,7 +16,9 @@ from sit_jax.transport.losses import losses
 from sit_jax.transport.paths import Path
 from sit_jax.transport.times import training_times
 
-Network = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]  # (params, x_bhwc, t_b, y_b) -> like x
+Network = Callable[
+    [Any, jax.Array, jax.Array, jax.Array], jax.Array
+]  # (params, x_bhwc, t_b, y_b) -> like x
 Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (keys_b, images_bhwc in [-1, 1]) -> x1_bhwc
 Examples = Mapping[str, jax.Array]  # x1, x0 [b, h, w, c], t, y [b]
 
@@ -37,7 +39,12 @@ class Objective:
 
 
 def draw_examples(
-    objective: Objective, encode: Encode, seed: int, step: jax.Array, images_bhwc: jax.Array, labels_b: jax.Array
+    objective: Objective,
+    encode: Encode,
+    seed: int,
+    step: jax.Array,
+    images_bhwc: jax.Array,
+    labels_b: jax.Array,
 ) -> Examples:
     """Everything random of a step, as a function of (seed, step) and the position in the global batch.
 
@@ -53,11 +60,18 @@ def draw_examples(
         objective.times_mean,
         objective.times_std,
     )
-    y = drop_labels(rng.key(seed, "label dropout", step), labels_b, objective.label_dropout, objective.null_label)
+    y = drop_labels(
+        rng.key(seed, "label dropout", step),
+        labels_b,
+        objective.label_dropout,
+        objective.null_label,
+    )
     return {"x1": x1, "x0": x0, "t": t, "y": y}
 
 
-def batch_loss(network: Network, objective: Objective, params: Any, examples: Examples) -> jax.Array:
+def batch_loss(
+    network: Network, objective: Objective, params: Any, examples: Examples
+) -> jax.Array:
     """The mean loss over the examples, a float32 scalar."""
 
     def predict(x_bhwc, t_b):
@@ -90,25 +104,37 @@ def update(
     Metrics are scalars: the loss before the update, the global gradient norm before any clipping, and whether both are
     finite. If they are not, the step counts but nothing else of the state changes.
     """
-    value, grads = _mean_over_microbatches(jax.value_and_grad(loss), state.params, examples, accumulation)
+    value, grads = _mean_over_microbatches(
+        jax.value_and_grad(loss), state.params, examples, accumulation
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     new = TrainState(state.step, params, ema.update(state.ema, params, ema_decay), opt_state)
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    return new.replace(step=state.step + 1), {"loss": value, "grad_norm": grad_norm, "finite": finite}
+    return new.replace(step=state.step + 1), {
+        "loss": value,
+        "grad_norm": grad_norm,
+        "finite": finite,
+    }
 
 
-def _mean_over_microbatches(value_and_grad: Callable, params: Any, examples: Examples, n: int) -> Any:
+def _mean_over_microbatches(
+    value_and_grad: Callable, params: Any, examples: Examples, n: int
+) -> Any:
     if n == 1:
         return value_and_grad(params, examples)
     # Every n-th example, so that each microbatch is spread over the devices as the batch is.
-    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0), examples)
+    micro = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0), examples
+    )
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, params, examples))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, params, examples)
+    )
     total, _ = jax.lax.scan(add, zeros, micro)
     return jax.tree.map(lambda x: x / n, total)

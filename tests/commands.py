@@ -47,7 +47,9 @@ def succeed(*arguments):
 def refusal(*arguments):
     """The one line by which main refuses."""
     status, _, err = call(*arguments)
-    assert status == 2 and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert (
+        status == 2 and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+    ), err
     return err
 
 
@@ -55,7 +57,10 @@ def snapshot(folder):
     """Names and contents of all that is below a folder; None if there is no such folder."""
     if not folder.exists():
         return None
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
 
 
 def rows(workdir):

@@ -37,7 +37,9 @@ def parameters(cases: list[dict], *combinations: tuple[str, ...]) -> list:
     seen, found = set(), []
     for case in cases:
         values = {(fields, tuple(case.get(field) for field in fields)) for fields in combinations}
-        found.append(pytest.param(case, id=case["name"], marks=[pytest.mark.slow] if values <= seen else []))
+        found.append(
+            pytest.param(case, id=case["name"], marks=[pytest.mark.slow] if values <= seen else [])
+        )
         seen |= values
     return found
 

@@ -43,7 +43,12 @@ class Machine:
     def run(self, script, *arguments, cwd=None, **environment):
         return subprocess.run(
             [BASH, os.path.relpath(self.root / "launch" / script, cwd or self.root), *arguments],
-            env={"PATH": str(self.bin), "CALLS": str(self.calls_file), "CDPATH": str(self.decoy), **environment},
+            env={
+                "PATH": str(self.bin),
+                "CALLS": str(self.calls_file),
+                "CDPATH": str(self.decoy),
+                **environment,
+            },
             cwd=cwd or self.root,
             capture_output=True,
             text=True,

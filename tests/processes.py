@@ -57,11 +57,21 @@ class Processes:
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(number),
                 }
-            command = [sys.executable, *program, *map(str, arguments), *(own[number] if own else ())]
-            with open(folder / f"out.{number}", "wb") as out, open(folder / f"err.{number}", "wb") as err:
+            command = [
+                sys.executable,
+                *program,
+                *map(str, arguments),
+                *(own[number] if own else ()),
+            ]
+            with (
+                open(folder / f"out.{number}", "wb") as out,
+                open(folder / f"err.{number}", "wb") as err,
+            ):
                 cwd = folders[number] if folders else ROOT
                 self.children.append(
-                    subprocess.Popen(command, env=environment, cwd=cwd, stdout=out, stderr=err, process_group=0)
+                    subprocess.Popen(
+                        command, env=environment, cwd=cwd, stdout=out, stderr=err, process_group=0
+                    )
                 )
 
     def printed(self, number: int = 0, stream: str = "out") -> str:

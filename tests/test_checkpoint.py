@@ -29,7 +29,9 @@ def tree(value, shape=(3, 2)):
 def save(checkpoints, *steps):
     """Saves trees full of the step's number, and waits until each is whole."""
     for step in steps:
-        checkpoints.save(step, {"params": tree(float(step)), "ema": tree(-float(step))}, {"step": step})
+        checkpoints.save(
+            step, {"params": tree(float(step)), "ema": tree(-float(step))}, {"step": step}
+        )
         checkpoints.wait()
 
 
@@ -45,7 +47,10 @@ def names(folder):
 
 
 def snapshot(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
 
 
 @pytest.fixture
@@ -61,10 +66,12 @@ def folder(tmp_path):
 
 def test_round_trip_one_item_alone_and_the_note(tmp_path):
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
-        assert checkpoints.newest_whole() == (None, [])
-        checkpoints.save(7, {"params": tree(1.5), "ema": tree(2.5)}, {"seed": 3, "rows": [{"loss": 0.1}]})
+        assert checkpoints.newest_complete() == (None, [])
+        checkpoints.save(
+            7, {"params": tree(1.5), "ema": tree(2.5)}, {"seed": 3, "rows": [{"loss": 0.1}]}
+        )
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
-        assert checkpoints.newest_whole() == (7, [])
+        assert checkpoints.newest_complete() == (7, [])
         both = checkpoints.restore(7, {name: jax.eval_shape(lambda: tree(0.0)) for name in ITEMS})
         alone = checkpoints.restore(7, {"ema": jax.eval_shape(lambda: tree(0.0))})
         assert checkpoints.note(7) == {"seed": 3, "rows": [{"loss": 0.1}]}
@@ -75,7 +82,11 @@ def test_round_trip_one_item_alone_and_the_note(tmp_path):
 
 def test_the_manifest_lists_every_file(folder):
     listed = json.loads((folder / "8" / "manifest.json").read_text())
-    files = {str(p.relative_to(folder / "8")): p.stat().st_size for p in (folder / "8").rglob("*") if p.is_file()}
+    files = {
+        str(p.relative_to(folder / "8")): p.stat().st_size
+        for p in (folder / "8").rglob("*")
+        if p.is_file()
+    }
     assert files.pop("manifest.json")
     assert {name: entry["bytes"] for name, entry in listed.items()} == files
 
@@ -112,7 +123,10 @@ def test_an_older_step_stays_until_the_newer_one_is_whole(tmp_path, monkeypatch)
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
     double = jax.jit(lambda t: jax.tree.map(lambda x: 2 * x, t), donate_argnums=0)
-    state = {name: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree(1.0, (512, 512))) for name in ITEMS}
+    state = {
+        name: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree(1.0, (512, 512)))
+        for name in ITEMS
+    }
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
         checkpoints.save(1, state, {})
         jax.block_until_ready(double(state))
@@ -152,11 +166,14 @@ def test_a_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
 def test_another_models_arrays_are_named_with_both_shapes(folder):
     with Checkpoints(folder, ITEMS) as checkpoints:
         with pytest.raises(
-            UserError, match=r"another model: a/kernel has shape \(3, 2\) there and \(5, 2\) in this config"
+            UserError,
+            match=r"another model: a/kernel has shape \(3, 2\) there and \(5, 2\) in this config",
         ):
             checkpoints.restore(4, {"params": jax.eval_shape(lambda: tree(0.0, (5, 2)))})
         with pytest.raises(UserError, match="another model: c has shape None there"):
-            checkpoints.restore(4, {"params": jax.eval_shape(lambda: tree(0.0) | {"c": jnp.zeros(1)})})
+            checkpoints.restore(
+                4, {"params": jax.eval_shape(lambda: tree(0.0) | {"c": jnp.zeros(1)})}
+            )
 
 
 # Damage
@@ -164,7 +181,9 @@ def test_another_models_arrays_are_named_with_both_shapes(folder):
 
 def largest(step_folder):
     """The file with most of the arrays."""
-    files = [path for path in step_folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    files = [
+        path for path in step_folder.rglob("*") if path.is_file() and path.name != "manifest.json"
+    ]
     return max(files, key=lambda path: (path.stat().st_size, str(path)))
 
 
@@ -190,13 +209,34 @@ DAMAGE = {
     "cut": (cut, r"(params|ema)/\S+ has \d+ bytes instead of \d+"),
     "flipped": (flip, r"the content of (params|ema)/\S+ has changed"),
     "no file": (lambda step: largest(step).unlink(), r"(params|ema)/\S+ is missing"),
-    "no manifest": (lambda step: (step / "manifest.json").unlink(), "its manifest is missing, so the save did not "),
-    "cut manifest": (lambda step: cut_manifest(step, 30), r"its manifest cannot be read \(JSONDecodeError: .+\)"),
-    "empty manifest file": (lambda step: cut_manifest(step, 0), r"its manifest cannot be read \(JSONDecodeError: "),
-    "binary manifest": (lambda step: (step / "manifest.json").write_bytes(b"\xff\xfe"), "its manifest cannot be read"),
-    "list manifest": (lambda step: (step / "manifest.json").write_text("[1]"), "its manifest cannot be read"),
-    "other manifest": (lambda step: (step / "manifest.json").write_text('{"a": 1}'), "its manifest cannot be read"),
-    "void manifest": (lambda step: (step / "manifest.json").write_text("{}"), "its manifest is empty"),
+    "no manifest": (
+        lambda step: (step / "manifest.json").unlink(),
+        "its manifest is missing, so the save did not ",
+    ),
+    "cut manifest": (
+        lambda step: cut_manifest(step, 30),
+        r"its manifest cannot be read \(JSONDecodeError: .+\)",
+    ),
+    "empty manifest file": (
+        lambda step: cut_manifest(step, 0),
+        r"its manifest cannot be read \(JSONDecodeError: ",
+    ),
+    "binary manifest": (
+        lambda step: (step / "manifest.json").write_bytes(b"\xff\xfe"),
+        "its manifest cannot be read",
+    ),
+    "list manifest": (
+        lambda step: (step / "manifest.json").write_text("[1]"),
+        "its manifest cannot be read",
+    ),
+    "other manifest": (
+        lambda step: (step / "manifest.json").write_text('{"a": 1}'),
+        "its manifest cannot be read",
+    ),
+    "void manifest": (
+        lambda step: (step / "manifest.json").write_text("{}"),
+        "its manifest is empty",
+    ),
     "unfinished": (unfinish, "its manifest is missing, so the save did not finish"),
 }
 
@@ -212,10 +252,13 @@ def test_the_newest_whole_one_is_used_and_nothing_is_touched(folder, kind):
     damage(folder / "12")
     before = snapshot(folder)
     with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
-        step, (problem,) = checkpoints.newest_whole()
+        step, (problem,) = checkpoints.newest_complete()
         assert (step, value_of(checkpoints, 8)) == (8, 8.0)
     suffix = ".orbax-checkpoint-tmp" if kind == "unfinished" else ""
-    assert re.match(f"checkpoint {folder}/12{suffix} is not used: {words}", problem) and "\n" not in problem
+    assert (
+        re.match(f"checkpoint {folder}/12{suffix} is not used: {words}", problem)
+        and "\n" not in problem
+    )
     assert snapshot(folder) == before
 
 
@@ -223,7 +266,7 @@ def test_without_a_whole_one_there_is_none_and_each_is_named(folder):
     cut(folder / "12"), flip(folder / "8"), unfinish(folder / "4")
     before = snapshot(folder)
     with Checkpoints(folder, ITEMS) as checkpoints:
-        step, problems = checkpoints.newest_whole()
+        step, problems = checkpoints.newest_complete()
     assert step is None and [problem.split()[1] for problem in problems] == [
         f"{folder}/{name}" for name in ("12", "8", "4.orbax-checkpoint-tmp")
     ]
@@ -232,7 +275,9 @@ def test_without_a_whole_one_there_is_none_and_each_is_named(folder):
 
 def test_every_file_is_checked(folder):
     """A byte of any file, changed, is found: also of the small ones."""
-    for path in [path for path in (folder / "12").rglob("*") if path.is_file() and path.stat().st_size]:
+    for path in [
+        path for path in (folder / "12").rglob("*") if path.is_file() and path.stat().st_size
+    ]:
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert checkpoint._damage(storage.epath.Path(folder / "12")), path
@@ -252,9 +297,9 @@ def test_a_damaged_folder_stays_until_its_step_is_whole_again(folder, monkeypatc
 
     monkeypatch.setattr(storage, "write_text", write_manifest)
     with Checkpoints(folder, ITEMS, keep_last=2) as checkpoints:
-        assert checkpoints.newest_whole()[0] == 8
+        assert checkpoints.newest_complete()[0] == 8
         save(checkpoints, 12)
-        assert checkpoints.newest_whole() == (12, []) and value_of(checkpoints, 12) == 12
+        assert checkpoints.newest_complete() == (12, []) and value_of(checkpoints, 12) == 12
     assert seen == [[damaged] if damaged else []]
     assert names(folder) == ["12", "8"]
 
@@ -273,14 +318,14 @@ def test_retention_never_counts_on_damaged_newer_ones(folder):
     """4 is the last whole one; 8 and 12 are damaged. Saving a step below them works, and 4 stays until it is whole."""
     flip(folder / "8"), flip(folder / "12")
     with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
-        assert checkpoints.newest_whole()[0] == 4
+        assert checkpoints.newest_complete()[0] == 4
         save(checkpoints, 6)
-        assert checkpoints.newest_whole()[0] == 6
+        assert checkpoints.newest_complete()[0] == 6
         assert names(folder) == ["12", "6", "8"]
         save(checkpoints, 8)
-        assert checkpoints.newest_whole()[0] == 8
+        assert checkpoints.newest_complete()[0] == 8
         save(checkpoints, 12, 16)
-        assert checkpoints.newest_whole() == (16, [])
+        assert checkpoints.newest_complete() == (16, [])
     assert names(folder) == ["16"]
 
 
@@ -297,7 +342,7 @@ def test_foreign_files_are_left_alone(folder):
     for name in ("notes.txt", "mine.damaged", "mine.orbax-checkpoint-tmp"):
         (folder / name).mkdir()
     with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
-        assert checkpoints.newest_whole() == (12, [])
+        assert checkpoints.newest_complete() == (12, [])
         save(checkpoints, 16)
     assert names(folder) == ["16", "mine.damaged", "mine.orbax-checkpoint-tmp", "notes.txt"]
 
@@ -334,24 +379,34 @@ with Checkpoints(sys.argv[1], ("params", "ema"), keep_last=1) as checkpoints:
         except UserError as error:
             print(error)
         assert contents() == before
-        assert checkpoints.newest_whole()[0] == 4
+        assert checkpoints.newest_complete()[0] == 4
     limit(resource.RLIM_INFINITY)
     save(16)
     checkpoints.wait()
-    assert checkpoints.newest_whole() == (16, [])
+    assert checkpoints.newest_complete() == (16, [])
 """
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_save(tmp_path):
     """In a process of its own, where no file may grow beyond a size: as a full disk, it fails a write in the middle."""
     done = subprocess.run(
-        [sys.executable, "-c", _FULL_DISK, str(tmp_path / "c")], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", _FULL_DISK, str(tmp_path / "c")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split(" in ")[0] for line in lines] == [f"checkpoint {step} could not be saved" for step in (8, 12)]
+    assert [line.split(" in ")[0] for line in lines] == [
+        f"checkpoint {step} could not be saved" for step in (8, 12)
+    ]
     for line in lines:
-        assert "File too large" in line and "the checkpoints before it are untouched" in line and len(line) < 500
+        assert (
+            "File too large" in line
+            and "the checkpoints before it are untouched" in line
+            and len(line) < 500
+        )
     assert names(tmp_path / "c") == ["16"]
 
 
@@ -364,13 +419,16 @@ def test_a_manifest_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(storage, "write_text", fail)
             checkpoints.save(8, {"params": tree(8.0), "ema": tree(8.0)}, {})
-            with pytest.raises(UserError, match=r"checkpoint 8 could not be saved in .*: .*No space left on device\)"):
+            with pytest.raises(
+                UserError,
+                match=r"checkpoint 8 could not be saved in .*: .*No space left on device\)",
+            ):
                 checkpoints.wait()
         checkpoints.wait()
-        step, (problem,) = checkpoints.newest_whole()
+        step, (problem,) = checkpoints.newest_complete()
         assert step == 4 and "8 is not used: its manifest is missing" in problem
         save(checkpoints, 8)
-        assert checkpoints.newest_whole() == (8, [])
+        assert checkpoints.newest_complete() == (8, [])
 
 
 def test_leaving_tells_of_a_save_that_failed_but_hides_no_other_error(tmp_path, monkeypatch):

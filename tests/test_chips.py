@@ -2,7 +2,7 @@
 
 import pytest
 
-from sit_jax import chips
+from sit_jax.jobs.preflight import chips
 
 
 @pytest.mark.parametrize(

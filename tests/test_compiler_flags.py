@@ -43,7 +43,11 @@ def test_the_compiler_of_the_chip_knows_its_flags(topology):
     pytest.importorskip("libtpu", reason="libtpu is not installed: launch/test.sh --tpu")
     flags = flags_of(topology.partition(":")[0])
     for arguments, works in ((flags, True), (flags + " --xla_no_such_flag=1", False)):
-        environment = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "LIBTPU_INIT_ARGS": arguments}
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "LIBTPU_INIT_ARGS": arguments,
+        }
         result = subprocess.run(
             [sys.executable, "-c", TINY_PROGRAM, topology],
             env=os.environ | environment,
@@ -56,7 +60,10 @@ def test_the_compiler_of_the_chip_knows_its_flags(topology):
 
 
 def test_the_gpu_flags_are_known_to_xla():
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_of("h100")}  # XLA's CPU client reads and refuses them too
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags_of("h100"),
+    }  # XLA's CPU client reads and refuses them too
     result = subprocess.run(
         [sys.executable, "-c", "import jax; jax.devices()"],
         env=os.environ | environment,

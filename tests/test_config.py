@@ -21,7 +21,9 @@ def file(tmp_path):
     """Writes a config file around the body of its get_config, and gives its path."""
 
     def write(*body, arguments="", name="c.py"):
-        indented = "".join(f"    {line}\n" for line in ["config = default()", *body, "return config"])
+        indented = "".join(
+            f"    {line}\n" for line in ["config = default()", *body, "return config"]
+        )
         (tmp_path / name).write_text(f"{HEAD}def get_config({arguments}):\n{indented}")
         return str(tmp_path / name)
 
@@ -42,7 +44,11 @@ def test_the_defaults_come_back_from_a_file(file):
 
 
 def test_a_files_values_are_kept(file):
-    body = "config.model.update(name='SiT-XL/2', depth=3)", "config.sample.labels = [1, 2]", "config.seed = 7"
+    body = (
+        "config.model.update(name='SiT-XL/2', depth=3)",
+        "config.sample.labels = [1, 2]",
+        "config.seed = 7",
+    )
     want = dataclasses.replace(
         Config(),
         seed=7,
@@ -53,7 +59,10 @@ def test_a_files_values_are_kept(file):
 
 
 def test_json_comes_back_as_it_was(tmp_path):
-    config = load(DIGITS, [("sample.labels", "3,1,4"), ("optimizer.clip_norm", "1"), ("precision.matmul", "high")])
+    config = load(
+        DIGITS,
+        [("sample.labels", "3,1,4"), ("optimizer.clip_norm", "1"), ("precision.matmul", "high")],
+    )
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
     assert load(str(tmp_path / "config.json")) == config
     assert config != load(DIGITS)
@@ -112,7 +121,9 @@ def test_a_file_may_take_an_argument(file):
     spec = file("config.model.name = size or 'SiT-S/8'", arguments="size=None")
     assert load(f"{spec}:SiT-B/8").model.name == "SiT-B/8"
     assert load(spec).model.name == "SiT-S/8"
-    assert re.search(r"c\.py cannot be used as a config: TypeError: .*argument", refusal(file() + ":x"))
+    assert re.search(
+        r"c\.py cannot be used as a config: TypeError: .*argument", refusal(file() + ":x")
+    )
 
 
 BAD = [
@@ -124,26 +135,71 @@ BAD = [
     (dict(model__width="6", model__heads="2"), "model width 6 is not divisible by 4"),
     (dict(model__remat="half"), "unknown model.remat 'half'; known: 'none', 'dots', 'full'"),
     (dict(transport__path="Liner"), "unknown path 'Liner'; did you mean 'Linear'?"),
-    (dict(transport__prediction="velocty"), "unknown prediction 'velocty'; did you mean 'velocity'?"),
-    (dict(transport__loss_weight="snr"), "unknown loss weight 'snr'; known: 'none', 'velocity', 'likelihood'"),
-    (dict(transport__loss_weight="velocity"), "'velocity' does nothing to a velocity prediction; use 'none', or"),
-    (dict(transport__train_eps="0"), "transport.train_eps is 0.0; expected a number inside (0, 0.5)"),
-    (dict(transport__train_eps="0.5"), "transport.train_eps is 0.5; expected a number inside (0, 0.5)"),
-    (dict(transport__sample_eps="-0.1"), "transport.sample_eps is -0.1; expected a number inside (0, 0.5)"),
-    (dict(transport__sample_eps="0.7"), "transport.sample_eps is 0.7; expected a number inside (0, 0.5)"),
-    (dict(transport__times="logitnormal"), "unknown transport.times 'logitnormal'; did you mean 'logit-normal'?"),
+    (
+        dict(transport__prediction="velocty"),
+        "unknown prediction 'velocty'; did you mean 'velocity'?",
+    ),
+    (
+        dict(transport__loss_weight="snr"),
+        "unknown loss weight 'snr'; known: 'none', 'velocity', 'likelihood'",
+    ),
+    (
+        dict(transport__loss_weight="velocity"),
+        "'velocity' does nothing to a velocity prediction; use 'none', or",
+    ),
+    (
+        dict(transport__train_eps="0"),
+        "transport.train_eps is 0.0; expected a number inside (0, 0.5)",
+    ),
+    (
+        dict(transport__train_eps="0.5"),
+        "transport.train_eps is 0.5; expected a number inside (0, 0.5)",
+    ),
+    (
+        dict(transport__sample_eps="-0.1"),
+        "transport.sample_eps is -0.1; expected a number inside (0, 0.5)",
+    ),
+    (
+        dict(transport__sample_eps="0.7"),
+        "transport.sample_eps is 0.7; expected a number inside (0, 0.5)",
+    ),
+    (
+        dict(transport__times="logitnormal"),
+        "unknown transport.times 'logitnormal'; did you mean 'logit-normal'?",
+    ),
     (dict(data__source="digit"), "unknown data.source 'digit'; did you mean 'digits'?"),
     (dict(latents__codec="pixel"), "unknown latents.codec 'pixel'; did you mean 'pixels'?"),
-    (dict(latents__path="vae", latents__repo="a/b"), "latents.path 'vae' and latents.repo 'a/b' are both given; set"),
+    (
+        dict(latents__path="vae", latents__repo="a/b"),
+        "latents.path 'vae' and latents.repo 'a/b' are both given; set",
+    ),
     (dict(latents__dtype="half"), "unknown latents.dtype 'half'; known: 'float32', 'bfloat16'"),
-    (dict(optimizer__schedule="cosin"), "unknown optimizer.schedule 'cosin'; did you mean 'cosine'?"),
-    (dict(sample__weights="emas"), "unknown sample.weights 'emas'; did you mean 'ema'? known: 'ema', 'raw'"),
-    (dict(sample__solver="dopri"), "unknown sample.solver 'dopri'; did you mean 'dopri8' or 'dopri5'"),
+    (
+        dict(optimizer__schedule="cosin"),
+        "unknown optimizer.schedule 'cosin'; did you mean 'cosine'?",
+    ),
+    (
+        dict(sample__weights="emas"),
+        "unknown sample.weights 'emas'; did you mean 'ema'? known: 'ema', 'raw'",
+    ),
+    (
+        dict(sample__solver="dopri"),
+        "unknown sample.solver 'dopri'; did you mean 'dopri8' or 'dopri5'",
+    ),
     (dict(sample__cfg_scale="0.99"), "cfg scale is 0.99; expected 1 (no guidance) or more"),
     (dict(precision__compute="bf16"), "unknown precision.compute 'bf16'; did you mean 'bfloat16'?"),
-    (dict(precision__grad_reduce="bfloat16"), "precision.grad_reduce is 'bfloat16', but gradients are computed in"),
-    (dict(precision__matmul="max"), "unknown precision.matmul 'max'; known: 'default', 'high', 'highest'"),
-    (dict(train__batch="10", train__accumulation="4"), "train.batch 10 is not divisible by train.accumulation 4;"),
+    (
+        dict(precision__grad_reduce="bfloat16"),
+        "precision.grad_reduce is 'bfloat16', but gradients are computed in",
+    ),
+    (
+        dict(precision__matmul="max"),
+        "unknown precision.matmul 'max'; known: 'default', 'high', 'highest'",
+    ),
+    (
+        dict(train__batch="10", train__accumulation="4"),
+        "train.batch 10 is not divisible by train.accumulation 4;",
+    ),
     (dict(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9 (data.classes)"),
     (dict(sample__labels="-1"), "sample.labels holds -1; expected 0 to 9 (data.classes)"),
     (dict(mesh__data="0"), "mesh.data is 0; expected 1 or more, or -1"),
@@ -168,22 +224,54 @@ BAD = [
     (dict(optimizer__clip_norm="'1'"), "optimizer.clip_norm is '1'; expected a number"),
     (dict(data__flip="1"), "data.flip is 1; expected True or False"),
     (dict(data__flip="yes"), "data.flip is 'yes'; expected True or False"),
-    (dict(sample__labels="a,b"), "sample.labels is 'a,b'; expected a list of whole numbers such as 3,1,4"),
+    (
+        dict(sample__labels="a,b"),
+        "sample.labels is 'a,b'; expected a list of whole numbers such as 3,1,4",
+    ),
     (dict(sample__labels="1,2.5"), "sample.labels is (1, 2.5); expected a list of whole numbers"),
     (dict(sample__labels="none"), "sample.labels is None; expected a list of whole numbers"),
 ]
-POSITIVE = """
-    data.image_size data.channels data.classes latents.scale latents.batch train.steps train.batch train.accumulation
-    optimizer.learning_rate
-    optimizer.eps optimizer.clip_norm transport.times_std sample.steps sample.atol sample.rtol sample.count sample.batch
-    sample.columns sample.scale sample.cfg_channels checkpoint.every checkpoint.keep_last checkpoint.keep_every
-    log.every log.sheet_count""".split()
-NOT_NEGATIVE = """
-    seed data.workers train.skip_nonfinite optimizer.warmup_steps optimizer.weight_decay sample.seed
-    log.sheet_every""".split()
+POSITIVE = [
+    "data.image_size",
+    "data.channels",
+    "data.classes",
+    "latents.scale",
+    "latents.batch",
+    "train.steps",
+    "train.batch",
+    "train.accumulation",
+    "optimizer.learning_rate",
+    "optimizer.eps",
+    "optimizer.clip_norm",
+    "transport.times_std",
+    "sample.steps",
+    "sample.atol",
+    "sample.rtol",
+    "sample.count",
+    "sample.batch",
+    "sample.columns",
+    "sample.scale",
+    "sample.cfg_channels",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "log.every",
+    "log.sheet_count",
+]
+NOT_NEGATIVE = [
+    "seed",
+    "data.workers",
+    "train.skip_nonfinite",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "sample.seed",
+    "log.sheet_every",
+]
 
 
-@pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("overrides", "words"), BAD, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_bad_value_is_one_line_with_value_and_expectation(overrides, words):
     assert words in refusal(DIGITS, **overrides)
 
@@ -191,7 +279,9 @@ def test_a_bad_value_is_one_line_with_value_and_expectation(overrides, words):
 @pytest.mark.parametrize("text", ["0", "-3"])
 @pytest.mark.parametrize("key", POSITIVE)
 def test_counts_and_scales_are_more_than_0(key, text):
-    assert re.fullmatch(rf"{key} is {text}(\.0)?; expected more than 0", refusal(DIGITS, **{key: text}))
+    assert re.fullmatch(
+        rf"{key} is {text}(\.0)?; expected more than 0", refusal(DIGITS, **{key: text})
+    )
 
 
 @pytest.mark.parametrize("key", NOT_NEGATIVE)
@@ -204,8 +294,14 @@ def test_values_at_the_border_are_good():
     good = {"transport.train_eps": "0.499", "sample.cfg_scale": "1", "sample.labels": "0,9", "train.label_dropout": "0",
             "train.ema_decay": "1", "train.accumulation": "128", "seed": "4294967295"}  # fmt: skip
     flat = config_lib.flatten(load(DIGITS, list(good.items())))
-    assert (flat["sample.labels"], flat["transport.train_eps"], flat["seed"]) == ((0, 9), 0.499, 2**32 - 1)
-    weighted = load(DIGITS, [("transport.prediction", "noise"), ("transport.loss_weight", "velocity")])
+    assert (flat["sample.labels"], flat["transport.train_eps"], flat["seed"]) == (
+        (0, 9),
+        0.499,
+        2**32 - 1,
+    )
+    weighted = load(
+        DIGITS, [("transport.prediction", "noise"), ("transport.loss_weight", "velocity")]
+    )
     assert weighted.transport.loss_weight == "velocity"
 
 
@@ -214,16 +310,31 @@ def test_values_at_the_border_are_good():
     [
         ("config.train.stepz = 3", "unknown config key 'train.stepz'; did you mean 'train.steps'"),
         ("config.trian = 3", "unknown config key 'trian'"),
-        ("config.model.update(dept=3)", "unknown config key 'model.dept'; did you mean 'model.depth'"),
+        (
+            "config.model.update(dept=3)",
+            "unknown config key 'model.dept'; did you mean 'model.depth'",
+        ),
         ("config.train.steps = '3'", "train.steps is '3'; expected a whole number"),
         ("config.train.steps = 3.0", "train.steps is 3.0; expected a whole number"),
-        ("config.optimizer.learning_rate = float('nan')", "optimizer.learning_rate is nan; expected more than 0"),
+        (
+            "config.optimizer.learning_rate = float('nan')",
+            "optimizer.learning_rate is nan; expected more than 0",
+        ),
         ("config.model = 'SiT-S/2'", "model is 'SiT-S/2'; expected the model settings"),
-        ("del config.train.steps", "config key train.steps is missing; start from sit_jax.config.default()"),
+        (
+            "del config.train.steps",
+            "config key train.steps is missing; start from sit_jax.config.default()",
+        ),
         ("config.transport.path = 'linear'", "unknown path 'linear'; did you mean 'Linear'?"),
         ("1 / 0", "c.py cannot be used as a config: ZeroDivisionError: division by zero"),
-        ("raise ValueError('two\\nlines')", "c.py cannot be used as a config: ValueError: two lines"),
-        ("import no_such_module", "c.py cannot be used as a config: ModuleNotFoundError: No module named 'no_such"),
+        (
+            "raise ValueError('two\\nlines')",
+            "c.py cannot be used as a config: ValueError: two lines",
+        ),
+        (
+            "import no_such_module",
+            "c.py cannot be used as a config: ModuleNotFoundError: No module named 'no_such",
+        ),
         ("config = None", "c.py cannot be used as a config: AttributeError"),
         ("x = (", "c.py cannot be used as a config: SyntaxError"),
     ],
@@ -234,7 +345,9 @@ def test_a_mistake_inside_a_config_file_is_one_line(file, line, words):
 
 def test_a_file_that_is_no_config_is_one_line(tmp_path):
     (tmp_path / "empty.py").write_text("")
-    assert re.search(r"empty\.py cannot be used as a config: .*get_config", refusal(str(tmp_path / "empty.py")))
+    assert re.search(
+        r"empty\.py cannot be used as a config: .*get_config", refusal(str(tmp_path / "empty.py"))
+    )
     message = refusal(str(tmp_path / "none.py"))
     assert "none.py' does not exist; expected a file such as configs/digits.py" in message
     assert "variant.py' does not exist" in refusal(str(tmp_path / "variant.py:x"))
@@ -243,7 +356,9 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path):
 @pytest.mark.parametrize("text", ["", '{"seed": 1', "[]", "5"])
 def test_a_damaged_recorded_config_is_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    assert "config.json cannot be read as a recorded config (" in refusal(str(tmp_path / "config.json"))
+    assert "config.json cannot be read as a recorded config (" in refusal(
+        str(tmp_path / "config.json")
+    )
 
 
 def test_a_setting_newer_than_a_recorded_config_has_its_default(tmp_path):
@@ -265,7 +380,13 @@ def test_a_recorded_config_is_checked_as_a_file_is(tmp_path):
 
 def test_changes_name_each_key_with_both_values():
     old = load(DIGITS)
-    other = {"model.depth": "3", "transport.path": "GVP", "train.batch": "64", "seed": "1", "train.steps": "9"}
+    other = {
+        "model.depth": "3",
+        "transport.path": "GVP",
+        "train.batch": "64",
+        "seed": "1",
+        "train.steps": "9",
+    }
     found = config_lib.changes(old, load(DIGITS, list(other.items())))
     assert found == {
         "seed": (0, 1),
@@ -282,13 +403,48 @@ def test_what_a_run_and_its_samples_may_change():
     keys = set(config_lib.flatten(Config()))
     fixed = {key for key in keys if not key.startswith(config_lib.CHANGEABLE)}
     assert fixed == set(
-        """
-        seed model.name model.depth model.width model.heads model.patch model.qk_norm model.learn_sigma transport.path
-        transport.prediction transport.loss_weight transport.train_eps transport.times transport.times_mean
-        transport.times_std data.source data.split data.image_size data.channels data.classes data.flip latents.codec
-        latents.repo latents.revision latents.dtype latents.scale train.batch train.accumulation train.label_dropout
-        train.ema_decay optimizer.schedule optimizer.warmup_steps optimizer.b1 optimizer.b2 optimizer.eps
-        optimizer.weight_decay optimizer.clip_norm precision.compute precision.matmul precision.grad_reduce""".split()
+        [
+            "seed",
+            "model.name",
+            "model.depth",
+            "model.width",
+            "model.heads",
+            "model.patch",
+            "model.qk_norm",
+            "model.learn_sigma",
+            "transport.path",
+            "transport.prediction",
+            "transport.loss_weight",
+            "transport.train_eps",
+            "transport.times",
+            "transport.times_mean",
+            "transport.times_std",
+            "data.source",
+            "data.split",
+            "data.image_size",
+            "data.channels",
+            "data.classes",
+            "data.flip",
+            "latents.codec",
+            "latents.repo",
+            "latents.revision",
+            "latents.dtype",
+            "latents.scale",
+            "train.batch",
+            "train.accumulation",
+            "train.label_dropout",
+            "train.ema_decay",
+            "optimizer.schedule",
+            "optimizer.warmup_steps",
+            "optimizer.b1",
+            "optimizer.b2",
+            "optimizer.eps",
+            "optimizer.weight_decay",
+            "optimizer.clip_norm",
+            "precision.compute",
+            "precision.matmul",
+            "precision.grad_reduce",
+        ]
     )
     network = {key for key in keys if key.startswith(config_lib.NETWORK)}
     assert network == {key for key in keys if key.startswith("model.")} | {

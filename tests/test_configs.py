@@ -56,7 +56,9 @@ def make_images(folder):
     for i in range(8):
         file = folder / f"class{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 18, 3), dtype=np.uint8)).save(file)
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (20, 18, 3), dtype=np.uint8)
+        ).save(file)
     return folder
 
 
@@ -66,13 +68,19 @@ def test_its_model_and_state_have_shapes(path):
     config = config_lib.load(str(path), list(ONE_DEVICE.items()))
     setup = set_up(config)
     state = setup.abstract_state
-    assert jax.tree.leaves(state.params)[0].shape[0] == setup.size.depth  # blocks, stacked over the layers
+    assert (
+        jax.tree.leaves(state.params)[0].shape[0] == setup.size.depth
+    )  # blocks, stacked over the layers
     assert jax.tree.map(jnp.shape, state.ema) == jax.tree.map(jnp.shape, state.params)
     data, batch = config.data, config.train.batch
-    image = jax.ShapeDtypeStruct((batch, data.image_size, data.image_size, data.channels), jnp.uint8)
+    image = jax.ShapeDtypeStruct(
+        (batch, data.image_size, data.image_size, data.channels), jnp.uint8
+    )
     number = jax.ShapeDtypeStruct((batch,), jnp.int32)
     batch = {"image": image, "label": number, "skipped": number}
-    after, metrics = jax.eval_shape(train.make_train_step(setup), state, batch, setup.codec.abstract_params)
+    after, metrics = jax.eval_shape(
+        train.make_train_step(setup), state, batch, setup.codec.abstract_params
+    )
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert metrics["loss"].shape == ()
 
@@ -85,25 +93,38 @@ def test_two_steps_of_it_train(path, tmp_path, monkeypatch):
         tiny = TINY_LATENTS | {"data.path": str(make_images(tmp_path / "images"))}
     flags = [f"--config.{key}={text}" for key, text in tiny.items()]
     assert main.main(["--config", str(path), "--workdir", str(tmp_path / "run"), *flags]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(math.isfinite(row["loss"]) and row["loss"] > 0 and row["grad_norm"] > 0 for row in rows)
+    assert all(
+        math.isfinite(row["loss"]) and row["loss"] > 0 and row["grad_norm"] > 0 for row in rows
+    )
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("image_size", [256, 512])
 def test_imagenet_comes_in_all_sizes(name, image_size):
-    config = config_lib.load(f"{CONFIGS / 'imagenet.py'}:{name},{image_size}", list(ONE_DEVICE.items()))
+    config = config_lib.load(
+        f"{CONFIGS / 'imagenet.py'}:{name},{image_size}", list(ONE_DEVICE.items())
+    )
     setup = set_up(config)
     assert setup.size == SIZES[name] and setup.input_shape == (image_size // 8, image_size // 8, 4)
-    published = (config.train.batch, config.optimizer.learning_rate, config.train.ema_decay, config.train.label_dropout)
+    published = (
+        config.train.batch,
+        config.optimizer.learning_rate,
+        config.train.ema_decay,
+        config.train.label_dropout,
+    )
     assert published == (256, 1e-4, 0.9999, 0.1)
 
 
 @pytest.mark.parametrize("argument", ["SiT-XL/2", "SiT-XL/2,128", "256"])
 def test_imagenet_says_what_it_is_given(argument):
-    with pytest.raises(UserError, match=r"expected a size and 256 or 512 pixels, such as SiT-XL/2,256"):
+    with pytest.raises(
+        UserError, match=r"expected a size and 256 or 512 pixels, such as SiT-XL/2,256"
+    ):
         config_lib.load(f"{CONFIGS / 'imagenet.py'}:{argument}")
     with pytest.raises(UserError, match="unknown model 'SiT-X/2'"):
         config_lib.load(f"{CONFIGS / 'imagenet.py'}:SiT-X/2,256")

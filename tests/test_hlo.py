@@ -7,11 +7,10 @@ import sys
 
 import pytest
 
-from sit_jax import hlo
+from sit_jax.jobs.preflight import hlo
 
 # In the TPU compiler's manner: a layer loop of 3 turns, in it a loop that counts to 8 in twos, an all-gather spread over
 # two fusions (one channel), a batched product as a dilated convolution, and arrays held on the chip, S(1).
-# ruff: noqa: E501
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, num_partitions=4
 
@@ -111,7 +110,10 @@ def test_products_count_as_often_as_their_loops_turn(program):
 
 def test_precise_float32_products_take_several_passes():
     program = hlo.Program(
-        PROGRAM.replace("rhs_contracting_dims={0}", "rhs_contracting_dims={0}, operand_precision={highest,highest}")
+        PROGRAM.replace(
+            "rhs_contracting_dims={0}",
+            "rhs_contracting_dims={0}, operand_precision={highest,highest}",
+        )
     )
     assert program.bfloat16_flops - program.flops == 5 * 3 * 2 * 16 * 4 * 8
 
@@ -130,7 +132,10 @@ def test_a_kernel_counts_what_it_says():
 def test_attention_kernels_count_their_products(kernel, products):
     call = f'%{kernel} = (f32[2,6,256], bf16[2,6,256,64]) custom-call(%q), custom_call_target="tpu_custom_call"'
     text = PROGRAM.replace("  ROOT %next =", f"  {call}\n  ROOT %next =")
-    assert hlo.Program(text).flops - hlo.Program(PROGRAM).flops == 3 * products * 2 * (2 * 6 * 256 * 64) * 256
+    assert (
+        hlo.Program(text).flops - hlo.Program(PROGRAM).flops
+        == 3 * products * 2 * (2 * 6 * 256 * 64) * 256
+    )
 
 
 def test_collectives_with_their_bytes(program):
@@ -138,8 +143,18 @@ def test_collectives_with_their_bytes(program):
     assert len(program.collectives) == 3  # two pieces of one gather are one
     gather, permute, reduce = found["all-gather"], found["collective-permute"], found["all-reduce"]
     assert (gather.times, gather.group, gather.sent, gather.in_background) == (3, 4, 3 * 16, True)
-    assert (permute.times, permute.group, permute.sent, permute.in_background) == (3 * 4, 4, 16, True)
-    assert (reduce.times, reduce.group, reduce.sent, reduce.in_loop) == (1, 2, 3 * 16 * 4 + 4, False)
+    assert (permute.times, permute.group, permute.sent, permute.in_background) == (
+        3 * 4,
+        4,
+        16,
+        True,
+    )
+    assert (reduce.times, reduce.group, reduce.sent, reduce.in_loop) == (
+        1,
+        2,
+        3 * 16 * 4 + 4,
+        False,
+    )
     table = hlo.by_kind(program.collectives)
     assert table["all-gather"] == {"in_loop": 3 * 48, "outside": 0, "count": 3}
     assert table["collective-permute"] == {"in_loop": 12 * 16, "outside": 0, "count": 12}
@@ -151,7 +166,9 @@ def test_traffic_is_what_kernels_read_and_write_in_main_memory(program):
     for e in program.executions:
         if not e.fused and (bytes_ := program._traffic(e)):
             moved[e.instruction.name] = bytes_
-    assert moved["updated"] == 4 * 16 + 4  # the written row of f32[3,16], and its index; the new row was on the chip
+    assert (
+        moved["updated"] == 4 * 16 + 4
+    )  # the written row of f32[3,16], and its index; the new row was on the chip
     assert moved["reduced"] == 2 * (3 * 16 * 4 + 4)
     assert not {"dot", "logits", "gather-done", "layers"} & set(moved)
 
@@ -173,14 +190,17 @@ def test_group_sizes(groups, size):
 
 
 def test_a_loop_that_ends_when_the_data_says_so_counts_once():
-    text = PROGRAM.replace("%eight = s32[] constant(8)", "%eight = s32[] get-tuple-element(%w), index=0")
+    text = PROGRAM.replace(
+        "%eight = s32[] constant(8)", "%eight = s32[] get-tuple-element(%w), index=0"
+    )
     program = hlo.Program(text)
     assert program.unknown_loops == 1
     assert {c.kind: c.times for c in program.collectives}["collective-permute"] == 3
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size"), [("pred", 1), ("bf16", 2), ("f32", 4), ("s8", 1), ("f8e4m3fn", 1), ("u64", 8), ("c64", 8)]
+    ("dtype", "size"),
+    [("pred", 1), ("bf16", 2), ("f32", 4), ("s8", 1), ("f8e4m3fn", 1), ("u64", 8), ("c64", 8)],
 )
 def test_sizes_of_types(dtype, size):
     assert hlo.Array(dtype, (3, 5)).bytes == 15 * size
@@ -191,7 +211,7 @@ COMPILE = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from sit_jax import hlo
+from sit_jax.jobs.preflight import hlo
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 rows, stacked = P(("data", "fsdp")), P(None, "fsdp")
@@ -214,11 +234,16 @@ def test_a_real_program_of_eight_devices():
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["flops"] == 5 * 2 * (64 // 8) * 32 * 32
     shard = 32 * 32 * 4 // 4
     assert found["table"]["all-gather"] == {"in_loop": 5 * 3 * shard, "outside": 0, "count": 5}
-    assert found["table"]["all-reduce"]["count"] == 1 and found["table"]["all-reduce"]["outside"] == 2 * 4 * 7 // 8
+    assert (
+        found["table"]["all-reduce"]["count"] == 1
+        and found["table"]["all-reduce"]["outside"] == 2 * 4 * 7 // 8
+    )
     assert found["hbm"] > 5 * 32 * 32 * 4  # each layer's weights at least

@@ -29,7 +29,9 @@ FSDP = flags(mesh__data=1, mesh__fsdp=-1)
 
 
 def train(workdir, steps=STEPS, mesh=FSDP, **launch):
-    return Processes(workdir.parent, [*CONFIG, *flags(train__steps=steps), *mesh, "--workdir", workdir], **launch)
+    return Processes(
+        workdir.parent, [*CONFIG, *flags(train__steps=steps), *mesh, "--workdir", workdir], **launch
+    )
 
 
 def losses(workdir):
@@ -61,10 +63,20 @@ def one(tmp_path_factory):
 
 def test_two_processes_train_as_one_and_write_everything_once(one, two):
     workdir, printed = two
-    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5)  # float32 sums in another order
+    np.testing.assert_allclose(
+        losses(workdir), losses(one), rtol=1e-5
+    )  # float32 sums in another order
     assert losses(one)[-1] < losses(one)[0] and len(losses(workdir)) == STEPS
-    assert "devices: 8 x cpu" in printed and "2 processes" in printed and f"trained to step {STEPS}" in printed
-    assert sorted(p.name for p in workdir.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
+    assert (
+        "devices: 8 x cpu" in printed
+        and "2 processes" in printed
+        and f"trained to step {STEPS}" in printed
+    )
+    assert sorted(p.name for p in workdir.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+    ]
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["16", "20", "8"]
 
 
@@ -72,7 +84,10 @@ def test_each_shard_is_stored_once(one, two):
     """Two processes store as many bytes of arrays as one does, and both of them store some."""
 
     def stored(workdir, pattern="*"):
-        return sum(p.stat().st_size for p in (workdir / "checkpoints" / "20" / "params").rglob(f"{pattern}/d/*"))
+        return sum(
+            p.stat().st_size
+            for p in (workdir / "checkpoints" / "20" / "params").rglob(f"{pattern}/d/*")
+        )
 
     by_process = [stored(two[0], f"ocdbt.process_{number}") for number in (0, 1)]
     # 1.18 to 1.28 were seen: nodes of the key tree, small here as the arrays are, are written again by each commit that
@@ -103,7 +118,9 @@ def train_in_places(folder, steps, runs):
         arguments = [*CONFIG, *flags(train__steps=steps), *mesh, "--workdir", str(workdir)]
         machines.setdefault((processes, devices), []).append(arguments)
     for (processes, devices), many in machines.items():
-        Processes(folder, [json.dumps(many)], count=processes, devices=devices, program=("-c", _MANY)).succeed()
+        Processes(
+            folder, [json.dumps(many)], count=processes, devices=devices, program=("-c", _MANY)
+        ).succeed()
 
 
 @pytest.mark.slow
@@ -115,7 +132,9 @@ def test_what_is_saved_anywhere_continues_anywhere(one, tmp_path):
         shutil.copytree(saved[there], workdir)
     train_in_places(tmp_path, 12, [(here, workdir) for _, here, workdir in copies])
     for there, here, workdir in copies:
-        np.testing.assert_allclose(losses(workdir), losses(one)[:12], rtol=1e-5, err_msg=f"{there} to {here}")
+        np.testing.assert_allclose(
+            losses(workdir), losses(one)[:12], rtol=1e-5, err_msg=f"{there} to {here}"
+        )
 
 
 def test_two_processes_sample_the_same_bytes(one, two, tmp_path):
@@ -137,8 +156,15 @@ def test_sigterm_to_all_of_one_host_stops_all_hosts_at_the_same_saved_step(one, 
     wait_until(processes, lambda: "step    5/5000" in processes.printed())
     os.killpg(processes.children[1].pid, signal.SIGTERM)
     printed = processes.succeed()
-    (step,) = map(int, re.findall(r"stopped at step (\d+) of 5000, saved; the same command continues", printed))
-    assert len(losses(workdir)) == step == max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    (step,) = map(
+        int,
+        re.findall(r"stopped at step (\d+) of 5000, saved; the same command continues", printed),
+    )
+    assert (
+        len(losses(workdir))
+        == step
+        == max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    )
     np.testing.assert_allclose(losses(workdir)[:STEPS], losses(one)[:step], rtol=1e-5)
     assert (workdir / "checkpoints" / str(step) / "manifest.json").exists()
 
@@ -146,9 +172,9 @@ def test_sigterm_to_all_of_one_host_stops_all_hosts_at_the_same_saved_step(one, 
 def wait_until(processes, condition):
     end = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < end and all(child.poll() is None for child in processes.children), processes.printed(
-            0, "err"
-        )
+        assert time.monotonic() < end and all(
+            child.poll() is None for child in processes.children
+        ), processes.printed(0, "err")
         time.sleep(0.02)
 
 
@@ -194,9 +220,7 @@ def wait_until_one_ends(processes, number):
 def test_hosts_that_differ_are_told_in_one_line(tmp_path):
     processes = train(tmp_path / "run", own=[[], flags(seed=3)])
     assert processes.wait() == [2, 2]
-    expected = (
-        "error: process 1 has another config: seed is 0 on process 0 and 3 there; start all with the same command"
-    )
+    expected = "error: process 1 has another config: seed is 0 on process 0 and 3 there; start all with the same command"
     for number in (0, 1):
         error = processes.printed(number, "err")
         assert error.startswith(expected) and error.count("\n") == 1
@@ -218,7 +242,11 @@ def test_a_workdir_that_one_host_does_not_share_is_told_in_one_line(two, tmp_pat
     assert processes.wait() == [2, 2]
     for number in (0, 1):
         error = processes.printed(number, "err")
-        assert "process 1 of 2" in error and "storage that all hosts share" in error and error.count("\n") == 1
+        assert (
+            "process 1 of 2" in error
+            and "storage that all hosts share" in error
+            and error.count("\n") == 1
+        )
 
 
 _ROWS = """
@@ -237,16 +265,18 @@ for order in orders.values():  # a torus has its own idea of which devices are n
         placed = sharding.put_batch(mesh, {"x": batch[own]}, 16)["x"]
         assert len(own) == (16 if shape[2] == 8 or (shape[2] == 2 and order[1] == 4) else 8), own
         np.testing.assert_array_equal(hosts.to_host(placed), batch)
-        np.testing.assert_array_equal(hosts.to_host(sharding.spread(mesh, batch)), batch)
+        np.testing.assert_array_equal(hosts.to_host(sharding.shard_global_batch(mesh, batch)), batch)
 assert hosts.gather("x" * jax.process_index()) == ["", "x"]
-assert hosts.by_first(lambda: [jax.process_index(), "only"]) == [0, "only"]
+assert hosts.broadcast_from_first(lambda: [jax.process_index(), "only"]) == [0, "only"]
 if hosts.is_first():  # the others have nothing to say
     print("all rows are where they belong")
 """
 
 
 def test_rows_go_where_they_belong_whatever_the_order_of_the_devices(tmp_path):
-    assert "all rows are where they belong" in Processes(tmp_path, [], program=("-c", _ROWS)).succeed()
+    assert (
+        "all rows are where they belong" in Processes(tmp_path, [], program=("-c", _ROWS)).succeed()
+    )
 
 
 # Joining
@@ -256,7 +286,9 @@ def test_rows_go_where_they_belong_whatever_the_order_of_the_devices(tmp_path):
 def alone(monkeypatch):
     """No variable of a cluster is set."""
     for name in os.environ:
-        if name.startswith(("SLURM_", "JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS_ID", "OMPI_", "KUBERNETES_")):
+        if name.startswith(
+            ("SLURM_", "JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS_ID", "OMPI_", "KUBERNETES_")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     return monkeypatch
@@ -264,11 +296,17 @@ def alone(monkeypatch):
 
 def test_incomplete_or_impossible_variables_are_one_line(alone):
     alone.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(UserError, match="JAX_NUM_PROCESSES is set; expected all of JAX_COORDINATOR_ADDRESS, JAX_NUM_"):
+    with pytest.raises(
+        UserError,
+        match="JAX_NUM_PROCESSES is set; expected all of JAX_COORDINATOR_ADDRESS, JAX_NUM_",
+    ):
         hosts.join(None, preemptible=True)
     alone.setenv("JAX_COORDINATOR_ADDRESS", "host")
     alone.setenv("JAX_PROCESS_ID", "2")
-    with pytest.raises(UserError, match="JAX_NUM_PROCESSES=2 and JAX_PROCESS_ID=2; expected a count, and a number fr"):
+    with pytest.raises(
+        UserError,
+        match="JAX_NUM_PROCESSES=2 and JAX_PROCESS_ID=2; expected a count, and a number fr",
+    ):
         hosts.join(None, preemptible=True)
     alone.setenv("JAX_PROCESS_ID", "1")
     with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS=host; expected HOST:PORT"):
@@ -279,15 +317,24 @@ _SLURM = """
 import os, jax
 from sit_jax import hosts
 hosts.join({distributed}, preemptible=False)
-print(jax.distributed.is_initialized() and (jax.process_index(), jax.process_count()), hosts.several())
+print(jax.distributed.is_initialized() and (jax.process_index(), jax.process_count()), hosts.is_multiprocess())
 """
 
 
 @pytest.mark.parametrize(
-    ("platforms", "distributed", "found"), [("cpu", True, "(0, 1)"), ("cpu", None, "False"), ("", False, "False")]
+    ("platforms", "distributed", "found"),
+    [("cpu", True, "(0, 1)"), ("cpu", None, "False"), ("", False, "False")],
 )
-def test_slurm_is_found_unless_the_cpu_alone_or_one_process_is_asked_for(tmp_path, platforms, distributed, found):
-    slurm = {"JOB_ID": "1234", "STEP_NODELIST": "localhost", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+def test_slurm_is_found_unless_the_cpu_alone_or_one_process_is_asked_for(
+    tmp_path, platforms, distributed, found
+):
+    slurm = {
+        "JOB_ID": "1234",
+        "STEP_NODELIST": "localhost",
+        "NTASKS": "1",
+        "PROCID": "0",
+        "LOCALID": "0",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in slurm.items():
             patch.setenv(f"SLURM_{name}", value)
@@ -301,7 +348,9 @@ def test_slurm_is_found_unless_the_cpu_alone_or_one_process_is_asked_for(tmp_pat
 def test_a_laptop_stays_alone(tmp_path):
     program = _SLURM.format(distributed=None)
     assert (
-        Processes(tmp_path, [], count=1, program=("-c", program), platforms="", joined=False).succeed()
+        Processes(
+            tmp_path, [], count=1, program=("-c", program), platforms="", joined=False
+        ).succeed()
         == "False False\n"
     )
     asked = Processes(tmp_path, ["--workdir", "x", "--distributed"], count=1, joined=False)

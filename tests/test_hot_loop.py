@@ -72,20 +72,33 @@ def make_loop(events):
     return (
         setup,
         state,
-        train.Loop(setup, None, recorder, recorder, recorder, watcher.Watcher(setup, recorder, recorder, {})),
+        train.Loop(
+            setup,
+            None,
+            recorder,
+            recorder,
+            recorder,
+            watcher.Watcher(setup, recorder, recorder, {}),
+        ),
     )
 
 
 def run(events):
     setup, state, loop = make_loop(events)
-    with train.open_batches(setup, train.open_source(setup), 0) as batches, jax.transfer_guard("disallow"):
+    with (
+        train.open_batches(setup, train.open_source(setup), 0) as batches,
+        jax.transfer_guard("disallow"),
+    ):
         assert loop.run(state, batches, 0, threading.Event(), None) == STEPS
 
 
 def test_a_line_is_read_after_the_next_step_is_dispatched_and_nothing_is_transferred(events):
     run(events)
     for i, (what, step) in enumerate(events):
-        if what == "read" and step not in (SAVE, STEPS):  # a save needs the step, and at the end there is no next one
+        if what == "read" and step not in (
+            SAVE,
+            STEPS,
+        ):  # a save needs the step, and at the end there is no next one
             assert ("dispatch", step + 1) in events[:i]
     assert [step for what, step in events if what == "line"] == [2, 4, 6, 8, 9]
     assert [step for what, step in events if what == "save"] == [SAVE, STEPS]
@@ -94,5 +107,8 @@ def test_a_line_is_read_after_the_next_step_is_dispatched_and_nothing_is_transfe
 
 
 def test_the_guard_that_run_puts_around_the_loop_bites():
-    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+    with (
+        jax.transfer_guard("disallow"),
+        pytest.raises(Exception, match="Disallowed host-to-device transfer"),
+    ):
         jax.numpy.add(jax.numpy.zeros(3), 1.0)

@@ -34,7 +34,9 @@ def test_a_png_decodes_to_the_same_pixels(channels):
     np.testing.assert_array_equal(np.asarray(decoded).reshape(image.shape), image)
 
 
-@pytest.mark.parametrize("image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)]
+)
 def test_a_png_of_another_kind_of_array_is_refused(image):
     with pytest.raises(ValueError, match="a PNG takes uint8"):
         image_io.encode_png(image)
@@ -65,7 +67,9 @@ def test_a_writer_knows_what_is_missing_after_a_restart(tmp_path):
     restarted = image_io.ImageWriter(writer.folder)
     assert restarted.missing(4) == [1, 3]
     assert restarted.missing(1) == []
-    np.testing.assert_array_equal(np.asarray(Image.open(writer.folder / "000002.png")), images[2, ..., 0])
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(writer.folder / "000002.png")), images[2, ..., 0]
+    )
 
 
 def test_names_sort_and_do_not_end_at_six_digits(tmp_path):

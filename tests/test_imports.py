@@ -11,8 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 LEVELS = {
-    0: "transport sampling rng ema metrics storage hosts errors chips precision",
-    1: "models latents data optimizer sharding checkpoint image_io metric_log report hlo",
+    0: "transport sampling rng ema metrics storage hosts errors precision",
+    1: "models latents data optimizer sharding checkpoint image_io metric_log report",
     2: "train_state train_step",
     3: "jobs config settings convert",
     4: "main",
@@ -46,7 +46,9 @@ def imported(source, package):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            above = (
+                package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            )
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
@@ -60,7 +62,9 @@ def part_of(name):
 def violations(name, source, package):
     """What a module imports of the project and must not."""
     part = part_of(name)
-    assert part in LEVEL_OF, f"{name} has no level in DESIGN.md, section 1; give it one there and in LEVELS"
+    assert part in LEVEL_OF, (
+        f"{name} has no level in DESIGN.md, section 1; give it one there and in LEVELS"
+    )
     for target in imported(source, package):
         other = part_of(target)
         if other is None or other == part:
@@ -74,7 +78,9 @@ def test_imports_point_down():
     for name, path in modules("sit_jax", "convert"):
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         if name == "sit_jax":
-            assert not [target for target in imported(path.read_text(), package) if part_of(target)], name
+            assert not [
+                target for target in imported(path.read_text(), package) if part_of(target)
+            ], name
         else:
             found += violations(name, path.read_text(), package)
     assert not found
@@ -106,7 +112,9 @@ def test_the_check_sees_an_import_that_points_up_or_sideways(name, line):
 def test_the_check_lets_imports_that_point_down_pass():
     source = "import jax\nfrom sit_jax import rng, storage\nfrom sit_jax.errors import check\nfrom . import sizes"
     assert not list(violations("sit_jax.models.sit", source, "sit_jax.models"))
-    assert not list(violations("sit_jax.jobs.train", "from sit_jax.settings import Config", "sit_jax.jobs"))
+    assert not list(
+        violations("sit_jax.jobs.train", "from sit_jax.settings import Config", "sit_jax.jobs")
+    )
 
 
 def test_a_part_without_a_level_is_noticed():
@@ -116,7 +124,11 @@ def test_a_part_without_a_level_is_noticed():
 
 def test_configs_import_the_config_module_alone():
     for name, path in modules("configs"):
-        ours = {target for target in imported(path.read_text(), "configs") if part_of(target) is not None}
+        ours = {
+            target
+            for target in imported(path.read_text(), "configs")
+            if part_of(target) is not None
+        }
         assert {part_of(target) for target in ours} <= {"config"}, f"{name} imports {ours}"
 
 

@@ -61,8 +61,14 @@ def images(tmp_path_factory):
 
 
 def start(images, workdir, **changes):
-    settings = SETTINGS | {"data.path": images} | {key.replace("__", "."): value for key, value in changes.items()}
-    return call("--config", ROOT / "configs" / "imagenet.py", "--workdir", workdir, *flags(settings))
+    settings = (
+        SETTINGS
+        | {"data.path": images}
+        | {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    return call(
+        "--config", ROOT / "configs" / "imagenet.py", "--workdir", workdir, *flags(settings)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,10 @@ def test_it_trains_on_latents_and_shows_images(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
-    assert weights(run)["x_embedder"]["kernel"].shape == (4 * 4 * 4, 16)  # patches of the latents' four channels
+    assert weights(run)["x_embedder"]["kernel"].shape == (
+        4 * 4 * 4,
+        16,
+    )  # patches of the latents' four channels
     sheet = np.asarray(Image.open(run / "sheets" / "step_00000002.png"))
     assert sheet.shape[-1] == 3 and sheet.shape[0] >= 32 and sheet.std() > 1
 
@@ -95,13 +104,17 @@ def test_a_run_that_was_interrupted_draws_the_same_posteriors(run, images, tmp_p
 def drawn(workdir, *arguments):
     """The images and the settings of the newest samples."""
     assert call("--mode", "sample", "--workdir", workdir, *arguments) == (0, "")
-    folder = max((workdir / "samples").iterdir(), key=lambda path: (path / "sheet.png").stat().st_mtime_ns)
+    folder = max(
+        (workdir / "samples").iterdir(), key=lambda path: (path / "sheet.png").stat().st_mtime_ns
+    )
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
     return images.astype(int), json.loads((folder / "settings.json").read_text())
 
 
 def test_samples_may_be_decoded_by_another_autoencoder(run, tmp_path):
-    workdir, other = (pathlib.Path(shutil.copytree(a, tmp_path / b)) for a, b in ((run, "run"), (LEGACY, "vae")))
+    workdir, other = (
+        pathlib.Path(shutil.copytree(a, tmp_path / b)) for a, b in ((run, "run"), (LEGACY, "vae"))
+    )
     images, settings = drawn(workdir)
     assert images.shape == (4, 16, 16, 3) and settings["latents"]["path"] == str(LEGACY)
     file = other / "diffusion_pytorch_model.safetensors"
@@ -112,7 +125,10 @@ def test_samples_may_be_decoded_by_another_autoencoder(run, tmp_path):
     inside = (images > 0) & (brighter < 255)
     # The same latents: every pixel is brighter by 0.2 of 127.5 levels.
     assert inside.mean() > 0.2 and set((brighter - images)[inside]) <= {25, 26}
-    assert settings["latents"]["path"] == str(other) and len(list((workdir / "samples").iterdir())) == 2
+    assert (
+        settings["latents"]["path"] == str(other)
+        and len(list((workdir / "samples").iterdir())) == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +139,10 @@ def test_samples_may_be_decoded_by_another_autoencoder(run, tmp_path):
             "data.image_size is 15, but one cell of this VAE is 2 pixels; make it a multiple of 2",
         ),
         ({"data.image_size": 18}, "input size 9 is not divisible by the patch size 4"),
-        ({"data.source": "digits", "data.channels": 1}, "data.channels is 1, but this VAE encodes 3; set it to 3"),
+        (
+            {"data.source": "digits", "data.channels": 1},
+            "data.channels is 1, but this VAE encodes 3; set it to 3",
+        ),
         (
             {"latents.path": "/no/such"},
             "latents.path '/no/such' has no config.json; expected a folder with config.json",
@@ -134,7 +153,11 @@ def test_samples_may_be_decoded_by_another_autoencoder(run, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(images, tmp_path, changes, words):
-    status, err = start(images, tmp_path / "run", **{key.replace(".", "__"): value for key, value in changes.items()})
+    status, err = start(
+        images,
+        tmp_path / "run",
+        **{key.replace(".", "__"): value for key, value in changes.items()},
+    )
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert not (tmp_path / "run").exists()
 
@@ -144,7 +167,11 @@ def test_weights_that_cannot_be_read_leave_nothing(images, tmp_path):
     file = folder / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     status, err = start(images, tmp_path / "run", latents__path=folder)
-    assert status == 2 and "diffusion_pytorch_model.safetensors cannot be read" in err and err.count("\n") == 1
+    assert (
+        status == 2
+        and "diffusion_pytorch_model.safetensors cannot be read" in err
+        and err.count("\n") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -34,27 +34,40 @@ def test_help_explains_and_does_nothing(machine, script):
 @pytest.mark.parametrize("script", ["test.sh", "quickstart.sh", "sample_pretrained.sh"])
 def test_no_python_is_said_plainly(tmp_path, script):
     line = refusal(Machine(tmp_path, python=False).run(script))
-    assert "Python 3.11 or newer is needed, found none of: python3.13 python3.12 python3.11 python3" in line
+    assert (
+        "Python 3.11 or newer is needed, found none of: python3.13 python3.12 python3.11 python3"
+        in line
+    )
 
 
 def test_an_old_python_is_said_plainly(machine):
-    assert "found python3, which is 3.9" in refusal(machine.run("test.sh", PREAMBLE="sys.version_info = (3, 9, 18)"))
+    assert "found python3, which is 3.9" in refusal(
+        machine.run("test.sh", PREAMBLE="sys.version_info = (3, 9, 18)")
+    )
 
 
 def test_a_missing_venv_module_names_the_package(machine):
-    line = refusal(machine.run("test.sh", PREAMBLE="sys.modules['ensurepip'] = None; sys.version_info = (3, 12, 1)"))
+    line = refusal(
+        machine.run(
+            "test.sh", PREAMBLE="sys.modules['ensurepip'] = None; sys.version_info = (3, 12, 1)"
+        )
+    )
     assert "sudo apt install python3.12-venv" in line
 
 
 def test_a_full_disk_is_said_plainly(machine):
     line = refusal(
-        machine.run("test.sh", PREAMBLE="import shutil; shutil.disk_usage = lambda _: sys; sys.free = 2.9e9")
+        machine.run(
+            "test.sh", PREAMBLE="import shutil; shutil.disk_usage = lambda _: sys; sys.free = 2.9e9"
+        )
     )
     assert "less than 3 GB are free" in line and not machine.calls()
 
 
 def test_python_is_chosen_in_order_and_by_hand(machine, tmp_path):
-    (machine.bin / "python3.13").write_text(f"#!{BASH}\necho 'pyenv: python3.13: command not found' >&2; exit 127\n")
+    (machine.bin / "python3.13").write_text(
+        f"#!{BASH}\necho 'pyenv: python3.13: command not found' >&2; exit 127\n"
+    )
     (machine.bin / "python3.13").chmod(0o755)
     machine.stand_in(machine.bin / "python3.12")
     assert "making .venv with python3.12\n" in machine.run("test.sh").stderr
@@ -92,7 +105,9 @@ def test_an_installation_that_failed_is_said_plainly_and_redone(machine):
     before = requirements.read_text()
     requirements.write_text(before + "more\n")
     assert "check the network or proxy" in refusal(machine.run("test.sh", FAILS="pip"))
-    requirements.write_text(before)  # what is in .venv now nobody knows, although the stamp of old would match
+    requirements.write_text(
+        before
+    )  # what is in .venv now nobody knows, although the stamp of old would match
     machine.calls()
     assert machine.run("test.sh").returncode == 0
     assert machine.calls() == [PIP + ".[test]", "cpu: -m pytest" + SHARED]
@@ -115,7 +130,9 @@ def test_a_broken_venv_of_somebody_else_is_left_alone(machine):
 
 
 def test_pytest_gets_its_arguments_and_its_status_is_kept(machine):
-    result = machine.run("test.sh", "-m", "slow", "--tpu", "tests/x.py", FAILS="pytest", JAX_PLATFORMS="cuda")
+    result = machine.run(
+        "test.sh", "-m", "slow", "--tpu", "tests/x.py", FAILS="pytest", JAX_PLATFORMS="cuda"
+    )
     assert result.returncode == 1
     assert machine.calls()[-1] == "cuda: -m pytest" + SHARED + " -m slow tests/x.py"
 

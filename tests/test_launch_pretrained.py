@@ -21,9 +21,7 @@ SCRIPT = "sample_pretrained.sh"
 NAME, HOST = "SiT-XL-2-256.pt", "https://huggingface.co/nyu-visionx/SiT-collections"
 CONTENT = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-DROPBOX = (
-    "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/$file?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
-)
+DROPBOX = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/$file?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
 PUBLISHED = "e645b5cd82d1d645cfd9b7c96041b56b2a0aa61faed90c0869e79be02ab55aca"
 LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
@@ -42,7 +40,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         wanted, content = self.headers["Range"], self.server.content
         self.server.asked.append((self.path, wanted))
         first = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
@@ -76,7 +74,11 @@ class Pretrained(Machine):
             (self.bin / "curl").symlink_to(curl)
         script = self.root / "launch" / SCRIPT
         text = script.read_text()
-        here = {"$home/resolve/main/$file": f"{address}/new", DROPBOX: f"{address}/old", PUBLISHED: SHA256}
+        here = {
+            "$home/resolve/main/$file": f"{address}/new",
+            DROPBOX: f"{address}/old",
+            PUBLISHED: SHA256,
+        }
         for theirs, ours in here.items():
             assert text.count(theirs) == 1
             text = text.replace(theirs, ours)
@@ -138,13 +140,19 @@ def test_it_downloads_converts_and_samples_and_uses_again_what_is_there(machine,
 def test_a_cut_download_goes_on_where_it_was_cut(machine, server):
     server.cut = 4000
     line = machine.refuse()
-    assert "could not be downloaded" in line and "run this again" in line and not machine.calls()[1:]
+    assert (
+        "could not be downloaded" in line and "run this again" in line and not machine.calls()[1:]
+    )
     assert server.asked == [("/new", None), ("/old", "bytes=4000-")]
-    assert (machine.folder / f"{NAME}.part").read_bytes() == CONTENT[:4000] and not (machine.folder / NAME).exists()
+    assert (machine.folder / f"{NAME}.part").read_bytes() == CONTENT[:4000] and not (
+        machine.folder / NAME
+    ).exists()
     server.cut = None
     assert machine.sample() == [CONVERSION, sampling(*ODE)]
     assert server.asked[2:] == [("/new", "bytes=4000-")]
-    assert (machine.folder / NAME).read_bytes() == CONTENT and not (machine.folder / f"{NAME}.part").exists()
+    assert (machine.folder / NAME).read_bytes() == CONTENT and not (
+        machine.folder / f"{NAME}.part"
+    ).exists()
 
 
 @needs_curl
@@ -159,13 +167,20 @@ def test_a_download_that_was_killed_when_it_was_whole_is_used(machine):
 def test_another_file_is_refused_and_kept_aside(machine, server, content):
     server.content = content
     line = machine.refuse()
-    assert f"is not the published file (its sha256 is not {SHA256})" in line and f"{NAME}.refused" in line
-    assert (machine.folder / f"{NAME}.refused").read_bytes() == content and not (machine.folder / NAME).exists()
+    assert (
+        f"is not the published file (its sha256 is not {SHA256})" in line
+        and f"{NAME}.refused" in line
+    )
+    assert (machine.folder / f"{NAME}.refused").read_bytes() == content and not (
+        machine.folder / NAME
+    ).exists()
     server.content = CONTENT
     assert machine.sample() == [CONVERSION, sampling(*ODE)]
 
 
-def test_a_file_brought_by_hand_is_used_without_a_network_if_it_is_the_published_one(machine, server):
+def test_a_file_brought_by_hand_is_used_without_a_network_if_it_is_the_published_one(
+    machine, server
+):
     server.shutdown()
     (machine.folder / NAME).write_bytes(CONTENT[:-1])
     assert f"{NAME} is not the published file" in machine.refuse()
@@ -236,7 +251,10 @@ def test_a_failed_conversion_ends_it(machine):
     ("solver", "expected"),
     [
         (ODE, Sample(solver="dopri5", steps=None, atol=1e-6, rtol=1e-3)),
-        (SDE, Sample(solver="euler-maruyama", steps=249, diffusion_form="sigma", last_step_size=0.04)),
+        (
+            SDE,
+            Sample(solver="euler-maruyama", steps=249, diffusion_form="sigma", last_step_size=0.04),
+        ),
     ],
 )
 def test_main_knows_every_flag_of_a_sampler(solver, expected):
@@ -261,7 +279,11 @@ def test_all_of_it_on_a_small_model_in_the_published_format(tmp_path):
     def sample(*arguments):
         """What it printed, and the folder of the sheet."""
         shrink = ["--config.sample.steps=2", f"--checkpoint={checkpoint}", f"--vae={autoencoder}"]
-        environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/xla"}
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/xla",
+        }
         result = machine.run(SCRIPT, *shrink, *arguments, **environment)
         assert result.returncode == 0, result.stderr
         last = result.stdout.splitlines()[-1]
@@ -269,17 +291,30 @@ def test_all_of_it_on_a_small_model_in_the_published_format(tmp_path):
         return result.stdout, (machine.root / last.removeprefix("sheet: ")).parent
 
     printed, folder = sample("sde")
-    assert "depth 12, width 384, 6 heads, patch 8" in printed and "sees 8x8x4, 1000 classes" in printed
+    assert (
+        "depth 12, width 384, 6 heads, patch 8" in printed and "sees 8x8x4, 1000 classes" in printed
+    )
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
     assert images.shape == (8, 64, 64, 3) and (images.std(axis=(1, 2, 3)) > 1).all()
     assert np.asarray(Image.open(folder / "sheet.png")).shape == (2 * 66 + 2, 4 * 66 + 2, 3)
     settings = json.loads((folder / "settings.json").read_text())
-    assert (settings["solver"], settings["labels"], settings["cfg_scale"]) == ("euler-maruyama", LABELS, 4)
+    assert (settings["solver"], settings["labels"], settings["cfg_scale"]) == (
+        "euler-maruyama",
+        LABELS,
+        4,
+    )
     assert settings["latents"]["path"] == str(autoencoder) and settings["latents"]["repo"] is None
 
     files = {path: path.stat().st_mtime_ns for path in machine.root.rglob("*") if path.is_file()}
     printed, again = sample("sde")
-    assert again == folder and "sampling 0 of 8 images" in printed and "parameters; sees" not in printed
-    images, checkpoints = list(folder.glob("0*.png")), list((folder.parents[1] / "checkpoints").rglob("*"))
+    assert (
+        again == folder
+        and "sampling 0 of 8 images" in printed
+        and "parameters; sees" not in printed
+    )
+    images, checkpoints = (
+        list(folder.glob("0*.png")),
+        list((folder.parents[1] / "checkpoints").rglob("*")),
+    )
     kept = [path for path in [*images, *checkpoints] if path.is_file()]
     assert len(kept) > 8 and all(path.stat().st_mtime_ns == files[path] for path in kept)

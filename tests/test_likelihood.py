@@ -24,7 +24,12 @@ from tests.commands import DIGITS, FOLDER, TINY, flags, refusal, snapshot, succe
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
-FAST = {"likelihood__solver": "heun", "likelihood__steps": 2, "likelihood__count": 10, "likelihood__batch": 8}
+FAST = {
+    "likelihood__solver": "heun",
+    "likelihood__steps": 2,
+    "likelihood__count": 10,
+    "likelihood__batch": 8,
+}
 
 
 def evaluate(workdir, **settings):
@@ -47,7 +52,9 @@ def column(folder, name):
 @pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory):
     """A copy of the run with the likelihoods of ten images, and what was printed."""
-    workdir = pathlib.Path(shutil.copytree(trained[0], tmp_path_factory.mktemp("evaluated") / "run"))
+    workdir = pathlib.Path(
+        shutil.copytree(trained[0], tmp_path_factory.mktemp("evaluated") / "run")
+    )
     return workdir, evaluate(workdir)
 
 
@@ -56,7 +63,11 @@ def test_every_image_has_its_row_and_the_summary_their_mean(evaluated):
     folder = folder_of(workdir)
     assert "log p of 10 of 10 images of split 'test' under step 4" in out
     assert "unguided; lower bound of the 8-bit image's probability, dequantised uniformly" in out
-    assert sorted(path.name for path in folder.iterdir()) == ["results.jsonl", "settings.json", "summary.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "results.jsonl",
+        "settings.json",
+        "summary.json",
+    ]
     source = train.open_source(set_up(config_lib.load(DIGITS, [("data.split", "test")])))
     assert column(folder, "index").tolist() == list(range(10))
     assert column(folder, "label").tolist() == [int(source[i]["label"]) for i in range(10)]
@@ -66,9 +77,15 @@ def test_every_image_has_its_row_and_the_summary_their_mean(evaluated):
     assert (summary["images"], summary["unreadable"]) == (10, 0)
     assert summary["bits_per_dim"]["mean"] == pytest.approx(bits.mean())
     assert summary["bits_per_dim"]["standard_error"] == pytest.approx(bits.std(ddof=1) / 10**0.5)
-    assert f"bits/dim: {bits.mean():.4f} +- {bits.std(ddof=1) / 10**0.5:.4f} (standard error)" in out
+    assert (
+        f"bits/dim: {bits.mean():.4f} +- {bits.std(ddof=1) / 10**0.5:.4f} (standard error)" in out
+    )
     settings = json.loads((folder / "settings.json").read_text())
-    assert settings["step"] == 4 and settings["likelihood"]["solver"] == "heun" and settings["data"]["split"] == "test"
+    assert (
+        settings["step"] == 4
+        and settings["likelihood"]["solver"] == "heun"
+        and settings["data"]["split"] == "test"
+    )
 
 
 @pytest.mark.parametrize("batch", [3, 10, 16])
@@ -77,7 +94,9 @@ def test_the_batch_changes_no_row(evaluated, run_copy, batch):
     there = folder_of(evaluated[0])
     assert folder_of(run_copy).name == there.name
     assert column(folder_of(run_copy), "index").tolist() == list(range(10))
-    np.testing.assert_allclose(column(folder_of(run_copy), "log_prob"), column(there, "log_prob"), rtol=1e-5)
+    np.testing.assert_allclose(
+        column(folder_of(run_copy), "log_prob"), column(there, "log_prob"), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("lines", [8, 5])
@@ -102,7 +121,10 @@ def test_a_finished_job_changes_no_file_and_a_larger_count_adds_to_it(evaluated,
     workdir = pathlib.Path(shutil.copytree(evaluated[0], tmp_path / "run"))
     before, made_at = snapshot(workdir), (folder_of(workdir) / "results.jsonl").stat().st_mtime_ns
     assert "log p of 0 of 10 images" in evaluate(workdir)
-    assert snapshot(workdir) == before and (folder_of(workdir) / "results.jsonl").stat().st_mtime_ns == made_at
+    assert (
+        snapshot(workdir) == before
+        and (folder_of(workdir) / "results.jsonl").stat().st_mtime_ns == made_at
+    )
     assert "log p of 2 of 12 images" in evaluate(workdir, likelihood__count=12)
     assert rows_of(folder_of(workdir))[:10] == rows_of(folder_of(evaluated[0]))
     evaluate(workdir, likelihood__count=4)
@@ -116,9 +138,15 @@ def test_a_finished_job_changes_no_file_and_a_larger_count_adds_to_it(evaluated,
     ids=str,
 )  # fmt: skip
 def test_other_settings_have_a_folder_and_numbers_of_their_own(evaluated, run_copy, change):
-    evaluate(run_copy, likelihood__count=2, **{f"likelihood__{key}": value for key, value in change.items()})
+    evaluate(
+        run_copy,
+        likelihood__count=2,
+        **{f"likelihood__{key}": value for key, value in change.items()},
+    )
     assert folder_of(run_copy).name != folder_of(evaluated[0]).name
-    ours, theirs = (column(folder_of(workdir), "log_prob")[:2] for workdir in (run_copy, evaluated[0]))
+    ours, theirs = (
+        column(folder_of(workdir), "log_prob")[:2] for workdir in (run_copy, evaluated[0])
+    )
     assert (np.abs(ours - theirs) > 1e-4).all()
 
 
@@ -127,7 +155,9 @@ def test_other_settings_have_a_folder_and_numbers_of_their_own(evaluated, run_co
 
 def fresh(**settings):
     """(setup, log p of the first 8 test digits under fresh weights, those digits, their keys of dequantisation)."""
-    config = config_lib.load(DIGITS, [(k.replace("__", "."), str(v)) for k, v in (FAST | settings).items()])
+    config = config_lib.load(
+        DIGITS, [(k.replace("__", "."), str(v)) for k, v in (FAST | settings).items()]
+    )
     setup = set_up(config)
     source, indices = train.open_source(setup), np.arange(8)
     images = np.stack([source[i]["image"] for i in indices])
@@ -140,15 +170,21 @@ def fresh(**settings):
 def test_uniform_dequantisation_in_the_8_bit_convention():
     found, images, keys = fresh()
     x = np.asarray(dequantise.uniform(keys, jnp.asarray(images))[0], np.float64)
-    np.testing.assert_allclose(found, norm.logpdf(x).sum((1, 2, 3)) - 64 * math.log(255 / 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        found, norm.logpdf(x).sum((1, 2, 3)) - 64 * math.log(255 / 2), rtol=1e-5
+    )
 
 
 def test_gaussian_dequantisation_is_the_noise_of_a_time():
     found, images, keys = fresh(likelihood__dequantisation="gaussian")
     t = 1 / (1 + dequantise.GAUSSIAN_NOISE)  # (1 - t) / t is the noise
-    assert paths.time_of_noise(paths.path_by_name("Linear"), dequantise.GAUSSIAN_NOISE) == pytest.approx(t, abs=1e-6)
+    assert paths.time_of_noise(
+        paths.path_by_name("Linear"), dequantise.GAUSSIAN_NOISE
+    ) == pytest.approx(t, abs=1e-6)
     z, correction = dequantise.gaussian(keys, jnp.asarray(images), t, 1 - t)
-    np.testing.assert_allclose(found, norm.logpdf(np.asarray(z, np.float64)).sum((1, 2, 3)) + correction, rtol=1e-4)
+    np.testing.assert_allclose(
+        found, norm.logpdf(np.asarray(z, np.float64)).sum((1, 2, 3)) + correction, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", paths.PATHS)
@@ -184,7 +220,9 @@ def test_the_output_says_what_the_log_p_of_latents_is(half_latents, run_copy):
     config = run_copy / "config.json"
     config.write_text(config.read_text().replace('"codec": "pixels"', '"codec": "sd-vae"'))
     out = evaluate(run_copy)
-    assert "density of the latents, their factor 0.5 taken out; continuous, so not dequantised" in out
+    assert (
+        "density of the latents, their factor 0.5 taken out; continuous, so not dequantised" in out
+    )
     words = "likelihood.dequantisation is 'uniform', but latents.codec 'sd-vae' gives latents, which are continuous"
     flag = "--config.likelihood.dequantisation=uniform"
     assert words in refusal("--workdir", run_copy, "--mode", "likelihood", flag)
@@ -192,14 +230,21 @@ def test_the_output_says_what_the_log_p_of_latents_is(half_latents, run_copy):
 
 def test_matmuls_are_of_the_highest_precision_unless_configured(monkeypatch):
     for module in (likelihood, sampler):  # what would be called is lowered
-        lower = lambda setup, compiled: lambda params, *batch: compiled.lower(params, {}, *batch)  # noqa: E731
+        lower = lambda setup, compiled: lambda params, *batch: compiled.lower(params, {}, *batch)
         monkeypatch.setattr(module, "call_with_batches", lower)
 
     def products(make, matmul):
-        config = config_lib.load(DIGITS, [("precision.matmul", matmul), ("sample.batch", "8"), ("model.depth", "1")])
-        setup, images = set_up(config), [np.zeros((8, 8, 8, 1), np.uint8)] if make is likelihood.make_log_prob else []
+        config = config_lib.load(
+            DIGITS, [("precision.matmul", matmul), ("sample.batch", "8"), ("model.depth", "1")]
+        )
+        setup, images = (
+            set_up(config),
+            [np.zeros((8, 8, 8, 1), np.uint8)] if make is likelihood.make_log_prob else [],
+        )
         params = setup.abstract_state.params
-        lowered = make(setup)(params, np.arange(8, dtype=np.int32), *images, np.arange(8, dtype=np.int32))
+        lowered = make(setup)(
+            params, np.arange(8, dtype=np.int32), *images, np.arange(8, dtype=np.int32)
+        )
         return [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
 
     for make in (likelihood.make_log_prob, sampler.make_sampler):
@@ -211,9 +256,21 @@ def test_matmuls_are_of_the_highest_precision_unless_configured(monkeypatch):
 def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
     data, workdir = tmp_path / "data", tmp_path / "run"
     write_images(data, "a/0.png", "a/1.png", "b/0.png")
-    succeed(*TINY, *FOLDER, *flags(data__path=data, train__steps=1, log__sheet_every=0), "--workdir", workdir)
+    succeed(
+        *TINY,
+        *FOLDER,
+        *flags(data__path=data, train__steps=1, log__sheet_every=0),
+        "--workdir",
+        workdir,
+    )
     (data / "a" / "1.png").write_bytes(b"no image")
-    arguments = ["--workdir", workdir, "--mode", "likelihood", *flags(**FAST, likelihood__split="all")]
+    arguments = [
+        "--workdir",
+        workdir,
+        "--mode",
+        "likelihood",
+        *flags(**FAST, likelihood__split="all"),
+    ]
     arguments = [argument for argument in arguments if "count" not in str(argument)]
     assert f"image '{data}/a/1.png' cannot be read" in refusal(*arguments)
     out = succeed(*arguments, "--config.data.skip_unreadable=True")
@@ -237,7 +294,10 @@ def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
             {"likelihood__solver": "shark"},
             "likelihood.solver 'shark' solves an SDE, which gives no log p; expected one",
         ),
-        ({"likelihood__solver": "dopri"}, "unknown likelihood.solver 'dopri'; did you mean 'dopri8' or 'dopri5'"),
+        (
+            {"likelihood__solver": "dopri"},
+            "unknown likelihood.solver 'dopri'; did you mean 'dopri8' or 'dopri5'",
+        ),
         (
             {"likelihood__solver": "heun", "likelihood__steps": None},
             "solver 'heun' takes fixed steps only, so atol and rtol mean nothing to it; give likelihood.steps, or one",
@@ -246,8 +306,14 @@ def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
         ({"likelihood__probes": 0}, "likelihood.probes is 0; expected more than 0"),
         ({"likelihood__rtol": 0}, "likelihood.rtol is 0.0; expected more than 0"),
         ({"likelihood__seed": -1}, "likelihood.seed is -1; expected 0 or more"),
-        ({"likelihood__trace": "hutchison"}, "unknown likelihood.trace 'hutchison'; did you mean 'hutchinson'?"),
-        ({"likelihood__probe": "normal"}, "unknown likelihood.probe 'normal'; known: 'rademacher', 'gaussian'"),
+        (
+            {"likelihood__trace": "hutchison"},
+            "unknown likelihood.trace 'hutchison'; did you mean 'hutchinson'?",
+        ),
+        (
+            {"likelihood__probe": "normal"},
+            "unknown likelihood.probe 'normal'; known: 'rademacher', 'gaussian'",
+        ),
         ({"likelihood__labels": "none"}, "unknown likelihood.labels 'none'"),
         ({"likelihood__weights": "emma"}, "unknown likelihood.weights 'emma'; did you mean 'ema'"),
         (
@@ -255,7 +321,10 @@ def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
             "unknown likelihood.dequantisation 'uniforn'; did you mean 'unifor",
         ),
         ({"likelihood__split": "tset"}, "unknown data.split 'tset'; did you mean 'test'"),
-        ({"likelihood__count": 899}, "likelihood.count is 899, but split 'test' of the digits source has 898 images"),
+        (
+            {"likelihood__count": 899},
+            "likelihood.count is 899, but split 'test' of the digits source has 898 images",
+        ),
         ({"model__depth": 2}, "is another one: model.depth is 2 but was 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -270,7 +339,9 @@ def test_a_batch_that_devices_cannot_share_is_one_line(trained, monkeypatch):
     before = snapshot(trained[0])
     monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 4)
     arguments = ["--workdir", trained[0], "--mode", "likelihood", "--config.likelihood.batch=6"]
-    assert "likelihood.batch = 6 is not divisible by the 4 devices it is split over" in refusal(*arguments)
+    assert "likelihood.batch = 6 is not divisible by the 4 devices it is split over" in refusal(
+        *arguments
+    )
     assert snapshot(trained[0]) == before
 
 

@@ -48,7 +48,9 @@ def sampled(trained, tmp_path_factory):
 def test_a_run_says_what_it_does(trained):
     _, out = trained
     assert out.startswith("devices: ")
-    assert re.search(r"blocks/attn/qkv/kernel +\| \(1, 16, 3, 2, 8\)", out) and "Total: 10,560" in out
+    assert (
+        re.search(r"blocks/attn/qkv/kernel +\| \(1, 16, 3, 2, 8\)", out) and "Total: 10,560" in out
+    )
     assert "training from step 0 to 4" in out
     assert [int(step) for step in re.findall(r"^step (\d)/4  loss ", out, re.M)] == [1, 2, 3, 4]
     assert f"sample with: python -m sit_jax.main --mode sample --workdir {trained[0]}" in out
@@ -66,16 +68,24 @@ def test_a_run_leaves_its_config_log_checkpoints_and_sheets(trained):
     np.testing.assert_allclose([row["learning_rate"] for row in rows(workdir)], wanted, rtol=1e-5)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
     assert list((workdir / "tensorboard").glob("events.*"))
-    assert sorted(path.name for path in (workdir / "sheets").iterdir()) == ["step_00000002.png", "step_00000004.png"]
+    assert sorted(path.name for path in (workdir / "sheets").iterdir()) == [
+        "step_00000002.png",
+        "step_00000004.png",
+    ]
     sheet = Image.open(workdir / "sheets" / "step_00000004.png")
-    assert sheet.mode == "L" and sheet.size == (5 * 26 + 2, 2 * 26 + 2)  # 5 columns, 3 times 8 pixels and 2 between
+    assert sheet.mode == "L" and sheet.size == (
+        5 * 26 + 2,
+        2 * 26 + 2,
+    )  # 5 columns, 3 times 8 pixels and 2 between
     assert np.asarray(sheet)[:26].std() > 10
 
 
 def test_a_finished_run_says_so_and_changes_no_file(trained):
     before = snapshot(trained[0])
     for arguments in ([], TINY):
-        assert "is already at step 4 of 4; raise train.steps" in succeed("--workdir", trained[0], *arguments)
+        assert "is already at step 4 of 4; raise train.steps" in succeed(
+            "--workdir", trained[0], *arguments
+        )
     assert snapshot(trained[0]) == before
 
 
@@ -84,7 +94,10 @@ def test_the_workdir_alone_continues_the_run(run_copy, trained):
     assert "training from step 4 to 6" in out
     assert [row["step"] for row in rows(run_copy)] == [1, 2, 3, 4, 5, 6]
     assert rows(run_copy)[:4] == rows(trained[0])
-    assert sorted(path.name for path in (run_copy / "checkpoints").iterdir()) == ["4", "6"]  # the last two
+    assert sorted(path.name for path in (run_copy / "checkpoints").iterdir()) == [
+        "4",
+        "6",
+    ]  # the last two
     assert not (run_copy / "sheets" / "step_00000006.png").exists()
     config = config_lib.load(str(run_copy / "config.json"))
     assert (config.train.steps, config.log.sheet_every, config.model.width) == (6, 0, 16)
@@ -99,12 +112,16 @@ def test_what_may_change_is_told_and_recorded(run_copy):
         ("log.sheet_every", "2", "0"),
     ]  # fmt: skip
     assert [row["step"] for row in rows(run_copy)] == [1, 2, 3, 4, 6]
-    wanted = 0.01 * 0.5 * (1 + np.cos(np.pi * np.array([5]) / 6))  # the learning rate of the sixth step
+    wanted = (
+        0.01 * 0.5 * (1 + np.cos(np.pi * np.array([5]) / 6))
+    )  # the learning rate of the sixth step
     np.testing.assert_allclose(rows(run_copy)[-1]["learning_rate"], wanted, rtol=1e-5)
     history = run_copy / "config_changes.jsonl"
     recorded = {"train.steps": [4, 6], "optimizer.learning_rate": [0.02, 0.01], "log.every": [1, 3],
                 "log.sheet_every": [2, 0]}  # fmt: skip
-    assert [json.loads(line) for line in history.read_text().splitlines()] == [{"step": 4, "changes": recorded}]
+    assert [json.loads(line) for line in history.read_text().splitlines()] == [
+        {"step": 4, "changes": recorded}
+    ]
 
     succeed("--workdir", run_copy, "--config.train.steps=7")  # the others are as recorded
     last = json.loads(history.read_text().splitlines()[1])
@@ -112,8 +129,12 @@ def test_what_may_change_is_told_and_recorded(run_copy):
 
 
 def test_sampling_may_change_all_but_the_network(run_copy):
-    changes = flags(train__batch=16, optimizer__b1=0.5, precision__matmul="high", seed=3, data__flip=True)
-    assert "sampling 8 of 8 images from step 4" in succeed("--workdir", run_copy, "--mode", "sample", *changes)
+    changes = flags(
+        train__batch=16, optimizer__b1=0.5, precision__matmul="high", seed=3, data__flip=True
+    )
+    assert "sampling 8 of 8 images from step 4" in succeed(
+        "--workdir", run_copy, "--mode", "sample", *changes
+    )
     assert config_lib.load(str(run_copy / "config.json")).train.batch == 8  # the run's own stays
 
 
@@ -162,7 +183,9 @@ def test_a_fork_is_a_new_run_from_the_same_weights(trained, tmp_path):
 )
 def test_a_fork_that_cannot_be_makes_nothing(trained, tmp_path, arguments, words):
     before = snapshot(trained[0])
-    assert re.search(words, refusal("--workdir", trained[0], "--fork", tmp_path / "fork", *arguments))
+    assert re.search(
+        words, refusal("--workdir", trained[0], "--fork", tmp_path / "fork", *arguments)
+    )
     assert snapshot(trained[0]) == before and snapshot(tmp_path) == {}
 
 
@@ -171,9 +194,14 @@ def test_a_fork_needs_a_checkpoint(run_copy, tmp_path):
     (run_copy / "checkpoints" / "4" / "manifest.json").unlink()
     before = snapshot(tmp_path)
     status, _, err = call("--workdir", run_copy, "--fork", tmp_path / "fork")
-    assert status == 2 and f"error: --workdir '{run_copy}' holds no whole checkpoint to fork from" in err
+    assert (
+        status == 2
+        and f"error: --workdir '{run_copy}' holds no whole checkpoint to fork from" in err
+    )
     shutil.rmtree(run_copy / "checkpoints")
-    assert "has no checkpoints to fork from" in refusal("--workdir", run_copy, "--fork", tmp_path / "fork")
+    assert "has no checkpoints to fork from" in refusal(
+        "--workdir", run_copy, "--fork", tmp_path / "fork"
+    )
     assert not (tmp_path / "fork").exists() and before
 
 
@@ -185,11 +213,17 @@ def test_a_profile_is_a_trace_of_the_steps(tmp_path):
     traced, stop = [], jax.profiler.stop_trace
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.profiler, "stop_trace", stop_trace)
-        succeed(*TINY, "--config.log.sheet_every=0", "--workdir", tmp_path / "run", "--profile", "2:3")
+        succeed(
+            *TINY, "--config.log.sheet_every=0", "--workdir", tmp_path / "run", "--profile", "2:3"
+        )
     (trace,) = (tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))
     events = events["traceEvents"] if isinstance(events, dict) else events
-    runs = [event for event in events if "in_precision" in event.get("name", "") and event.get("ph") == "X"]
+    runs = [
+        event
+        for event in events
+        if "in_precision" in event.get("name", "") and event.get("ph") == "X"
+    ]
     assert traced == [2] and runs
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
@@ -212,7 +246,10 @@ def test_a_last_save_that_fails_is_one_line(run_copy, monkeypatch):
     before = snapshot(run_copy / "checkpoints" / "4")
     monkeypatch.setattr(checkpoint, "_digests", fail)
     message = refusal("--workdir", run_copy, *flags(train__steps=5, checkpoint__keep_last=1))
-    assert "error: checkpoint 5 could not be saved in" in message and "No space left on device" in message
+    assert (
+        "error: checkpoint 5 could not be saved in" in message
+        and "No space left on device" in message
+    )
     assert snapshot(run_copy / "checkpoints" / "4") == before
 
 
@@ -220,12 +257,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(run_copy,
     manifest = run_copy / "checkpoints" / "4" / "manifest.json"
     manifest.unlink()
     line = f"warning: checkpoint {manifest.parent} is not used: its manifest is missing, so the save did not finish\n"
-    for mode, words in (("sample", "images from step 2 into"), ("train", "training from step 2 to 4")):
+    for mode, words in (
+        ("sample", "images from step 2 into"),
+        ("train", "training from step 2 to 4"),
+    ):
         status, out, err = call("--workdir", run_copy, "--mode", mode)
         assert (status, err) == (0, line) and words in out
     assert rows(run_copy)[3]["loss"] == rows(trained[0])[3]["loss"] and len(rows(run_copy)) == 4
     for item in ("params", "ema"):
-        jax.tree.map(np.testing.assert_array_equal, arrays(run_copy, 4, item), arrays(trained[0], 4, item))
+        jax.tree.map(
+            np.testing.assert_array_equal, arrays(run_copy, 4, item), arrays(trained[0], 4, item)
+        )
 
 
 def test_samples_are_pngs_a_sheet_and_their_settings(sampled):
@@ -239,13 +281,24 @@ def test_samples_are_pngs_a_sheet_and_their_settings(sampled):
     sheet = np.asarray(Image.open(folder / "sheet.png"))
     np.testing.assert_array_equal(sheet[2:26:3, 28:52:3], images["000001.png"])
     settings = json.loads((folder / "settings.json").read_text())
-    wanted = {"step": 4, "weights": "ema", "solver": "heun", "steps": 2, "cfg_scale": 1.5, "seed": 0, "path": "Linear"}
+    wanted = {
+        "step": 4,
+        "weights": "ema",
+        "solver": "heun",
+        "steps": 2,
+        "cfg_scale": 1.5,
+        "seed": 0,
+        "path": "Linear",
+    }
     assert wanted.items() <= settings.items()
 
 
 def test_samples_that_are_there_are_not_made_again(sampled):
     workdir, folder = sampled
-    before, made_at = snapshot(workdir), {path: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+    before, made_at = (
+        snapshot(workdir),
+        {path: path.stat().st_mtime_ns for path in folder.glob("0*.png")},
+    )
     assert "sampling 0 of 8" in succeed("--workdir", workdir, "--mode", "sample")
     assert {path: path.stat().st_mtime_ns for path in folder.glob("0*.png")} == made_at
     assert snapshot(workdir) == before
@@ -276,7 +329,9 @@ def test_help_shows_modes_flags_and_an_example():
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_:
         main.main(["--help"])
     assert exit_.value.code == 0
-    assert "python -m sit_jax.main --config configs/digits.py --workdir runs/digits" in out.getvalue()
+    assert (
+        "python -m sit_jax.main --config configs/digits.py --workdir runs/digits" in out.getvalue()
+    )
     help_of_mode = out.getvalue().split("--mode MODE")[1].split("--config")[0]
     assert set(main.JOBS) <= set(re.findall(r"\w+", help_of_mode))
     assert "--config.train.steps=1000" in out.getvalue()

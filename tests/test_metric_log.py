@@ -52,14 +52,22 @@ def _age(folder):
 
 
 def _scalars(events):
-    return [(event.step, v.tag, v.simple_value) for event in events for v in event.summary.value if not v.image.width]
+    return [
+        (event.step, v.tag, v.simple_value)
+        for event in events
+        for v in event.summary.value
+        if not v.image.width
+    ]
 
 
 def test_rows_hold_plain_numbers_and_are_there_at_once(tmp_path):
     log = _log(tmp_path)
     log.scalars(1, {"loss": np.float32(0.5), "images_per_s": 3})
     log.scalars(2, {"loss": math.nan, "grad_norm": math.inf})
-    expected = [{"step": 1, "loss": 0.5, "images_per_s": 3.0}, {"step": 2, "loss": None, "grad_norm": None}]
+    expected = [
+        {"step": 1, "loss": 0.5, "images_per_s": 3.0},
+        {"step": 2, "loss": None, "grad_norm": None},
+    ]
     assert _rows(tmp_path) == expected  # before close: a kill loses no row
     log.close()
     log.close()
@@ -74,10 +82,18 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
         assert [row["step"] for row in _rows(tmp_path)] == [1, 2]
         for step in (3, 4, 5):
             log.scalars(step, {"loss": 10 * step})
-    assert [(row["step"], row["loss"]) for row in _rows(tmp_path)] == [(1, 1), (2, 2), (3, 30), (4, 40), (5, 50)]
+    assert [(row["step"], row["loss"]) for row in _rows(tmp_path)] == [
+        (1, 1),
+        (2, 2),
+        (3, 30),
+        (4, 40),
+        (5, 50),
+    ]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b'{"step": 2}', b"\0\0\0\0", b'\xff\n[1]\n{"loss": 1}\n7\n'])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 2, "lo', b'{"step": 2}', b"\0\0\0\0", b'\xff\n[1]\n{"loss": 1}\n7\n']
+)
 def test_what_a_kill_tore_is_dropped(tmp_path, torn):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + torn)
     with _log(tmp_path, start_step=2) as log:
@@ -95,8 +111,15 @@ def test_tensorboard_has_scalars_before_close_and_pictures(tmp_path):
     assert _scalars(_events(tmp_path / "tensorboard")) == [(1, "loss", 0.5)]
     log.image(2, "samples", picture)
     log.close()
-    (image,) = [v.image for event in _events(tmp_path / "tensorboard") for v in event.summary.value if v.image.width]
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture)
+    (image,) = [
+        v.image
+        for event in _events(tmp_path / "tensorboard")
+        for v in event.summary.value
+        if v.image.width
+    ]
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture
+    )
 
 
 def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path):
@@ -162,7 +185,12 @@ def test_a_resumed_run_is_the_same_wandb_run(tmp_path, wandb):
     first, second = wandb.inits
     assert first == second
     assert first["id"] == (tmp_path / "wandb_id.txt").read_text().strip() != ""
-    assert (first["project"], first["name"], first["config"], first["resume"]) == ("digits", "a run", config, "allow")
+    assert (first["project"], first["name"], first["config"], first["resume"]) == (
+        "digits",
+        "a run",
+        config,
+        "allow",
+    )
     assert wandb.logged == [(1, {"loss": 0.5}), (1, {"samples": ("image", (2, 3, 1))})]
     assert wandb.finished == 2
 
@@ -177,7 +205,9 @@ def test_a_missing_wandb_is_one_line_and_changes_no_log(tmp_path, monkeypatch):
     with _log(tmp_path) as log:
         log.scalars(5, {"loss": 1})
     monkeypatch.setitem(sys.modules, "wandb", None)  # what `import` takes for not there
-    with pytest.raises(UserError, match=r"'digits'.*not installed; pip install -e \"\.\[wandb\]\"") as caught:
+    with pytest.raises(
+        UserError, match=r"'digits'.*not installed; pip install -e \"\.\[wandb\]\""
+    ) as caught:
         _log(tmp_path, wandb_project="digits")
     assert "\n" not in str(caught.value)
     assert [row["step"] for row in _rows(tmp_path)] == [5]
@@ -212,7 +242,9 @@ def test_a_remote_log_is_copied_on_close_and_goes_on_when_resumed(remote, tmp_pa
     assert os.listdir(tmp_path / "local") == []
 
 
-def test_a_remote_log_is_copied_while_it_grows_and_a_failed_copy_is_made_up_for(remote, monkeypatch):
+def test_a_remote_log_is_copied_while_it_grows_and_a_failed_copy_is_made_up_for(
+    remote, monkeypatch
+):
     monkeypatch.setattr(metric_log, "_COPY_EVERY_S", 0.0)
     write, failures = storage.write_bytes, [OSError("network"), None, None]
 
@@ -258,7 +290,11 @@ def test_progress_counts_from_the_step_it_resumes_at(monkeypatch, capsys):
         progress.update(7)
         progress.update(10)
         progress.write("a line")
-    assert "5/10" in terminal.getvalue() and "10/10" in terminal.getvalue() and "image" in terminal.getvalue()
+    assert (
+        "5/10" in terminal.getvalue()
+        and "10/10" in terminal.getvalue()
+        and "image" in terminal.getvalue()
+    )
     assert capsys.readouterr().out == "a line\n"
 
 
@@ -274,7 +310,9 @@ def test_the_line_names_what_it_is_given_in_order_with_units():
 
 
 def test_the_columns_of_two_lines_are_aligned():
-    first = metric_log.format_line(9, 1000, {"loss": 0.9, "grad_norm": 12.0, "images_per_s": 9.0, "flops_per_s": 1e9})
+    first = metric_log.format_line(
+        9, 1000, {"loss": 0.9, "grad_norm": 12.0, "images_per_s": 9.0, "flops_per_s": 1e9}
+    )
     later = metric_log.format_line(
         1000, 1000, {"loss": 0.1, "grad_norm": 0.1, "images_per_s": 12345.0, "flops_per_s": 99.96e9}
     )
@@ -301,7 +339,8 @@ def test_si_units(flops, text):
 
 
 @pytest.mark.parametrize(
-    "seconds, text", [(0.4, "0:00:00"), (59.6, "0:01:00"), (360_000, "100:00:00"), (math.inf, "-:--:--")]
+    "seconds, text",
+    [(0.4, "0:00:00"), (59.6, "0:01:00"), (360_000, "100:00:00"), (math.inf, "-:--:--")],
 )
 def test_eta(seconds, text):
     assert metric_log.format_line(1, 1, {"eta_s": seconds}).endswith("ETA " + text)

@@ -10,7 +10,18 @@ import sys
 import pytest
 
 from sit_jax import sharding
-from tests.commands import DIGITS, FOLDER, ROOT, TINY, flags, refusal, rows, snapshot, succeed, write_images
+from tests.commands import (
+    DIGITS,
+    FOLDER,
+    ROOT,
+    TINY,
+    flags,
+    refusal,
+    rows,
+    snapshot,
+    succeed,
+    write_images,
+)
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
@@ -31,23 +42,41 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
         (["--config.data.path", "--config.seed=1"], "--config.data.path has no value; expected"),
         (flags(train__stpes=3), "unknown config key 'train.stpes'; did you mean 'train.steps'"),
         (flags(train__steps="many"), "train.steps is 'many'; expected a whole number"),
-        (["--config", "configs/no_such.py"], "--config 'configs/no_such.py' does not exist; expected a file such as"),
+        (
+            ["--config", "configs/no_such.py"],
+            "--config 'configs/no_such.py' does not exist; expected a file such as",
+        ),
         (flags(model__name="SiT-S/3"), "unknown model 'SiT-S/3'; did you mean 'SiT-S/"),
         (flags(transport__path="Lineal"), "unknown path 'Lineal'; did you mean 'Linear'?"),
-        (flags(transport__prediction="x0"), "unknown prediction 'x0'; known: 'velocity', 'score', 'noise'"),
-        (flags(transport__loss_weight="likely"), "unknown loss weight 'likely'; did you mean 'likelihood'?"),
+        (
+            flags(transport__prediction="x0"),
+            "unknown prediction 'x0'; known: 'velocity', 'score', 'noise'",
+        ),
+        (
+            flags(transport__loss_weight="likely"),
+            "unknown loss weight 'likely'; did you mean 'likelihood'?",
+        ),
         (flags(sample__solver="rk4"), "unknown sample.solver 'rk4'"),
         (flags(data__source="digit"), "unknown data.source 'digit'; did you mean 'digits'?"),
         (flags(train__accumulation=3), "train.batch 8 is not divisible by train.accumulation 3"),
         (flags(data__image_size=10), "input size 10 is not divisible by the patch size 4"),
         (flags(data__image_size=16), "data.image_size=16, but the digits are 8x8; set it to 8"),
-        (flags(data__classes=11), "data.classes is 11, but the digits source has 10 classes; set data.classes=10"),
+        (
+            flags(data__classes=11),
+            "data.classes is 11, but the digits source has 10 classes; set data.classes=10",
+        ),
         (flags(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9"),
         (flags(sample__cfg_scale=0.5), "cfg scale is 0.5; expected 1 (no guidance) or more"),
         (flags(train__steps=0), "train.steps is 0; expected more than 0"),
         (flags(sample__steps=-1), "sample.steps is -1; expected more than 0"),
-        (flags(transport__train_eps=0.5), "transport.train_eps is 0.5; expected a number inside (0, 0.5)"),
-        (flags(transport__sample_eps=0), "transport.sample_eps is 0.0; expected a number inside (0, 0.5)"),
+        (
+            flags(transport__train_eps=0.5),
+            "transport.train_eps is 0.5; expected a number inside (0, 0.5)",
+        ),
+        (
+            flags(transport__sample_eps=0),
+            "transport.sample_eps is 0.0; expected a number inside (0, 0.5)",
+        ),
         (flags(mesh__data=3), "mesh data x fsdp x tensor = 3 x 1 x 1 does not use"),
         (["--mode", "sample"], "has no checkpoints; train first, with --mode train"),
         (["--fork", "runs/fork"], "--workdir 'runs/new' has no checkpoints to fork from"),
@@ -70,7 +99,9 @@ def test_a_bad_flag_is_one_line_and_makes_nothing(tmp_path, monkeypatch, argumen
 def test_a_missing_workdir_flag_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "arguments are required: --workdir; see python -m sit_jax.main --help" in refusal(*TINY)
-    assert "--workdir is empty; expected a folder such as runs/digits" in refusal(*TINY, "--workdir=")
+    assert "--workdir is empty; expected a folder such as runs/digits" in refusal(
+        *TINY, "--workdir="
+    )
     assert snapshot(tmp_path) == {}
 
 
@@ -93,10 +124,19 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, below):
     ("there", "words"),
     [
         (None, "data.path='{data}' is no folder; give a folder with a sub-folder for each class"),
-        ([], "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder"),
-        (["a.png", "b.png"], "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder"),
+        (
+            [],
+            "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder",
+        ),
+        (
+            ["a.png", "b.png"],
+            "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder",
+        ),
         (["a/0.png", "b/0.bmp"], "data.path='{data}' has 1 class folders without images"),
-        (["a/0.png", "b/0.png", "c/0.png"], "data.classes is 2, but the folder source has 3 classes; set"),
+        (
+            ["a/0.png", "b/0.png", "c/0.png"],
+            "data.classes is 2, but the folder source has 3 classes; set",
+        ),
     ],
 )
 def test_a_bad_data_folder_is_one_line_and_makes_nothing(tmp_path, there, words):
@@ -121,14 +161,22 @@ def test_an_unreadable_image_is_named_and_may_be_skipped(tmp_path):
     write_images(data, "a/0.png", "a/1.png", "b/0.png")
     (data / "a" / "1.png").write_bytes((data / "a" / "0.png").read_bytes()[:40])
     before = snapshot(data)
-    arguments = [*TINY, *FOLDER, *flags(data__path=data, train__steps=1, log__sheet_every=0), "--workdir", workdir]
+    arguments = [
+        *TINY,
+        *FOLDER,
+        *flags(data__path=data, train__steps=1, log__sheet_every=0),
+        "--workdir",
+        workdir,
+    ]
     message = refusal(*arguments)
     assert f"image '{data}/a/1.png' cannot be read (" in message
     assert "remove it, or set data.skip_unreadable=True to pass over it" in message
     assert snapshot(data) == before
     assert not [path for path in workdir.rglob("*") if path.is_file()]
 
-    succeed(*arguments, "--config.data.skip_unreadable=True")  # the remedy works where the mistake was made
+    succeed(
+        *arguments, "--config.data.skip_unreadable=True"
+    )  # the remedy works where the mistake was made
     # Every epoch has each of the 3 images once, so of the batch's 8 places 2 or 3 fell to the broken one.
     assert [row["skipped_images"] for row in rows(workdir)] in ([2], [3])
 
@@ -151,7 +199,10 @@ def test_a_batch_that_devices_cannot_share_is_one_line(tmp_path):
     ("settings", "words"),
     [
         ({"train__batch": 9}, "sample.batch = 8 is not divisible by the 3 devices"),
-        ({"train__batch": 18, "train__accumulation": 9}, "train.batch / train.accumulation = 2 is not divisible by"),
+        (
+            {"train__batch": 18, "train__accumulation": 9},
+            "train.batch / train.accumulation = 2 is not divisible by",
+        ),
     ],
 )
 def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settings, words):
@@ -171,8 +222,14 @@ def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settin
         (flags(sample__labels="10"), "sample.labels holds 10; expected 0 to 9"),
         (flags(sample__cfg_scale=0), "cfg scale is 0.0; expected 1 (no guidance) or more"),
         (flags(train__steps=-6), "train.steps is -6; expected more than 0"),
-        (flags(model__depth=2), "run in '{workdir}' is another one: model.depth is 2 but was 1; keep what was, use"),
-        (flags(transport__path="GVP"), "run in '{workdir}' is another one: transport.path is 'GVP' but was 'Linear'; "),
+        (
+            flags(model__depth=2),
+            "run in '{workdir}' is another one: model.depth is 2 but was 1; keep what was, use",
+        ),
+        (
+            flags(transport__path="GVP"),
+            "run in '{workdir}' is another one: transport.path is 'GVP' but was 'Linear'; ",
+        ),
         (
             flags(seed=1, model__depth=2, transport__prediction="noise", data__flip=True),
             "is another one: {all}; keep what was, use another --workdir, or --fork NEWDIR for a new run from these",
@@ -200,18 +257,24 @@ def test_a_profile_of_steps_that_are_done_is_one_line(trained):
     before = snapshot(trained[0])
     for steps in ("2:3", "7:8"):
         message = refusal("--workdir", trained[0], "--profile", steps, "--config.train.steps=6")
-        assert f"--profile starts at step {steps[0]}; expected one of 5 to 6, which are to be trained" in message
+        assert (
+            f"--profile starts at step {steps[0]}; expected one of 5 to 6, which are to be trained"
+            in message
+        )
     assert snapshot(trained[0]) == before
 
 
 def test_data_that_is_gone_leaves_a_run_as_it_was(trained):
     before = snapshot(trained[0])
-    assert "data.path='/no/such'" in refusal("--workdir", trained[0], *flags(data__path="/no/such", train__steps=6))
+    assert "data.path='/no/such'" in refusal(
+        "--workdir", trained[0], *flags(data__path="/no/such", train__steps=6)
+    )
     assert snapshot(trained[0]) == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "item"), [(["--mode", "train", "--config.train.steps=6"], "params"), (["--mode", "sample"], "ema")]
+    ("arguments", "item"),
+    [(["--mode", "train", "--config.train.steps=6"], "params"), (["--mode", "sample"], "ema")],
 )
 def test_a_checkpoint_of_another_model_is_one_line(run_copy, arguments, item):
     values = json.loads((run_copy / "config.json").read_text())
@@ -228,12 +291,16 @@ def test_a_checkpoint_of_another_model_is_one_line(run_copy, arguments, item):
 def test_a_run_without_checkpoints_cannot_be_sampled(run_copy):
     shutil.rmtree(run_copy / "checkpoints")
     before = snapshot(run_copy)
-    assert "has no checkpoints; train first, with --mode train" in refusal("--workdir", run_copy, "--mode", "sample")
+    assert "has no checkpoints; train first, with --mode train" in refusal(
+        "--workdir", run_copy, "--mode", "sample"
+    )
     assert snapshot(run_copy) == before
 
     (run_copy / "checkpoints").mkdir()
     before = snapshot(run_copy)
-    assert "holds no whole checkpoint; train first" in refusal("--workdir", run_copy, "--mode", "sample")
+    assert "holds no whole checkpoint; train first" in refusal(
+        "--workdir", run_copy, "--mode", "sample"
+    )
     assert snapshot(run_copy) == before
 
 

@@ -19,7 +19,9 @@ def test_the_devices_of_a_pod_are_counted_by_kind(monkeypatch):
 
 def test_a_cpu_is_named(monkeypatch, tmp_path):
     info = tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\nmodel name\t: AMD EPYC: 7B13\nprocessor\t: 1\nmodel name\t: AMD EPYC: 7B13\n")
+    info.write_text(
+        "processor\t: 0\nmodel name\t: AMD EPYC: 7B13\nprocessor\t: 1\nmodel name\t: AMD EPYC: 7B13\n"
+    )
     monkeypatch.setattr(report, "_CPU_INFO", str(info))
     monkeypatch.setattr(jax, "devices", lambda: [_Device("cpu")])
     assert report.devices_line() == "devices: 1 x cpu (AMD EPYC: 7B13)"
@@ -45,14 +47,18 @@ def test_no_accelerator_no_warning(bare_machine):
     assert report.unused_accelerator_warning() is None
 
 
-@pytest.mark.parametrize("file, extra", [("nvidia0", "cuda12"), ("accel0", "tpu"), ("vfio0", "tpu")])
+@pytest.mark.parametrize(
+    "file, extra", [("nvidia0", "cuda12"), ("accel0", "tpu"), ("vfio0", "tpu")]
+)
 def test_an_unused_accelerator_is_named_with_what_to_install(bare_machine, file, extra):
     (bare_machine / file).touch()
     warning = report.unused_accelerator_warning()
     assert f'pip install -e ".[{extra}]"' in warning and "\n" not in warning
 
 
-@pytest.mark.parametrize("script, seen", [("echo 'GPU 0: H200'", True), ("echo 'No devices'; exit 6", False)])
+@pytest.mark.parametrize(
+    "script, seen", [("echo 'GPU 0: H200'", True), ("echo 'No devices'; exit 6", False)]
+)
 def test_nvidia_smi_counts_only_if_it_lists_a_gpu(bare_machine, script, seen):
     tool = bare_machine / "bin" / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n{script}\n")
@@ -60,7 +66,9 @@ def test_nvidia_smi_counts_only_if_it_lists_a_gpu(bare_machine, script, seen):
     assert (report.unused_accelerator_warning() is not None) == seen
 
 
-def test_no_warning_when_the_accelerator_is_used_or_the_cpu_was_asked_for(bare_machine, monkeypatch):
+def test_no_warning_when_the_accelerator_is_used_or_the_cpu_was_asked_for(
+    bare_machine, monkeypatch
+):
     (bare_machine / "nvidia0").touch()
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")

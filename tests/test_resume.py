@@ -46,21 +46,24 @@ def run_until_step_4(workdir, monkeypatch, **settings):
 
 def whole_step(workdir):
     with train.open_checkpoints(config(), workdir) as checkpoints:
-        step, problems = checkpoints.newest_whole()
+        step, problems = checkpoints.newest_complete()
     assert problems == []
     return step
 
 
 def final_arrays(workdir):
     with train.open_checkpoints(config(), workdir) as checkpoints:
-        assert checkpoints.newest_whole() == (9, [])
+        assert checkpoints.newest_complete() == (9, [])
         return checkpoints.restore(9, set_up(config()).abstract_state.items())
 
 
 def rows(workdir):
     """The log's rows without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line.keys() - {"images_per_s", "flops_per_s", "mfu"}} for line in lines]
+    return [
+        {name: line[name] for name in line.keys() - {"images_per_s", "flops_per_s", "mfu"}}
+        for line in lines
+    ]
 
 
 def same(workdir, other):
@@ -93,7 +96,9 @@ def not_finite(monkeypatch):
     def poison(*bad_steps):
         def draw_poisoned(objective, codec, seed, step, *batch):
             examples = draw(objective, codec, seed, step, *batch)
-            bad = jnp.isin(step + 1, jnp.asarray(bad_steps))  # the state counts the steps that are done
+            bad = jnp.isin(
+                step + 1, jnp.asarray(bad_steps)
+            )  # the state counts the steps that are done
             return {**examples, "x1": jnp.where(bad, jnp.nan, examples["x1"])}
 
         monkeypatch.setattr(train_step, "draw_examples", draw_poisoned)
@@ -102,7 +107,9 @@ def not_finite(monkeypatch):
 
 
 @pytest.mark.parametrize(("bad", "kept"), [(4, None), (7, 4)])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folders, not_finite, bad, kept):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    folders, not_finite, bad, kept
+):
     workdir, _ = folders
     not_finite(bad)
     for _ in range(2):  # the same command again comes to the same end
@@ -117,7 +124,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(f
         assert [row["step"] for row in rows(workdir)] == [step for step in (3, 6, 9) if step < bad]
 
 
-def test_updates_that_are_not_finite_may_be_passed_over_and_are_counted(folders, not_finite, monkeypatch):
+def test_updates_that_are_not_finite_may_be_passed_over_and_are_counted(
+    folders, not_finite, monkeypatch
+):
     straight, stopped = folders
     not_finite(4, 8)
     train.run(config(train__skip_nonfinite=2), straight)
@@ -138,7 +147,9 @@ def test_no_more_of_them_than_was_said_also_after_a_restart(folders, not_finite,
     with pytest.raises(UserError, match="step 7: loss nan"):
         train.run(config(train__skip_nonfinite=2), stopped)
     assert whole_step(stopped) == 4
-    train.run(config(train__skip_nonfinite=3, log__sheet_every=0), stopped)  # the remedy works where it stopped
+    train.run(
+        config(train__skip_nonfinite=3, log__sheet_every=0), stopped
+    )  # the remedy works where it stopped
 
 
 @pytest.fixture
@@ -162,7 +173,9 @@ def test_a_save_that_fails_is_a_warning_and_the_next_one_works(folders, full_dis
     settings = dict(checkpoint__every=2, checkpoint__keep_last=1, log__sheet_every=0)
     full_disk(4, 6)
     train.run(config(**settings), workdir)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    warnings = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")
+    ]
     assert [line.split(" in ")[0] for line in warnings] == [
         f"warning: checkpoint {step} could not be saved" for step in (4, 6)
     ]
@@ -177,12 +190,15 @@ def test_the_last_checkpoint_outlives_every_save_that_fails(folders, full_disk):
     settings = dict(checkpoint__every=2, checkpoint__keep_last=1, log__sheet_every=0)
     full_disk(4, 6, 8, 9)
     with pytest.raises(
-        UserError, match=r"checkpoint 9 could not be saved in .*/checkpoints \(OSError: .*No space left"
+        UserError,
+        match=r"checkpoint 9 could not be saved in .*/checkpoints \(OSError: .*No space left",
     ):
         train.run(config(**settings), workdir)
     with train.open_checkpoints(config(), workdir) as checkpoints:
-        step, problems = checkpoints.newest_whole()
+        step, problems = checkpoints.newest_complete()
     assert (step, len(problems)) == (2, 4)
     full_disk()
     train.run(config(**settings), workdir)  # the same command continues
-    assert whole_step(workdir) == 9 and [path.name for path in (workdir / "checkpoints").iterdir()] == ["9"]
+    assert whole_step(workdir) == 9 and [
+        path.name for path in (workdir / "checkpoints").iterdir()
+    ] == ["9"]

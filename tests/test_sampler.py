@@ -24,7 +24,11 @@ def sample_on(devices):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "tests/sample_on_devices.py"], capture_output=True, text=True, env=env, check=False
+        [sys.executable, "tests/sample_on_devices.py"],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -86,7 +90,12 @@ def weak(trained, tmp_path_factory):
 
 
 def test_autoguidance_leads_away_from_another_run(run_copy, weak):
-    settings = {"sample__cfg_scale": 3, "sample__cfg_channels": "none", "sample__steps": 1, "sample__solver": "euler"}
+    settings = {
+        "sample__cfg_scale": 3,
+        "sample__cfg_channels": "none",
+        "sample__steps": 1,
+        "sample__solver": "euler",
+    }
     conditional = sample(run_copy, **settings | {"sample__cfg_scale": 1})
     ours = pictures(conditional)
     plain = pictures(sample(run_copy, **settings))
@@ -99,11 +108,19 @@ def test_autoguidance_leads_away_from_another_run(run_copy, weak):
     for name, image in guided.items():
         want = np.clip(3.0 * ours[name] - 2.0 * theirs[name], 0, 255)
         inside = (ours[name] > 0) & (ours[name] < 255) & (theirs[name] > 0) & (theirs[name] < 255)
-        assert inside.mean() > 0.3 and np.abs(want - image)[inside].max() <= 5  # rounding of 3 and 2 parts
+        assert (
+            inside.mean() > 0.3 and np.abs(want - image)[inside].max() <= 5
+        )  # rounding of 3 and 2 parts
 
 
 def test_images_are_taken_to_noise_and_back(run_copy):
-    settings = flags(sample__solver="dopri5", sample__steps="none", sample__rtol=1e-4, sample__count=5, sample__batch=4)
+    settings = flags(
+        sample__solver="dopri5",
+        sample__steps="none",
+        sample__rtol=1e-4,
+        sample__count=5,
+        sample__batch=4,
+    )
     out = succeed("--workdir", run_copy, "--mode", "invert", *settings)
     folder = only_folder(run_copy / "inversions")
     summary = json.loads((folder / "summary.json").read_text())
@@ -116,7 +133,9 @@ def test_images_are_taken_to_noise_and_back(run_copy):
         assert before.std() > 40 and np.abs(before - after).max() <= 1
     there = snapshot(folder)
     (folder / "000002.png").unlink()
-    assert "inverting 1 of 5 images" in succeed("--workdir", run_copy, "--mode", "invert", *settings)
+    assert "inverting 1 of 5 images" in succeed(
+        "--workdir", run_copy, "--mode", "invert", *settings
+    )
     again = snapshot(folder)
     assert again["000002.png"] == there["000002.png"]
 
@@ -130,16 +149,28 @@ def test_a_sweep_is_a_table_and_a_plot_and_goes_on(run_copy):
     assert "2 of 2 samplers" in succeed(*arguments, *flags(**settings | {"sweep__solvers": "heun"}))
     folder = only_folder(run_copy / "sweeps")
     first = (folder / "results.jsonl").read_bytes()
-    (folder / "results.jsonl").write_bytes(first + b'{"solver": "he')  # a kill tore the line that was written
+    (folder / "results.jsonl").write_bytes(
+        first + b'{"solver": "he'
+    )  # a kill tore the line that was written
     out = succeed(*arguments, *flags(**settings))
     assert "6 of 8 samplers" in out and (folder / "results.jsonl").read_bytes().startswith(first)
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     by_name = {(r["solver"], r["steps"], r["diffusion_form"], r["cfg_scale"]): r for r in rows}
-    assert by_name["heun", 2, None, 2.0]["evaluations"] == 4 and by_name["heun", 2, None, 2.0]["networks"] == 8
-    assert by_name["sra1", 2, "SBDM", 1.0]["evaluations"] == 5 and by_name["dopri5", None, None, 1.0]["rtol"] == 0.5
-    assert all(0 <= row["agreement"] <= 1 and row["frechet"] > 0 and row["seconds"] > 0 for row in rows)
+    assert (
+        by_name["heun", 2, None, 2.0]["evaluations"] == 4
+        and by_name["heun", 2, None, 2.0]["networks"] == 8
+    )
+    assert (
+        by_name["sra1", 2, "SBDM", 1.0]["evaluations"] == 5
+        and by_name["dopri5", None, None, 1.0]["rtol"] == 0.5
+    )
+    assert all(
+        0 <= row["agreement"] <= 1 and row["frechet"] > 0 and row["seconds"] > 0 for row in rows
+    )
     lines = (folder / "table.csv").read_text().splitlines()
-    assert len(lines) == 9 and lines[0].startswith("solver,steps,rtol,diffusion_form,cfg_scale,evaluations")
+    assert len(lines) == 9 and lines[0].startswith(
+        "solver,steps,rtol,diffusion_form,cfg_scale,evaluations"
+    )
     markdown = (folder / "table.md").read_text()
     assert len(markdown.splitlines()) == 10 and markdown in out
     assert Image.open(folder / "plot.png").size[0] > 1000
@@ -151,24 +182,56 @@ def test_a_sweep_is_a_table_and_a_plot_and_goes_on(run_copy):
 @pytest.mark.parametrize(
     ("mode", "settings", "words"),
     [
-        ("sample", {"sample__times": "0,0.5,1"}, "sample.times and sample.steps are both given; set sample.steps=none"),
+        (
+            "sample",
+            {"sample__times": "0,0.5,1"},
+            "sample.times and sample.steps are both given; set sample.steps=none",
+        ),
         (
             "sample",
             {"sample__steps": "none", "sample__times": "0,2"},
             "sample.times is (0.0, 2.0); expected fractions of the way from noise to data that rise from 0 to 1",
         ),
         ("sample", {"sample__frames": 1}, "sample.frames is 1; expected 2 or more, or none"),
-        ("sample", {"sample__cfg_interval": "0.5,0.5"}, "sample.cfg_interval is (0.5, 0.5); expected two times with 0"),
-        ("sample", {"sample__last_step_size": 1}, "sample.last_step_size is 1.0; expected a number inside (0, 1)"),
+        (
+            "sample",
+            {"sample__cfg_interval": "0.5,0.5"},
+            "sample.cfg_interval is (0.5, 0.5); expected two times with 0",
+        ),
+        (
+            "sample",
+            {"sample__last_step_size": 1},
+            "sample.last_step_size is 1.0; expected a number inside (0, 1)",
+        ),
         ("sample", {"sample__steps": 0}, "sample.steps is 0; expected more than 0"),
-        ("sample", {"sample__solver": "shark", "sample__steps": "none"}, "'shark' needs sample.steps, such as 250"),
-        ("sample", {"sample__guide": "runs/none", "sample__cfg_scale": 2}, "'runs/none' holds no run; give a trained"),
-        ("sample", {"sample__guide": "runs/none", "sample__cfg_scale": 1}, "cfg_scale is 1, which guides by nothing"),
-        ("invert", {"sample__solver": "sra1"}, "'sra1' solves an SDE, which cannot be run backwards; give one of an"),
+        (
+            "sample",
+            {"sample__solver": "shark", "sample__steps": "none"},
+            "'shark' needs sample.steps, such as 250",
+        ),
+        (
+            "sample",
+            {"sample__guide": "runs/none", "sample__cfg_scale": 2},
+            "'runs/none' holds no run; give a trained",
+        ),
+        (
+            "sample",
+            {"sample__guide": "runs/none", "sample__cfg_scale": 1},
+            "cfg_scale is 1, which guides by nothing",
+        ),
+        (
+            "invert",
+            {"sample__solver": "sra1"},
+            "'sra1' solves an SDE, which cannot be run backwards; give one of an",
+        ),
         ("sweep", {"sweep__solvers": "heun,rk4"}, "unknown sweep.solvers 'rk4'"),
         ("sweep", {"sweep__forms": "sigmas"}, "unknown sweep.forms 'sigmas'; did you mean 'sigma'"),
         ("sweep", {"sweep__steps": "5,0"}, "sweep.steps holds 0; expected more than 0"),
-        ("sweep", {"sweep__cfg_scales": "0.5"}, "cfg scale is 0.5; expected 1 (no guidance) or more"),
+        (
+            "sweep",
+            {"sweep__cfg_scales": "0.5"},
+            "cfg scale is 0.5; expected 1 (no guidance) or more",
+        ),
         ("sweep", {"sweep__count": 1}, "sweep.count is 1; a Frechet distance needs 2 or more"),
     ],
 )

@@ -19,7 +19,11 @@ def train_on_meshes(devices: int) -> dict:
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
     result = subprocess.run(
-        [sys.executable, "tests/train_on_meshes.py"], capture_output=True, text=True, env=env, check=False
+        [sys.executable, "tests/train_on_meshes.py"],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -33,9 +37,13 @@ def runs():
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "all three", "accumulated"])
 def test_eight_devices_train_and_sample_as_one(runs, mesh):
     one, eight = runs["single"], runs[mesh]
-    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)  # float32 sums in another order
+    np.testing.assert_allclose(
+        eight["losses"], one["losses"], rtol=1e-5
+    )  # float32 sums in another order
     assert one["losses"][-1] < one["losses"][0]
-    np.testing.assert_allclose(eight["log_prob"], one["log_prob"], rtol=1e-4)  # of weights that differ by rounding
+    np.testing.assert_allclose(
+        eight["log_prob"], one["log_prob"], rtol=1e-4
+    )  # of weights that differ by rounding
     # The weights differ by rounding after six steps, which may flip an image's last bit here and there.
     difference = np.abs(np.subtract(eight["images"], one["images"]))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.02
@@ -63,12 +71,16 @@ def test_every_matrix_has_a_rule():
     assert sharding.spec("params/blocks/attn/qkv/kernel", (3, 48, 3, 4, 12), Mesh8) == P(
         None, "fsdp", None, "tensor", None
     )
-    assert sharding.spec("params/final_layer/adaLN_modulation/kernel", (48, 96), Mesh8) == P("fsdp", None)
+    assert sharding.spec("params/final_layer/adaLN_modulation/kernel", (48, 96), Mesh8) == P(
+        "fsdp", None
+    )
     assert sharding.spec("opt_state/0/count", (), Mesh8) == P()
 
 
 def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
-    assert sharding.spec("params/blocks/mlp/fc1/kernel", (3, 47, 188), Mesh8) == P(None, None, "tensor")
+    assert sharding.spec("params/blocks/mlp/fc1/kernel", (3, 47, 188), Mesh8) == P(
+        None, None, "tensor"
+    )
 
 
 def test_bad_meshes():

@@ -83,4 +83,6 @@ def test_signals_save_and_end_the_run_and_a_second_one_ends_it_at_once(tmp_path,
 
 
 def last_saved(workdir):
-    return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    return max(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+    )

@@ -40,22 +40,26 @@ def test_a_file_is_complete_on_disk_before_it_takes_the_name(tmp_path, monkeypat
         calls.append(("replace", pathlib.Path(source).read_bytes()))
         real_replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_size)), real_fsync(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_size)), real_fsync(fd))
+    )
     monkeypatch.setattr(os, "replace", replace)
     storage.write_bytes(tmp_path / "x", b"12345")
     assert calls == [("fsync", 5), ("replace", b"12345")]
 
 
 def test_make_workdir_makes_parents_and_leaves_no_probe(tmp_path):
-    made = storage.make_workdir(tmp_path / "a" / "b")
+    made = storage.make_writable_folder(tmp_path / "a" / "b")
     assert made.is_dir() and os.listdir(made) == []
-    storage.make_workdir(made)
+    storage.make_writable_folder(made)
 
 
 def test_a_workdir_that_cannot_be_written_is_the_users_mistake(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"--workdir '.*file/run' cannot be written \(.+\); give a folder") as caught:
-        storage.make_workdir(tmp_path / "file" / "run")
+    with pytest.raises(
+        UserError, match=r"--workdir '.*file/run' cannot be written \(.+\); give a folder"
+    ) as caught:
+        storage.make_writable_folder(tmp_path / "file" / "run")
     assert "\n" not in str(caught.value)
 
 

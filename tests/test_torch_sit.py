@@ -28,7 +28,9 @@ def sides():
     state = {name: value.numpy().copy() for name, value in theirs.state_dict().items()}
     x1, x0 = torch.randn(2, BATCH, CHANNELS, INPUT, INPUT)
     examples = {"x1": x1, "x0": x0, "t": torch.rand(BATCH), "y": torch.tensor([1, CLASSES, 4])}
-    ours = {k: jnp.asarray(nhwc(v.numpy()) if v.ndim == 4 else v.numpy()) for k, v in examples.items()}
+    ours = {
+        k: jnp.asarray(nhwc(v.numpy()) if v.ndim == 4 else v.numpy()) for k, v in examples.items()
+    }
     model, params = SiT(SIZE, INPUT, CHANNELS, CLASSES), params_from_torch(state, SIZE)
     return torch_sit.Trainer(theirs), model, params, examples, ours
 
@@ -42,19 +44,35 @@ def test_forward_is_equal(sides):
 
 def test_one_training_step_is_equal(sides):
     trainer, model, params, theirs, ours = sides
-    values = {"times": "uniform", "times_mean": 0.0, "times_std": 1.0, "label_dropout": 0.0, "null_label": CLASSES}
+    values = {
+        "times": "uniform",
+        "times_mean": 0.0,
+        "times_std": 1.0,
+        "label_dropout": 0.0,
+        "null_label": CLASSES,
+    }
     goal = train_step.Objective(path_by_name("Linear"), "velocity", "none", (0.0, 1.0), **values)
-    tx = optimizer.adamw(optax.constant_schedule(1e-4), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=None)
+    tx = optimizer.adamw(
+        optax.constant_schedule(1e-4), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=None
+    )
 
     def loss(params, examples):
-        return train_step.batch_loss(lambda p, x, t, y: model.apply({"params": p}, x, t, y), goal, params, examples)
+        return train_step.batch_loss(
+            lambda p, x, t, y: model.apply({"params": p}, x, t, y), goal, params, examples
+        )
 
     state = train_state.init(lambda: jax.tree.map(jnp.asarray, params), tx)
-    update = jax.jit(lambda s, e: train_step.update(s, e, loss=loss, optimizer=tx, ema_decay=0.9999))
+    update = jax.jit(
+        lambda s, e: train_step.update(s, e, loss=loss, optimizer=tx, ema_decay=0.9999)
+    )
     for _ in range(2):  # the second loss sees the first update
         state, metrics = update(state, ours)
         assert float(metrics["loss"]) == pytest.approx(float(trainer.step(**theirs)), rel=1e-5)
     linear = trainer.model.blocks[1].mlp.fc1.weight
     ema = dict(zip([id(p) for p in trainer.trained], trainer.ema, strict=True))[id(linear)]
-    np.testing.assert_allclose(state.params["blocks"]["mlp"]["fc1"]["kernel"][1], linear.detach().T, rtol=0, atol=2e-5)
-    np.testing.assert_allclose(state.ema["blocks"]["mlp"]["fc1"]["kernel"][1], ema.T, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(
+        state.params["blocks"]["mlp"]["fc1"]["kernel"][1], linear.detach().T, rtol=0, atol=2e-5
+    )
+    np.testing.assert_allclose(
+        state.ema["blocks"]["mlp"]["fc1"]["kernel"][1], ema.T, rtol=0, atol=2e-7
+    )

@@ -27,7 +27,9 @@ def objective(path="Linear", prediction="velocity", weight="none", interval=(0.0
         "label_dropout": 0.1,
         "null_label": goldens.CLASSES,
     }
-    return train_step.Objective(path_by_name(path), prediction, weight, interval, **(values | changes))
+    return train_step.Objective(
+        path_by_name(path), prediction, weight, interval, **(values | changes)
+    )
 
 
 def adamw(**changes):
@@ -39,7 +41,9 @@ def updater(learn_sigma, goal, tx, ema_decay=0.9, accumulation=1):
     model = goldens.model(learn_sigma)
 
     def loss(params, examples):
-        return train_step.batch_loss(lambda p, x, t, y: model.apply({"params": p}, x, t, y), goal, params, examples)
+        return train_step.batch_loss(
+            lambda p, x, t, y: model.apply({"params": p}, x, t, y), goal, params, examples
+        )
 
     def update(state, examples):
         return train_step.update(
@@ -52,7 +56,12 @@ def updater(learn_sigma, goal, tx, ema_decay=0.9, accumulation=1):
 def golden_examples(arrays, name, step):
     y = np.where(arrays[f"{name}/drop"][step] == 1, goldens.CLASSES, arrays[f"{name}/y"][step])
     x1, x0 = (jnp.asarray(nhwc(arrays[f"{name}/{x}"][step])) for x in ("x1", "x0"))
-    return {"x1": x1, "x0": x0, "t": jnp.asarray(arrays[f"{name}/t"][step]), "y": jnp.asarray(y, jnp.int32)}
+    return {
+        "x1": x1,
+        "x0": x0,
+        "t": jnp.asarray(arrays[f"{name}/t"][step]),
+        "y": jnp.asarray(y, jnp.int32),
+    }
 
 
 @pytest.mark.parametrize("case", goldens.cases("train", "train"), ids=lambda c: c["name"])
@@ -66,7 +75,9 @@ def test_five_steps_equal_reference(case, decay):
     update = updater(case["start"]["learn_sigma"], goal, tx, decay)
     for step in range(STEPS):
         state, metrics = update(state, golden_examples(arrays, name, step))
-        assert float(metrics["loss"]) == pytest.approx(float(arrays[f"{name}/loss"][step]), rel=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(
+            float(arrays[f"{name}/loss"][step]), rel=1e-5
+        )
     assert state.step == STEPS
     adam = state.opt_state[0]
     for part, tree in {
@@ -80,7 +91,11 @@ def test_five_steps_equal_reference(case, decay):
 
 def compare(arrays, prefix, ours):
     """All stored tensors of a tree within 2e-5, the key third of qkv.bias left out: there it is magnified rounding."""
-    stored = {key.removeprefix(prefix + "/"): arrays[key] for key in arrays if key.startswith(prefix + "/")}
+    stored = {
+        key.removeprefix(prefix + "/"): arrays[key]
+        for key in arrays
+        if key.startswith(prefix + "/")
+    }
     if not stored:  # this part was not kept for this case
         return
     in_torch = dict(params_to_torch(ours, goldens.SIZE))
@@ -88,7 +103,9 @@ def compare(arrays, prefix, ours):
         ours_there = in_torch[torch_name]
         if "qkv.bias" in torch_name:
             want, ours_there = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (want, ours_there))
-        np.testing.assert_allclose(ours_there, want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}")
+        np.testing.assert_allclose(
+            ours_there, want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}"
+        )
 
 
 def test_position_embedding_never_moves():
@@ -100,7 +117,9 @@ def test_position_embedding_never_moves():
     for step in range(2):
         state, _ = update(state, golden_examples(arrays, "Linear-velocity", step))
     np.testing.assert_array_equal(state.params["pos_embed"], start["pos_embed"])
-    np.testing.assert_array_equal(state.ema["pos_embed"], start["pos_embed"])  # the reference's drifts by rounding
+    np.testing.assert_array_equal(
+        state.ema["pos_embed"], start["pos_embed"]
+    )  # the reference's drifts by rounding
     assert not np.array_equal(state.params["x_embedder"]["kernel"], start["x_embedder"]["kernel"])
 
 
@@ -135,18 +154,26 @@ def test_draws_depend_on_seed_and_step_alone():
     goal, encode = objective(label_dropout=0.5), functools.partial(PIXELS.encode, {})
 
     def draw(seed, step):
-        return jax.jit(lambda s: train_step.draw_examples(goal, encode, seed, s, images, labels))(step)
+        return jax.jit(lambda s: train_step.draw_examples(goal, encode, seed, s, images, labels))(
+            step
+        )
 
     one, again, other_step, other_seed = draw(0, 3), draw(0, 3), draw(0, 4), draw(1, 3)
     for name in ("x0", "t", "y"):
         np.testing.assert_array_equal(one[name], again[name])
-        assert not np.array_equal(one[name], other_step[name]) and not np.array_equal(one[name], other_seed[name])
-    assert abs(np.corrcoef(one["x0"][:, 0, 0, 0], one["t"])[0, 1]) < 0.5  # streams of different names are independent
+        assert not np.array_equal(one[name], other_step[name]) and not np.array_equal(
+            one[name], other_seed[name]
+        )
+    assert (
+        abs(np.corrcoef(one["x0"][:, 0, 0, 0], one["t"])[0, 1]) < 0.5
+    )  # streams of different names are independent
 
 
 def test_noise_of_an_index_does_not_depend_on_its_batch():
     whole = rng.normal_by_index(0, "sample", jnp.arange(8), (2, 2))
-    np.testing.assert_array_equal(rng.normal_by_index(0, "sample", jnp.array([5, 2]), (2, 2)), whole[jnp.array([5, 2])])
+    np.testing.assert_array_equal(
+        rng.normal_by_index(0, "sample", jnp.array([5, 2]), (2, 2)), whole[jnp.array([5, 2])]
+    )
     assert not np.array_equal(rng.normal_by_index(1, "sample", jnp.arange(8), (2, 2)), whole)
     assert not np.array_equal(rng.key(0, "a", 1), rng.key(0, "b", 1))
 
@@ -164,7 +191,12 @@ def test_schedules():
         [constant(0), constant(5), constant(10), constant(1000)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6
     )
     np.testing.assert_allclose(
-        [cosine(5), cosine(10), cosine(60), cosine(110)], [5e-4, 1e-3, 5e-4, 0], rtol=1e-5, atol=1e-9
+        [cosine(5), cosine(10), cosine(60), cosine(110)],
+        [5e-4, 1e-3, 5e-4, 0],
+        rtol=1e-5,
+        atol=1e-9,
     )
-    with pytest.raises(UserError, match="unknown optimizer.schedule 'cosin'; did you mean 'cosine'"):
+    with pytest.raises(
+        UserError, match="unknown optimizer.schedule 'cosin'; did you mean 'cosine'"
+    ):
         optimizer.learning_rate("cosin", 1e-3, 0, 1)

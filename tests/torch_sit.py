@@ -51,7 +51,9 @@ class Block(nn.Module):
         self.adaLN_modulation = adaLN(width, 6)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(
+            6, dim=1
+        )
         x = x + gate1.unsqueeze(1) * self.attn(modulate(x, shift1, scale1))
         return x + gate2.unsqueeze(1) * self.mlp(modulate(x, shift2, scale2))
 
@@ -69,7 +71,9 @@ class TimeEmbedder(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * torch.arange(128) / 128), persistent=False)
+        self.register_buffer(
+            "frequencies", torch.exp(-math.log(10_000) * torch.arange(128) / 128), persistent=False
+        )
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         angles = t.unsqueeze(1) * self.frequencies
@@ -126,7 +130,9 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             x = block(x, condition)
-        out = self.final_layer(x, condition).reshape(b, self.grid, self.grid, self.patch, self.patch, self.out_channels)
+        out = self.final_layer(x, condition).reshape(
+            b, self.grid, self.grid, self.patch, self.patch, self.out_channels
+        )
         side = self.grid * self.patch
         return out.permute(0, 5, 1, 3, 2, 4).reshape(b, self.out_channels, side, side)[:, :c]
 
@@ -140,7 +146,9 @@ class Trainer:
         self.ema = [copy.deepcopy(p.data) for p in self.trained]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=fused)
 
-    def step(self, x1: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def step(
+        self, x1: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor:
         """One update from data x1 and noise x0; returns the loss before it."""
         t_bchw = t.reshape(-1, 1, 1, 1)
         loss = F.mse_loss(self.model(t_bchw * x1 + (1 - t_bchw) * x0, t, y), x1 - x0)

@@ -19,7 +19,9 @@ TINY = [
 
 def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
     mesh = [("mesh.data", str(data)), ("mesh.fsdp", str(fsdp)), ("mesh.tensor", str(tensor))]
-    config = config_lib.load("configs/digits.py", TINY + mesh + [("train.accumulation", str(accumulation))])
+    config = config_lib.load(
+        "configs/digits.py", TINY + mesh + [("train.accumulation", str(accumulation))]
+    )
     setup = set_up(config)
     state = setup.create_state()
     step, losses = train.make_train_step(setup), []
@@ -33,7 +35,9 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
         for found, _ in likelihood.evaluate(setup, train.open_source(setup), state.params, range(6))
         for row in found
     ]
-    (_, images, _), *_ = sampler.sample_images(setup, sampler.make_sampler(setup), state.params, np.arange(16))
+    (_, images, _), *_ = sampler.sample_images(
+        setup, sampler.make_sampler(setup), state.params, np.arange(16)
+    )
     return {
         "losses": losses,
         "shard": list(kernel.addressable_shards[0].data.shape),
@@ -48,5 +52,7 @@ if __name__ == "__main__":
         found = {"single": run(1, 1, 1)}
     else:
         meshes = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all three": (2, 2, 2)}
-        found = {name: run(*mesh) for name, mesh in meshes.items()} | {"accumulated": run(4, 2, 1, accumulation=2)}
+        found = {name: run(*mesh) for name, mesh in meshes.items()} | {
+            "accumulated": run(4, 2, 1, accumulation=2)
+        }
     print(json.dumps(found))

@@ -28,7 +28,9 @@ def uniform(keys_b: jax.Array, images_bhwc: jax.Array) -> tuple[jax.Array, jax.A
     return normalise(images_bhwc) + (u_bhwc - 0.5) * BIN, jnp.full(len(images_bhwc), correction)
 
 
-def gaussian(keys_b: jax.Array, images_bhwc: jax.Array, alpha: float, sigma: float) -> tuple[jax.Array, jax.Array]:
+def gaussian(
+    keys_b: jax.Array, images_bhwc: jax.Array, alpha: float, sigma: float
+) -> tuple[jax.Array, jax.Array]:
     """uint8 images -> (z_bhwc = alpha x + sigma eps, correction_b): the noise of a path's time t, nothing learned.
 
     The variational bound with q(z|x) = N(alpha x, sigma^2) and P(x|z) = q(z|x) / sum_k q(z|level k), pixel by pixel

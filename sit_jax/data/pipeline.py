@@ -50,7 +50,13 @@ def batches(
     check(seed >= 0, f"seed={seed}, but it must not be negative; set it to 0 or more")
     check(batch_size > 0, f"data.batch_size={batch_size}, but a batch has at least one row")
     read = _read_or_skip if skip_unreadable else _read
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().map(functools.partial(read, source))
+    order = (
+        grain.MapDataset.range(len(source))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .map(functools.partial(read, source))
+    )
     if flip:  # before the choice of rows, so that its randomness is keyed by a row's place in the global order
         order = order.random_map(_flip)
     rows = range(batch_size) if rows is None else rows
@@ -58,15 +64,26 @@ def batches(
 
 
 def in_order(
-    source: Source, indices: Sequence[int], *, batch_size: int, skip_unreadable: bool, shape: tuple[int, int, int]
+    source: Source,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    skip_unreadable: bool,
+    shape: tuple[int, int, int],
 ) -> grain.MapDataset:
     """The records of these indices, each once and in this order, in batches; the last one may be smaller.
 
     An element is {"index": int32 [b], "image": uint8 [b, h, w, c], "label": int32 [b], "skipped": int32 [b]}. An image
     that cannot be read raises `UserError`, or with `skip_unreadable` is black, of this `shape`, its "skipped" 1.
     """
-    read = functools.partial(_read_or_blank, source, shape) if skip_unreadable else functools.partial(_read, source)
-    return grain.MapDataset.source(indices).map(functools.partial(_with_index, read)).batch(batch_size)
+    read = (
+        functools.partial(_read_or_blank, source, shape)
+        if skip_unreadable
+        else functools.partial(_read, source)
+    )
+    return (
+        grain.MapDataset.source(indices).map(functools.partial(_with_index, read)).batch(batch_size)
+    )
 
 
 def pad(batch: Record, size: int) -> Record:
@@ -85,7 +102,9 @@ def iterate(dataset: grain.MapDataset, start: int, *, workers: int) -> grain.Dat
     """
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
     ahead = dataset.slice(slice(start, None)).to_iter_dataset(options)
-    return iter(ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _outlive_signals))
+    return iter(
+        ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _outlive_signals)
+    )
 
 
 def _outlive_signals(worker: int, workers: int) -> None:
@@ -105,7 +124,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def prefetch_to_device(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+def prefetch_to_device(
+    batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2
+) -> Iterator[Any]:
     """Yields `put(batch)` of each batch, with `depth` further ones already put while the caller works on it.
 
     `put` starts a transfer and does not wait for it, as `jax.device_put` does: the device then never waits for one.
@@ -142,7 +163,9 @@ def _read(source: Source, index: int) -> Record:
     try:
         return {**source[index], "skipped": np.int32(0)}
     except UnreadableImage as error:
-        raise UserError(f"{error}; remove it, or set data.skip_unreadable=True to pass over it") from error
+        raise UserError(
+            f"{error}; remove it, or set data.skip_unreadable=True to pass over it"
+        ) from error
 
 
 def _read_or_skip(source: Source, index: int) -> Record:

@@ -79,7 +79,9 @@ class FolderSource:
             with open(path, "rb") as file:
                 image = transforms.center_crop(transforms.decode_rgb(file.read()), self.image_size)
         except Exception as error:  # Pillow's decoders raise a dozen types for broken data
-            raise UnreadableImage(f"image {path!r} cannot be read ({type(error).__name__}: {error})") from error
+            raise UnreadableImage(
+                f"image {path!r} cannot be read ({type(error).__name__}: {error})"
+            ) from error
         return {"image": image, "label": self.labels[index]}
 
 
@@ -91,9 +93,14 @@ def _digits(*, path: str, image_size: int, channels: int, split: str) -> ArraySo
 
     Even records are "train", odd ones "test": fixed, with 86 to 93 of each class in both.
     """
-    from sklearn.datasets import load_digits  # here, as it takes a second to import and serves this source alone
+    from sklearn.datasets import (
+        load_digits,
+    )  # here, as it takes a second to import and serves this source alone
 
-    check(not path, f"data.path={path!r}, but the digits come with scikit-learn; leave it empty, or set data.source")
+    check(
+        not path,
+        f"data.path={path!r}, but the digits come with scikit-learn; leave it empty, or set data.source",
+    )
     check(image_size == 8, f"data.image_size={image_size}, but the digits are 8x8; set it to 8")
     check(channels == 1, f"data.channels={channels}, but the digits are grey; set it to 1")
     if split not in _DIGITS_SPLITS:
@@ -101,7 +108,9 @@ def _digits(*, path: str, image_size: int, channels: int, split: str) -> ArraySo
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     rows = _DIGITS_SPLITS[split]
-    return ArraySource(images[rows], digits.target.astype(np.int32)[rows], tuple(map(str, digits.target_names)))
+    return ArraySource(
+        images[rows], digits.target.astype(np.int32)[rows], tuple(map(str, digits.target_names))
+    )
 
 
 def _folder(*, path: str, image_size: int, channels: int, split: str) -> FolderSource:
@@ -109,17 +118,34 @@ def _folder(*, path: str, image_size: int, channels: int, split: str) -> FolderS
 
     The folder is the split: there is "all" of it and nothing else.
     """
-    check(path, "data.path is empty, but data.source='folder' needs a folder of class folders; set it")
-    check(not is_remote(path), f"data.path={path!r} is not on a local disk; copy it to one, or mount the bucket")
-    check(channels == 3, f"data.channels={channels}, but images of a folder are read as RGB; set it to 3")
-    check(image_size > 0, f"data.image_size={image_size}, but it must be positive; set it to the side in pixels")
+    check(
+        path, "data.path is empty, but data.source='folder' needs a folder of class folders; set it"
+    )
+    check(
+        not is_remote(path),
+        f"data.path={path!r} is not on a local disk; copy it to one, or mount the bucket",
+    )
+    check(
+        channels == 3,
+        f"data.channels={channels}, but images of a folder are read as RGB; set it to 3",
+    )
+    check(
+        image_size > 0,
+        f"data.image_size={image_size}, but it must be positive; set it to the side in pixels",
+    )
     check(
         split == "all",
         f"data.split={split!r}, but a folder is one split; set it to 'all', and data.path to that split's folder",
     )
-    check(os.path.isdir(path), f"data.path={path!r} is no folder; give a folder with a sub-folder for each class")
+    check(
+        os.path.isdir(path),
+        f"data.path={path!r} is no folder; give a folder with a sub-folder for each class",
+    )
     class_names = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
-    check(class_names, f"data.path={path!r} has no sub-folders; put the images of each class into a sub-folder of it")
+    check(
+        class_names,
+        f"data.path={path!r} has no sub-folders; put the images of each class into a sub-folder of it",
+    )
     by_class = [list(_image_files(os.path.join(path, name))) for name in class_names]
     empty = [name for name, files in zip(class_names, by_class) if not files]
     check(
@@ -127,7 +153,9 @@ def _folder(*, path: str, image_size: int, channels: int, split: str) -> FolderS
         f"data.path={path!r} has {len(empty)} class folders without images ({', '.join(IMAGE_EXTENSIONS)}), "
         f"the first is {empty[:1]}; fill or remove them",
     )
-    labels = np.repeat(np.arange(len(class_names), dtype=np.int32), [len(files) for files in by_class])
+    labels = np.repeat(
+        np.arange(len(class_names), dtype=np.int32), [len(files) for files in by_class]
+    )
     return FolderSource(tuple(itertools.chain(*by_class)), labels, class_names, image_size)
 
 

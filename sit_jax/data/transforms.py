@@ -19,7 +19,9 @@ def decode_rgb(data: bytes) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except UnidentifiedImageError:  # its message holds a memory address, so it would be news each time
+    except (
+        UnidentifiedImageError
+    ):  # its message holds a memory address, so it would be news each time
         raise ValueError("not an image that Pillow knows") from None
 
 
@@ -32,7 +34,9 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

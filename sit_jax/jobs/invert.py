@@ -13,7 +13,7 @@ from sit_jax import hosts, storage
 from sit_jax.data import pipeline
 from sit_jax.errors import check
 from sit_jax.image_io import ImageWriter, encode_png, sheet, to_uint8
-from sit_jax.jobs.sampler import make_inverter, open_weak, sampler_name, sampler_settings
+from sit_jax.jobs.sampler import make_inverter, open_guide, sampler_name, sampler_settings
 from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.train import open_source
 from sit_jax.jobs.workdir import restore_weights, results_folder
@@ -33,32 +33,46 @@ def run(config: Config, workdir: epath.Path) -> None:
         f"sample.solver {options.solver!r} solves an SDE, which cannot be run backwards; give one of an ODE, such as "
         "dopri5",
     )
-    source = hosts.together(lambda: open_source(setup))
+    source = hosts.run_on_all(lambda: open_source(setup))
     count = min(options.count, len(source))
     step, params = restore_weights(setup, workdir, options.weights)
-    weak = open_weak(config)
-    settings = sampler_settings(config, step, weak) | {"data_path": config.data.path, "split": config.data.split}
+    weak = open_guide(config)
+    settings = sampler_settings(config, step, weak) | {
+        "data_path": config.data.path,
+        "split": config.data.split,
+    }
     folder = results_folder(workdir / "inversions", sampler_name(options, step), settings)
     writer = ImageWriter(folder)
-    missing = hosts.by_first(lambda: writer.missing(count))
-    print(f"inverting {len(missing)} of {count} images of split {config.data.split!r} under step {step}, into {folder}")
-    size, shape = options.batch, (config.data.image_size, config.data.image_size, config.data.channels)
-    dataset = pipeline.in_order(source, missing, batch_size=size, skip_unreadable=False, shape=shape)
+    missing = hosts.broadcast_from_first(lambda: writer.missing(count))
+    print(
+        f"inverting {len(missing)} of {count} images of split {config.data.split!r} under step {step}, into {folder}"
+    )
+    size, shape = (
+        options.batch,
+        (config.data.image_size, config.data.image_size, config.data.channels),
+    )
+    dataset = pipeline.in_order(
+        source, missing, batch_size=size, skip_unreadable=False, shape=shape
+    )
     invert = make_inverter(setup, weak)
     with (
         contextlib.closing(pipeline.iterate(dataset, 0, workers=config.data.workers)) as batches,
-        tqdm(total=len(missing), unit="image", disable=hosts.bar_off()) as bar,
+        tqdm(total=len(missing), unit="image", disable=hosts.tqdm_disabled()) as bar,
     ):
         for batch in batches:
             padded = pipeline.pad(batch, size)
             made = hosts.to_host(invert(params, padded["index"], padded["image"], padded["label"]))
-            for i, (index, image, label) in enumerate(zip(batch["index"], batch["image"], batch["label"], strict=True)):
+            for i, (index, image, label) in enumerate(
+                zip(batch["index"], batch["image"], batch["label"], strict=True)
+            ):
                 noise, again, error = (array[i] for array in made[:3])
                 check(
                     np.isfinite(error),
                     f"image {index} does not come back: the way is not finite; use more steps or looser tolerances",
                 )
-                if i % jax.process_count() != jax.process_index():  # every process has all, and writes some
+                if (
+                    i % jax.process_count() != jax.process_index()
+                ):  # every process has all, and writes some
                     continue
                 file = io.BytesIO()
                 np.savez(file, noise=noise, label=label, error=error)
@@ -72,8 +86,13 @@ def run(config: Config, workdir: epath.Path) -> None:
 
 
 def _summarise(folder: epath.Path, writer: ImageWriter, count: int, config: Config) -> None:
-    found = [np.load(io.BytesIO((folder / f"{index:06d}.npz").read_bytes())) for index in range(count)]
-    errors, noise = np.stack([entry["error"] for entry in found]), np.stack([entry["noise"] for entry in found])
+    found = [
+        np.load(io.BytesIO((folder / f"{index:06d}.npz").read_bytes())) for index in range(count)
+    ]
+    errors, noise = (
+        np.stack([entry["error"] for entry in found]),
+        np.stack([entry["noise"] for entry in found]),
+    )
     summary = {
         "images": count,
         "round_trip_rms": {"mean": float(errors.mean()), "largest": float(errors.max())},
@@ -83,6 +102,8 @@ def _summarise(folder: epath.Path, writer: ImageWriter, count: int, config: Conf
     shown = [writer.read(index) for index in range(min(count, config.log.sheet_count))]
     image = sheet(np.stack(shown), config.sample.columns, scale=config.sample.scale)
     storage.write_bytes(folder / "sheet.png", encode_png(image))
-    print(f"round trip: RMS error {errors.mean():.2e}, largest {errors.max():.2e}, where images span [-1, 1]")
+    print(
+        f"round trip: RMS error {errors.mean():.2e}, largest {errors.max():.2e}, where images span [-1, 1]"
+    )
     print(f"noise: mean {noise.mean():.3f}, standard deviation {noise.std():.3f}")
     print(f"images beside what came back: {folder / 'sheet.png'}")

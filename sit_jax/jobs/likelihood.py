@@ -32,7 +32,9 @@ from sit_jax.transport.prediction import velocity_field
 class Continuous:
     """How images become what has a density, and how its log p becomes theirs."""
 
-    encode: Callable[..., tuple[jax.Array, jax.Array]]  # (codec_params, keys_b, uint8 images) -> (x_bhwc, correction_b)
+    encode: Callable[
+        ..., tuple[jax.Array, jax.Array]
+    ]  # (codec_params, keys_b, uint8 images) -> (x_bhwc, correction_b)
     interval: Interval  # of the flow from N(0, I) to x
     meaning: str  # of log p of x plus the correction
 
@@ -55,7 +57,11 @@ def continuous(setup: Setup) -> Continuous:
         t1 = min(time_of_noise(setup.path, dequantise.GAUSSIAN_NOISE), trained[1])
         alpha, sigma = (float(f(jnp.float32(t1))) for f in (setup.path.alpha, setup.path.sigma))
         meaning = f"lower bound of the 8-bit image's probability, dequantised by the Gaussian noise of t={t1:.6f}"
-        return Continuous(lambda _, keys, images: dequantise.gaussian(keys, images, alpha, sigma), (t0, t1), meaning)
+        return Continuous(
+            lambda _, keys, images: dequantise.gaussian(keys, images, alpha, sigma),
+            (t0, t1),
+            meaning,
+        )
     meaning = "lower bound of the 8-bit image's probability, dequantised uniformly"
     return Continuous(lambda _, keys, images: dequantise.uniform(keys, images), (t0, t1), meaning)
 
@@ -75,9 +81,15 @@ def make_log_prob(setup: Setup) -> Callable[..., tuple[jax.Array, jax.Array]]:
         x_bhwc, correction_b = how.encode(codec_params, keys_b("dequantisation"), images_bhwc)
         probes_nbhwc = None
         if options.trace == "hutchinson":
-            probes_nbhwc = density.draw_probes(options.probe, keys_b("probe"), options.probes, setup.input_shape)
+            probes_nbhwc = density.draw_probes(
+                options.probe, keys_b("probe"), options.probes, setup.input_shape
+            )
         log_prob_b, _, evaluations = density.log_prob(
-            velocity_field(lambda x, t_b: setup.network(params, x, t_b, y_b), setup.path, setup.objective.prediction),
+            velocity_field(
+                lambda x, t_b: setup.network(params, x, t_b, y_b),
+                setup.path,
+                setup.objective.prediction,
+            ),
             jax.lax.with_sharding_constraint(x_bhwc, sharding.batch_sharding(setup.mesh)),
             how.interval,
             probes_nbhwc,
@@ -101,13 +113,17 @@ def evaluate(
     """
     data, size = setup.config.data, setup.config.likelihood.batch
     shape = (data.image_size, data.image_size, data.channels)
-    dataset = pipeline.in_order(source, indices, batch_size=size, skip_unreadable=data.skip_unreadable, shape=shape)
+    dataset = pipeline.in_order(
+        source, indices, batch_size=size, skip_unreadable=data.skip_unreadable, shape=shape
+    )
     log_prob, dimensions = make_log_prob(setup), math.prod(setup.input_shape)
     with contextlib.closing(pipeline.iterate(dataset, 0, workers=data.workers)) as batches:
         for batch in batches:
             n = len(batch["index"])
             padded = pipeline.pad(batch, size)
-            found_b, evaluations = hosts.to_host(log_prob(params, padded["index"], padded["image"], padded["label"]))
+            found_b, evaluations = hosts.to_host(
+                log_prob(params, padded["index"], padded["image"], padded["label"])
+            )
             kept = [i for i in range(n) if not batch["skipped"][i]]
             bad = [int(batch["index"][i]) for i in kept if not np.isfinite(found_b[i])]
             check(
@@ -147,7 +163,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     model = dataclasses.replace(config.model, attention="einsum")
     setup = set_up(dataclasses.replace(config, data=data, model=model))
     check_batch(setup.mesh, "likelihood.batch", options.batch)
-    source = hosts.together(lambda: open_source(setup))
+    source = hosts.run_on_all(lambda: open_source(setup))
     count = len(source) if options.count is None else options.count
     check(
         count <= len(source),
@@ -161,20 +177,28 @@ def run(config: Config, workdir: epath.Path) -> None:
         "data": dataclasses.asdict(data),
         "precision": dataclasses.asdict(config.precision),
     }
-    settings |= {"transport": dataclasses.asdict(config.transport), "likelihood": dataclasses.asdict(options)}
-    for section, keys in (("likelihood", ("count", "batch")), ("data", ("workers", "flip", "skip_unreadable"))):
+    settings |= {
+        "transport": dataclasses.asdict(config.transport),
+        "likelihood": dataclasses.asdict(options),
+    }
+    for section, keys in (
+        ("likelihood", ("count", "batch")),
+        ("data", ("workers", "flip", "skip_unreadable")),
+    ):
         for key in keys:  # these change no image's log p
             del settings[section][key]
     trace = "exact" if options.trace == "exact" else f"{options.probe}{options.probes}"
     name = f"step{step}-{options.weights}-{data.split}-{options.solver}-{trace}-seed{options.seed}"
     folder = results_folder(workdir / "likelihood", name, settings)
     results = folder / "results.jsonl"
-    rows = hosts.by_first(lambda: read_rows(results))
+    rows = hosts.broadcast_from_first(lambda: read_rows(results))
     there = {row["index"] for row in rows}
     missing = [index for index in range(count) if index not in there]
-    print(f"log p of {len(missing)} of {count} images of split {data.split!r} under step {step}, into {folder}")
+    print(
+        f"log p of {len(missing)} of {count} images of split {data.split!r} under step {step}, into {folder}"
+    )
     print(f"unguided; {how.meaning}", flush=True)
-    with tqdm(total=len(missing), unit="image", disable=hosts.bar_off()) as bar:
+    with tqdm(total=len(missing), unit="image", disable=hosts.tqdm_disabled()) as bar:
         for new, evaluations in evaluate(setup, source, params, missing):
             if hosts.is_first():
                 storage.append_text(results, "".join(json.dumps(row) + "\n" for row in new))
@@ -188,5 +212,11 @@ def run(config: Config, workdir: epath.Path) -> None:
         storage.write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name, unit in (("log_prob", "log p"), ("bits_per_dim", "bits/dim")):
         mean, error = summary[name]["mean"], summary[name]["standard_error"]
-        print(f"{unit}: {mean:.4f}" + (f" +- {error:.4f} (standard error)" if error is not None else ""))
-    print(f"{len(rows)} images" + (f", {count - len(rows)} unreadable ones left out" if len(rows) < count else ""))
+        print(
+            f"{unit}: {mean:.4f}"
+            + (f" +- {error:.4f} (standard error)" if error is not None else "")
+        )
+    print(
+        f"{len(rows)} images"
+        + (f", {count - len(rows)} unreadable ones left out" if len(rows) < count else "")
+    )

@@ -27,7 +27,7 @@ Sampler = Callable[[Any, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Weak:
+class Guide:
     """The network that guidance leads away from, with its weights: `(params, x_bhwc, t_b, labels_b) -> like x_bhwc`."""
 
     step: int  # of its checkpoint
@@ -35,7 +35,7 @@ class Weak:
     params: Any
 
 
-def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
+def make_sampler(setup: Setup, weak: Guide | None = None) -> Sampler:
     """`(params, indices_b, labels_b) -> (images_bfhwc in [-1, 1], evaluations)`, compiled once, trajectory and all.
 
     Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with. f counts
@@ -44,7 +44,7 @@ def make_sampler(setup: Setup, weak: Weak | None = None) -> Sampler:
     return _call(setup, weak, jit_sampler(setup, weak))
 
 
-def jit_sampler(setup: Setup, weak: Weak | None = None) -> Callable:
+def jit_sampler(setup: Setup, weak: Guide | None = None) -> Callable:
     """The jitted function of `make_sampler`: `((params, weak's or None), codec_params, indices_b, labels_b)`."""
     options = setup.config.sample
 
@@ -60,10 +60,12 @@ def jit_sampler(setup: Setup, weak: Weak | None = None) -> Callable:
         images = setup.codec.decode(codec_params, x_bfhwc.reshape(-1, *setup.input_shape))
         return images.reshape(*x_bfhwc.shape[:2], *images.shape[1:]), evaluations
 
-    return jit_for_batches(setup, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)))
+    return jit_for_batches(
+        setup, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh))
+    )
 
 
-def make_inverter(setup: Setup, weak: Weak | None = None) -> Callable:
+def make_inverter(setup: Setup, weak: Guide | None = None) -> Callable:
     """`(params, indices_b, images_bhwc uint8, labels_b) -> (noise_bhwc, images_bhwc in [-1, 1], error_b, evaluations)`.
 
     Along the ODE of the sampler from each image to its noise, and back: `error_b` is the RMS difference that is left
@@ -84,7 +86,7 @@ def make_inverter(setup: Setup, weak: Weak | None = None) -> Callable:
     return _call(setup, weak, jit_for_batches(setup, run, (batch, batch, batch, one)))
 
 
-def _guided(setup: Setup, weak: Weak | None, both_params: Any, labels_b: jax.Array) -> Predict:
+def _guided(setup: Setup, weak: Guide | None, both_params: Any, labels_b: jax.Array) -> Predict:
     options, (params, weak_params) = setup.config.sample, both_params
 
     def conditional(x, t_b):
@@ -95,10 +97,12 @@ def _guided(setup: Setup, weak: Weak | None, both_params: Any, labels_b: jax.Arr
             return weak.network(weak_params, x, t_b, labels_b)
         return setup.network(params, x, t_b, jnp.full_like(labels_b, setup.null_label))
 
-    return guide(conditional, unconditional, options.cfg_scale, options.cfg_channels, options.cfg_interval)
+    return guide(
+        conditional, unconditional, options.cfg_scale, options.cfg_channels, options.cfg_interval
+    )
 
 
-def _call(setup: Setup, weak: Weak | None, compiled: Callable) -> Callable:
+def _call(setup: Setup, weak: Guide | None, compiled: Callable) -> Callable:
     call = call_with_batches(setup, compiled)
     return lambda params, *batch: call((params, weak.params if weak else None), *batch)
 
@@ -126,7 +130,9 @@ def _solve_ode(
     )
 
 
-def _solve_sde(setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _solve_sde(
+    setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     options, transport = setup.config.sample, setup.config.transport
     size = options.last_step_size if options.last_step != "none" else 0.0
     keys_b = jax.vmap(lambda i: rng.key(options.seed, "sample noise", i))(indices_b)
@@ -134,7 +140,9 @@ def _solve_sde(setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax
         velocity_and_score(predict, setup.path, transport.prediction),
         setup.path,
         x_bhwc,
-        sde_interval(setup.path, transport.prediction, options.diffusion_form, size, transport.sample_eps),
+        sde_interval(
+            setup.path, transport.prediction, options.diffusion_form, size, transport.sample_eps
+        ),
         keyed_draw(keys_b, setup.input_shape),
         solver=options.solver,
         steps=options.grid,
@@ -179,7 +187,7 @@ def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:
     return sheet(images, setup.config.sample.columns, scale=setup.config.sample.scale)
 
 
-def open_weak(config: Config) -> Weak | None:
+def open_guide(config: Config) -> Guide | None:
     """The newest checkpoint of the run that sample.guide names, for autoguidance (Karras et al., arXiv 2406.02507).
 
     It may be smaller and less trained, but must be of the same data and transport; `UserError` names what is not.
@@ -188,7 +196,8 @@ def open_weak(config: Config) -> Weak | None:
         return None
     folder = epath.Path(config.sample.guide)
     check(
-        (folder / "config.json").exists(), f"sample.guide {config.sample.guide!r} holds no run; give a trained workdir"
+        (folder / "config.json").exists(),
+        f"sample.guide {config.sample.guide!r} holds no run; give a trained workdir",
     )
     theirs = config_lib.load(str(folder / "config.json"))
     shared = [key for key in config_lib.NETWORK if key != "model."]
@@ -197,20 +206,29 @@ def open_weak(config: Config) -> Weak | None:
         for key, (old, new) in config_lib.changes(config, theirs).items()
         if key.startswith(tuple(shared))
     ]
-    check(not differing, f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differing)}")
+    check(
+        not differing,
+        f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differing)}",
+    )
     setup = set_up(dataclasses.replace(config, model=theirs.model))
     step, params = restore_weights(setup, folder, config.sample.weights)
-    return Weak(step, setup.network, params)
+    return Guide(step, setup.network, params)
 
 
 def sampler_name(options: Sample, step: int) -> str:
     """What a person knows a set of samples by."""
-    return f"step{step}-{options.weights}-{options.solver}-cfg{options.cfg_scale:g}-seed{options.seed}"
+    return (
+        f"step{step}-{options.weights}-{options.solver}-cfg{options.cfg_scale:g}-seed{options.seed}"
+    )
 
 
-def sampler_settings(config: Config, step: int, weak: Weak | None) -> dict[str, Any]:
+def sampler_settings(config: Config, step: int, weak: Guide | None) -> dict[str, Any]:
     """All that the images of a sampler follow from."""
-    settings = {"step": step, **dataclasses.asdict(config.sample), **dataclasses.asdict(config.transport)}
+    settings = {
+        "step": step,
+        **dataclasses.asdict(config.sample),
+        **dataclasses.asdict(config.transport),
+    }
     if weak:
         settings["guide_step"] = weak.step
     for key in ("count", "batch", "columns", "scale"):  # these change no image

@@ -34,16 +34,20 @@ class Setup:
     @functools.cached_property
     def size(self) -> Size:
         model = self.config.model
-        return size_by_name(model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch)
+        return size_by_name(
+            model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch
+        )
 
     @functools.cached_property
     def codec(self) -> Codec:
-        return open_codec(**dataclasses.asdict(self.config.latents), per_device=sharding.per_device(self.mesh))
+        return open_codec(
+            **dataclasses.asdict(self.config.latents), per_device=sharding.per_device(self.mesh)
+        )
 
     @functools.cached_property
     def codec_params(self) -> Any:
         """The codec's weights, read at the first call; whole on every device."""
-        return sharding.put_replicated(self.mesh, hosts.together(self.codec.load))
+        return sharding.put_replicated(self.mesh, hosts.run_on_all(self.codec.load))
 
     @property
     def path(self) -> Path:
@@ -81,7 +85,9 @@ class Setup:
         """The attention that is best on the mesh's devices: (q, k, v) [b, heads, tokens, head width] -> like q."""
         platform = self.mesh.devices.flat[0].platform
         height, _, _ = self.input_shape
-        found = attention.choose(platform, self.config.precision.compute, tokens(height, self.size.patch))
+        found = attention.choose(
+            platform, self.config.precision.compute, tokens(height, self.size.patch)
+        )
         name = found if self.config.model.attention == "auto" else "einsum"
         function = attention.KERNELS[name]
         return function if name == "einsum" else sharding.on_each_device(self.mesh, function)
@@ -90,11 +96,17 @@ class Setup:
         """Fresh parameters, a function of the seed alone."""
         x, one = jnp.zeros((1, *self.input_shape)), jnp.zeros((1,))
         # One example cannot be split over devices.
-        plain = self.model.clone(shard=identity, split=identity, broadcast=identity, attend=attention.einsum)
-        return plain.init(rng.key(self.config.seed, "params"), x, one, one.astype(jnp.int32))["params"]
+        plain = self.model.clone(
+            shard=identity, split=identity, broadcast=identity, attend=attention.einsum
+        )
+        return plain.init(rng.key(self.config.seed, "params"), x, one, one.astype(jnp.int32))[
+            "params"
+        ]
 
     def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
-        return self.model.apply({"params": sharding.gather_ends(self.mesh, params)}, x_bhwc, t_b, y_b)
+        return self.model.apply(
+            {"params": sharding.gather_ends(self.mesh, params)}, x_bhwc, t_b, y_b
+        )
 
     @property
     def objective(self) -> Objective:
@@ -114,13 +126,20 @@ class Setup:
     @property
     def schedule(self) -> optax.Schedule:
         o = self.config.optimizer
-        return optimizer.learning_rate(o.schedule, o.learning_rate, o.warmup_steps, self.config.train.steps)
+        return optimizer.learning_rate(
+            o.schedule, o.learning_rate, o.warmup_steps, self.config.train.steps
+        )
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
         o = self.config.optimizer
         return optimizer.adamw(
-            self.schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+            self.schedule,
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            clip_norm=o.clip_norm,
         )
 
     @functools.cached_property
@@ -144,12 +163,18 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
     codec and the model.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    check_batch(mesh, "train.batch / train.accumulation", config.train.batch // config.train.accumulation)
+    check_batch(
+        mesh, "train.batch / train.accumulation", config.train.batch // config.train.accumulation
+    )
     check_batch(mesh, "sample.batch", config.sample.batch)
     setup = Setup(config, mesh)
     for axis, size, what in (
         ("tensor", setup.size.heads, "heads, which it splits"),
-        ("fsdp", setup.size.width, "channels of width: every device would hold all parameters whole"),
+        (
+            "fsdp",
+            setup.size.width,
+            "channels of width: every device would hold all parameters whole",
+        ),
     ):
         check(
             size % mesh.shape[axis] == 0,
@@ -187,4 +212,6 @@ def call_with_batches(setup: Setup, compiled: Callable) -> Callable:
 
     The batch, whole in every process, is spread over the devices.
     """
-    return lambda params, *batch: compiled(params, setup.codec_params, *sharding.spread(setup.mesh, batch))
+    return lambda params, *batch: compiled(
+        params, setup.codec_params, *sharding.shard_global_batch(setup.mesh, batch)
+    )

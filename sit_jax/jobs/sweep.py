@@ -17,18 +17,33 @@ from sit_jax import hosts, storage
 from sit_jax.data import pipeline
 from sit_jax.data.sources import Source
 from sit_jax.errors import UserError, check
-from sit_jax.jobs.sampler import Weak, labels_of, make_sampler, open_weak, sample_images, sampler_settings
+from sit_jax.jobs.sampler import (
+    Guide,
+    labels_of,
+    make_sampler,
+    open_guide,
+    sample_images,
+    sampler_settings,
+)
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.train import open_source
 from sit_jax.jobs.workdir import read_rows, restore_weights, results_folder
 from sit_jax.metrics.frechet import frechet_distance, moments
-from sit_jax.metrics.pixels import as_features, fit_components, fit_judge
+from sit_jax.metrics.pixels import as_features, fit_classifier, fit_components
 from sit_jax.sampling import ode, sde
 from sit_jax.settings import Config, Sample, Sweep
 
-POINT = ("solver", "steps", "rtol", "diffusion_form", "cfg_scale")  # what a sampler is known by in the table
+POINT = (
+    "solver",
+    "steps",
+    "rtol",
+    "diffusion_form",
+    "cfg_scale",
+)  # what a sampler is known by in the table
 COLUMNS = (*POINT, "evaluations", "networks", "frechet", "agreement", "seconds")
-Judge = Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (uint8 images, labels) -> its measures
+Judge = Callable[
+    [np.ndarray, np.ndarray], dict[str, float]
+]  # (uint8 images, labels) -> its measures
 
 
 def points(sweep: Sweep, sample: Sample) -> list[Sample]:
@@ -36,10 +51,19 @@ def points(sweep: Sweep, sample: Sample) -> list[Sample]:
     found = []
     for cfg_scale, solver in itertools.product(sweep.cfg_scales, sweep.solvers):
         base = dataclasses.replace(
-            sample, solver=solver, cfg_scale=cfg_scale, count=sweep.count, times=(), frames=None, labels=()
+            sample,
+            solver=solver,
+            cfg_scale=cfg_scale,
+            count=sweep.count,
+            times=(),
+            frames=None,
+            labels=(),
         )
         if solver in ode.ADAPTIVE and sweep.rtols:
-            found += [dataclasses.replace(base, steps=None, rtol=rtol, atol=rtol / 10) for rtol in sweep.rtols]
+            found += [
+                dataclasses.replace(base, steps=None, rtol=rtol, atol=rtol / 10)
+                for rtol in sweep.rtols
+            ]
             continue
         forms = sweep.forms if solver in sde.SOLVERS else (sample.diffusion_form,)
         for form, steps in itertools.product(forms, sweep.steps):
@@ -59,12 +83,12 @@ def known_by(point: Sample) -> dict[str, Any]:
     }
 
 
-def make_judge(setup: Setup, source: Source, sweep: Sweep) -> tuple[Judge, dict[str, Any]]:
+def make_evaluator(setup: Setup, source: Source, sweep: Sweep) -> tuple[Judge, dict[str, Any]]:
     """How samples are measured against the real images of `source`; and the same of those real images' own halves."""
     images, labels = _read_all(setup, source, sweep.reference_count)
     features = as_features(images)
     components = fit_components(features, sweep.components)
-    real, classifier = moments(components.transform(features)), fit_judge(features, labels)
+    real, classifier = moments(components.transform(features)), fit_classifier(features, labels)
 
     def judge(images, labels):
         features = as_features(images)
@@ -80,50 +104,81 @@ def make_judge(setup: Setup, source: Source, sweep: Sweep) -> tuple[Judge, dict[
 def _read_all(setup: Setup, source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
     data, indices = setup.config.data, range(min(count, len(source)))
     dataset = pipeline.in_order(
-        source, indices, batch_size=256, skip_unreadable=True, shape=(data.image_size, data.image_size, data.channels)
+        source,
+        indices,
+        batch_size=256,
+        skip_unreadable=True,
+        shape=(data.image_size, data.image_size, data.channels),
     )
     batches = list(
-        tqdm(pipeline.iterate(dataset, 0, workers=data.workers), "real images", leave=False, disable=hosts.bar_off())
+        tqdm(
+            pipeline.iterate(dataset, 0, workers=data.workers),
+            "real images",
+            leave=False,
+            disable=hosts.tqdm_disabled(),
+        )
     )
-    images, labels, skipped = (np.concatenate([b[name] for b in batches]) for name in ("image", "label", "skipped"))
+    images, labels, skipped = (
+        np.concatenate([b[name] for b in batches]) for name in ("image", "label", "skipped")
+    )
     return images[skipped == 0], labels[skipped == 0]
 
 
-def measure(config: Config, point: Sample, params: Any, weak: Weak | None, judge: Judge) -> dict[str, Any]:
+def measure(
+    config: Config, point: Sample, params: Any, weak: Guide | None, judge: Judge
+) -> dict[str, Any]:
     """The row of one sampler: its images are drawn, and judged, and forgotten."""
     setup = set_up(dataclasses.replace(config, sample=point))
     sampler, indices = make_sampler(setup, weak), np.arange(point.count)
     next(sample_images(setup, sampler, params, indices[:1]))  # compiles: not a part of its time
     began = time.perf_counter()
-    drawn = [(images[:, -1], evaluations) for _, images, evaluations in sample_images(setup, sampler, params, indices)]
+    drawn = [
+        (images[:, -1], evaluations)
+        for _, images, evaluations in sample_images(setup, sampler, params, indices)
+    ]
     seconds = time.perf_counter() - began
     evaluations = float(np.mean([evaluations for _, evaluations in drawn]))
     found = judge(np.concatenate([images for images, _ in drawn]), labels_of(setup, indices))
     networks = evaluations * (2 if point.cfg_scale > 1 else 1)
-    return known_by(point) | {"evaluations": evaluations, "networks": networks} | found | {"seconds": seconds}
+    return (
+        known_by(point)
+        | {"evaluations": evaluations, "networks": networks}
+        | found
+        | {"seconds": seconds}
+    )
 
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Writes workdir/sweeps/NAME/{results.jsonl, table.csv, table.md, plot.png}; points that are there are kept."""
     setup, sweep = set_up(config), config.sweep
-    source = hosts.together(lambda: open_source(setup))
+    source = hosts.run_on_all(lambda: open_source(setup))
     step, params = restore_weights(setup, workdir, config.sample.weights)
-    weak = open_weak(config)
+    weak = open_guide(config)
     settings = sampler_settings(config, step, weak) | {"data": dataclasses.asdict(config.data)}
     settings |= {name: getattr(sweep, name) for name in ("count", "reference_count", "components")}
-    for name in (*POINT, "atol", "times", "frames", "labels"):  # these are of a point, not of the folder
+    for name in (
+        *POINT,
+        "atol",
+        "times",
+        "frames",
+        "labels",
+    ):  # these are of a point, not of the folder
         del settings[name]
-    folder = results_folder(workdir / "sweeps", f"step{step}-{config.sample.weights}-count{sweep.count}", settings)
+    folder = results_folder(
+        workdir / "sweeps", f"step{step}-{config.sample.weights}-count{sweep.count}", settings
+    )
     results = folder / "results.jsonl"
-    rows = hosts.by_first(lambda: read_rows(results))
+    rows = hosts.broadcast_from_first(lambda: read_rows(results))
     done = {_key(row) for row in rows}
     wanted = points(sweep, config.sample)
     missing = [point for point in wanted if _key(known_by(point)) not in done]
-    judge, real = make_judge(setup, source, sweep)
-    print(f"{len(missing)} of {len(wanted)} samplers at step {step}, {sweep.count} images each, into {folder}")
+    judge, real = make_evaluator(setup, source, sweep)
+    print(
+        f"{len(missing)} of {len(wanted)} samplers at step {step}, {sweep.count} images each, into {folder}"
+    )
     print(f"compared with {real['images']} real images of split {config.data.split!r}, whose halves are a Frechet "
           f"distance of {real['frechet_between_halves']:.3f} apart", flush=True)  # fmt: skip
-    with tqdm(missing, unit="sampler", disable=hosts.bar_off()) as bar:
+    with tqdm(missing, unit="sampler", disable=hosts.tqdm_disabled()) as bar:
         for point in bar:
             bar.set_postfix_str(_label(known_by(point)))
             try:
@@ -135,7 +190,10 @@ def run(config: Config, workdir: epath.Path) -> None:
             if hosts.is_first():
                 storage.append_text(results, json.dumps(row) + "\n")
     asked = {_key(known_by(point)) for point in wanted}
-    rows = sorted((row for row in rows if _key(row) in asked), key=lambda row: (row["cfg_scale"], row["networks"]))
+    rows = sorted(
+        (row for row in rows if _key(row) in asked),
+        key=lambda row: (row["cfg_scale"], row["networks"]),
+    )
     check(rows, "no sampler gave finite images; look whether training diverged")
     if hosts.is_first():
         storage.write_text(folder / "table.csv", as_csv(rows))
@@ -155,7 +213,12 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _series(row: Mapping[str, Any]) -> str:
-    parts = [row["solver"], row["diffusion_form"], "adaptive" if row["rtol"] else None, f"cfg {row['cfg_scale']:g}"]
+    parts = [
+        row["solver"],
+        row["diffusion_form"],
+        "adaptive" if row["rtol"] else None,
+        f"cfg {row['cfg_scale']:g}",
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -170,7 +233,13 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The same as a table for people."""
-    shown = {"evaluations": "{:g}", "networks": "{:g}", "frechet": "{:.3f}", "agreement": "{:.1%}", "seconds": "{:.1f}"}
+    shown = {
+        "evaluations": "{:g}",
+        "networks": "{:g}",
+        "frechet": "{:.3f}",
+        "agreement": "{:.1%}",
+        "seconds": "{:.1f}",
+    }
 
     def cell(name, value):
         return "" if value is None else shown.get(name, "{}").format(value)
@@ -191,8 +260,16 @@ def plot(rows: Sequence[Mapping[str, Any]], real_frechet: float) -> bytes:
     for column, scale in enumerate(scales):
         for series, own in _lines(row for row in rows if row["cfg_scale"] == scale):
             for axis, measure in zip(axes[:, column], ("frechet", "agreement"), strict=True):
-                axis.plot([r["networks"] for r in own], [r[measure] for r in own], marker="o", ms=3, label=series)
-        axes[0, column].axhline(real_frechet, color="grey", ls=":", label="halves of the real images")
+                axis.plot(
+                    [r["networks"] for r in own],
+                    [r[measure] for r in own],
+                    marker="o",
+                    ms=3,
+                    label=series,
+                )
+        axes[0, column].axhline(
+            real_frechet, color="grey", ls=":", label="halves of the real images"
+        )
         axes[0, column].set(title=f"cfg scale {scale:g}", xscale="log", yscale="log")
         axes[1, column].set(xlabel="network evaluations")
         axes[0, column].legend(fontsize="x-small")

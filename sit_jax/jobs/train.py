@@ -25,7 +25,7 @@ from sit_jax.image_io import encode_png
 from sit_jax.jobs import sampler
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.watcher import Watcher
-from sit_jax.jobs.workdir import make_workdir, newest_whole, weights_of
+from sit_jax.jobs.workdir import make_workdir, newest_complete, weights_of
 from sit_jax.metric_log import MetricLog, Progress
 from sit_jax.settings import Config
 from sit_jax.train_state import TrainState
@@ -44,7 +44,9 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
     def step(state, batch, codec_params):
         images = transforms.normalise(batch["image"])
         encode = functools.partial(setup.codec.encode, codec_params)
-        examples = train_step.draw_examples(objective, encode, setup.config.seed, state.step, images, batch["label"])
+        examples = train_step.draw_examples(
+            objective, encode, setup.config.seed, state.step, images, batch["label"]
+        )
         learning_rate = schedule(state.step)
         state, metrics = train_step.update(
             state,
@@ -54,7 +56,10 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
             ema_decay=train.ema_decay,
             accumulation=train.accumulation,
         )
-        extra = {"learning_rate": jnp.asarray(learning_rate, jnp.float32), "skipped_images": batch["skipped"].sum()}
+        extra = {
+            "learning_rate": jnp.asarray(learning_rate, jnp.float32),
+            "skipped_images": batch["skipped"].sum(),
+        }
         return state, metrics | extra
 
     def in_precision(*args):
@@ -62,7 +67,9 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
             return step(*args)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state)
-    return jax.jit(in_precision, donate_argnums=0, out_shardings=(shardings, sharding.replicated(setup.mesh)))
+    return jax.jit(
+        in_precision, donate_argnums=0, out_shardings=(shardings, sharding.replicated(setup.mesh))
+    )
 
 
 def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
@@ -78,7 +85,11 @@ def open_source(setup: Setup) -> sources.Source:
     """The config's data. `UserError` if it is not there or has other classes."""
     data = setup.config.data
     source = sources.open_source(
-        data.source, path=data.path, image_size=data.image_size, channels=data.channels, split=data.split
+        data.source,
+        path=data.path,
+        image_size=data.image_size,
+        channels=data.channels,
+        split=data.split,
     )
     found = len(source.class_names)
     check(
@@ -89,7 +100,9 @@ def open_source(setup: Setup) -> sources.Source:
 
 
 @contextlib.contextmanager
-def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
+def open_batches(
+    setup: Setup, source: sources.Source, start: int
+) -> Iterator[Iterator[dict[str, jax.Array]]]:
     """Batches start, start + 1, ... on the devices, fetched ahead; leaving ends the readers."""
     data, size = setup.config.data, setup.config.train.batch
     dataset = pipeline.batches(
@@ -101,12 +114,14 @@ def open_batches(setup: Setup, source: sources.Source, start: int) -> Iterator[I
         rows=sharding.own_rows(setup.mesh, size),
     )
     with contextlib.closing(pipeline.iterate(dataset, start, workers=data.workers)) as batches:
-        yield pipeline.prefetch_to_device(batches, lambda batch: sharding.put_batch(setup.mesh, batch, size))
+        yield pipeline.prefetch_to_device(
+            batches, lambda batch: sharding.put_batch(setup.mesh, batch, size)
+        )
 
 
 def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState, dict]:
     """The step to continue from, its state and its note: the newest whole checkpoint, or fresh weights at step 0."""
-    start = newest_whole(checkpoints)
+    start = newest_complete(checkpoints)
     if start is None:
         return 0, setup.create_state(), {}
     target = setup.abstract_state
@@ -123,18 +138,22 @@ def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Trai
 
 def open_checkpoints(config: Config, workdir: epath.Path) -> Checkpoints:
     keep = config.checkpoint
-    return Checkpoints(workdir / "checkpoints", train_state.CHECKPOINT_ITEMS, keep.keep_last, keep.keep_every)
+    return Checkpoints(
+        workdir / "checkpoints", train_state.CHECKPOINT_ITEMS, keep.keep_last, keep.keep_every
+    )
 
 
 def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     """Makes `workdir` a new run at step 0 with the newest weights and EMA of the run in `source`, and fresh moments."""
     setup = set_up(config)
-    taken, there = hosts.by_first(lambda: [(folder / "checkpoints").exists() for folder in (workdir, source)])
+    taken, there = hosts.broadcast_from_first(
+        lambda: [(folder / "checkpoints").exists() for folder in (workdir, source)]
+    )
     check(not taken, f"--fork {str(workdir)!r} holds a run already; give a new folder")
     check(there, f"--workdir {str(source)!r} has no checkpoints to fork from")
-    hosts.together(lambda: open_source(setup))  # data that is not there leaves no folder behind
+    hosts.run_on_all(lambda: open_source(setup))  # data that is not there leaves no folder behind
     with open_checkpoints(config, source) as checkpoints:
-        step = newest_whole(checkpoints)
+        step = newest_complete(checkpoints)
         check(step is not None, f"--workdir {str(source)!r} holds no whole checkpoint to fork from")
         target = setup.abstract_state  # without the moments: another optimizer has others
         weights = weights_of(checkpoints, step, {"params": target.params, "ema": target.ema})
@@ -148,7 +167,9 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
 def record_config(config: Config, workdir: epath.Path, step: int) -> None:
     """Writes workdir/config.json; what has changed since it was written is printed and kept in config_changes.jsonl."""
     recorded = workdir / "config.json"
-    changes = config_lib.changes(config_lib.load(str(recorded)), config) if recorded.exists() else {}
+    changes = (
+        config_lib.changes(config_lib.load(str(recorded)), config) if recorded.exists() else {}
+    )
     for key, (old, new) in changes.items():
         print(f"{key} changes from {old!r} to {new!r} at step {step}")
     if changes:
@@ -166,11 +187,11 @@ def stop_signal() -> Iterator[threading.Event]:
     Ctrl-C becomes one, and the event is never set.
     """
     event, numbers = threading.Event(), (signal.SIGINT, signal.SIGTERM)
-    if hosts.several():
+    if hosts.is_multiprocess():
         numbers = (signal.SIGINT,)
 
     def on_signal(number, frame):
-        if hosts.several():
+        if hosts.is_multiprocess():
             signal.raise_signal(signal.SIGTERM)
         else:
             event.set()
@@ -181,7 +202,9 @@ def stop_signal() -> Iterator[threading.Event]:
         yield event
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: jax's, not Python's
+            signal.signal(
+                number, signal.SIG_DFL if handler is None else handler
+            )  # None: jax's, not Python's
 
 
 def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = None) -> None:
@@ -191,7 +214,7 @@ def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = N
     `profile` (a, b) writes a trace of steps a to b.
     """
     setup, steps = set_up(config), config.train.steps
-    source, _ = hosts.together(lambda: open_source(setup)), setup.codec_params
+    source, _ = hosts.run_on_all(lambda: open_source(setup)), setup.codec_params
     make_workdir(workdir)  # not sooner: a mistake in what is above leaves no folder behind
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
@@ -204,10 +227,12 @@ def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = N
             expected = f"expected one of {start + 1} to {steps}, which are to be trained"
             check(start < profile[0] <= steps, f"--profile starts at step {profile[0]}; {expected}")
         batches = stack.enter_context(open_batches(setup, source, start))
-        first = hosts.together(lambda: next(batches))
-        batches = itertools.chain([first], batches)  # unreadable data stops here, before anything is written
+        first = hosts.run_on_all(lambda: next(batches))
+        batches = itertools.chain(
+            [first], batches
+        )  # unreadable data stops here, before anything is written
         log = stack.enter_context(
-            hosts.together(
+            hosts.run_on_all(
                 lambda: MetricLog(
                     workdir,
                     start_step=start,
@@ -218,37 +243,61 @@ def run(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = N
                 )
             )
         )
-        hosts.by_first(lambda: record_config(config, workdir, start))
+        hosts.broadcast_from_first(lambda: record_config(config, workdir, start))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)
         progress = stack.enter_context(Progress(start, steps))
-        loop = Loop(setup, workdir, checkpoints, log, progress, Watcher(setup, log, progress, note.get("log", {})))
+        loop = Loop(
+            setup,
+            workdir,
+            checkpoints,
+            log,
+            progress,
+            Watcher(setup, log, progress, note.get("log", {})),
+        )
         reached = loop.run(state, batches, start, stop, profile)
         checkpoints.wait()
     if reached < steps:
         print(f"stopped at step {reached} of {steps}, saved; the same command continues")
     else:
-        print(f"trained to step {steps}; sample with: python -m sit_jax.main --mode sample --workdir {workdir}")
+        print(
+            f"trained to step {steps}; sample with: python -m sit_jax.main --mode sample --workdir {workdir}"
+        )
 
 
 def start_profile(folder: epath.Path) -> None:
     """Starts a trace for TensorBoard's profile page and for Perfetto (perfetto_trace.json.gz)."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # it slows Python down several times: the trace would show itself
+    options.python_tracer_level = (
+        0  # it slows Python down several times: the trace would show itself
+    )
     jax.profiler.start_trace(str(folder), create_perfetto_trace=True, profiler_options=options)
 
 
 class Loop:
     """The training loop and its effects: lines, sheets, checkpoints, a trace."""
 
-    def __init__(self, setup, workdir, checkpoints: Checkpoints, log: MetricLog, progress: Progress, watcher: Watcher):
+    def __init__(
+        self,
+        setup,
+        workdir,
+        checkpoints: Checkpoints,
+        log: MetricLog,
+        progress: Progress,
+        watcher: Watcher,
+    ):
         self._setup, self._workdir, self._checkpoints = setup, workdir, checkpoints
         self._log, self._progress, self._watcher = log, progress, watcher
-        self._sampler = sampler.make_sampler(setup, sampler.open_weak(setup.config))
+        self._sampler = sampler.make_sampler(setup, sampler.open_guide(setup.config))
         self._saved: int | None = None  # the step last given to checkpoints
 
     def run(
-        self, state: TrainState, batches: Iterator[dict], start: int, stop: threading.Event, profile: tuple | None
+        self,
+        state: TrainState,
+        batches: Iterator[dict],
+        start: int,
+        stop: threading.Event,
+        profile: tuple | None,
     ) -> int:
         """Trains from `start` until train.steps or `stop`; returns the step it reached, whose state is being saved."""
         config, step_function = self._setup.config, make_train_step(self._setup)
@@ -260,7 +309,11 @@ class Loop:
                 start_profile(self._workdir / "profile")
             state, metrics = step_function(state, batch, codec_params)
             self._watcher.add(step, metrics)
-            stopping = multihost_utils.reached_preemption_sync_point(step) if hosts.several() else stop.is_set()
+            stopping = (
+                multihost_utils.reached_preemption_sync_point(step)
+                if hosts.is_multiprocess()
+                else stop.is_set()
+            )
             last = step == config.train.steps or stopping
             if profile and profile[0] <= step and (last or step == profile[1]):
                 jax.block_until_ready(metrics)
@@ -268,7 +321,9 @@ class Loop:
                 profile = None
             if last or step % config.checkpoint.every == 0:
                 self._save(step, state)
-            if config.log.sheet_every and (step == config.train.steps or step % config.log.sheet_every == 0):
+            if config.log.sheet_every and (
+                step == config.train.steps or step % config.log.sheet_every == 0
+            ):
                 with self._watcher.paused():
                     self._draw_sheet(step, state.ema)
             if last:

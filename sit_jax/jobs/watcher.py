@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from sit_jax.chips import chip_of
 from sit_jax.errors import check
+from sit_jax.jobs.preflight.chips import chip_of
 from sit_jax.jobs.setup import Setup
 from sit_jax.metric_log import MetricLog, Progress, format_line
 
@@ -18,7 +18,11 @@ Metrics = Mapping[str, float]
 def summarise(steps: Sequence[Metrics]) -> dict[str, float]:
     """A log line's numbers: means over the finite steps, the last learning rate, and what was skipped, if anything."""
     finite = [step for step in steps if step["finite"]]
-    summary = {name: float(np.mean([step[name] for step in finite])) for name in ("loss", "grad_norm") if finite}
+    summary = {
+        name: float(np.mean([step[name] for step in finite]))
+        for name in ("loss", "grad_norm")
+        if finite
+    }
     summary["learning_rate"] = steps[-1]["learning_rate"]
     if skipped := sum(step["skipped_images"] for step in steps):
         summary["skipped_images"] = skipped
@@ -30,7 +34,10 @@ def summarise(steps: Sequence[Metrics]) -> dict[str, float]:
 def speed(setup: Setup, steps: int, seconds: float) -> dict[str, float]:
     """Images a second, FLOP/s of a device, and the share of its peak where that is known."""
     images_per_s = steps * setup.config.train.batch / seconds
-    rates = {"images_per_s": images_per_s, "flops_per_s": images_per_s * setup.train_flops / jax.device_count()}
+    rates = {
+        "images_per_s": images_per_s,
+        "flops_per_s": images_per_s * setup.train_flops / jax.device_count(),
+    }
     if chip := chip_of(jax.devices()[0].device_kind):
         rates["mfu"] = rates["flops_per_s"] / chip.peak_flops
     return rates

@@ -14,9 +14,9 @@ from sit_jax.errors import check
 from sit_jax.jobs.setup import Setup
 
 
-def newest_whole(checkpoints: Checkpoints) -> int | None:
+def newest_complete(checkpoints: Checkpoints) -> int | None:
     """The newest step that can be trusted, after a warning for each newer one that cannot."""
-    step, problems = checkpoints.newest_whole()
+    step, problems = checkpoints.newest_complete()
     for problem in problems if hosts.is_first() else ():
         print(f"warning: {problem}", file=sys.stderr)
     return step
@@ -29,12 +29,15 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[in
     """
     which = {"ema": "ema", "raw": "params"}[weights]
     folder = workdir / "checkpoints"
-    there = hosts.by_first(folder.exists)
+    there = hosts.broadcast_from_first(folder.exists)
     check(there, f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train")
     target = getattr(setup.abstract_state, which)
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
-        step = newest_whole(checkpoints)
-        check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train")
+        step = newest_complete(checkpoints)
+        check(
+            step is not None,
+            f"{str(folder)!r} holds no whole checkpoint; train first, with --mode train",
+        )
         return step, weights_of(checkpoints, step, {which: target})[which]
 
 
@@ -67,7 +70,7 @@ def results_folder(parent: epath.Path, name: str, settings: Mapping[str, Any]) -
 
 def make_workdir(folder: epath.Path) -> epath.Path:
     """The folder, made if need be. `UserError` if it cannot be written, or is not the same on all hosts."""
-    hosts.by_first(lambda: storage.make_workdir(folder) and None)
+    hosts.broadcast_from_first(lambda: storage.make_writable_folder(folder) and None)
     hosts.check_shared(folder)
     return folder
 

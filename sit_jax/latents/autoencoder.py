@@ -36,8 +36,12 @@ def _norm(groups: int, dtype: Any, name: str) -> nn.Module:
     return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def _conv(channels: int, size: int, dtype: Any, name: str | None = None, **spacing: Any) -> nn.Module:
-    return nn.Conv(channels, (size, size), dtype=dtype, precision=precision(dtype), name=name, **spacing)
+def _conv(
+    channels: int, size: int, dtype: Any, name: str | None = None, **spacing: Any
+) -> nn.Module:
+    return nn.Conv(
+        channels, (size, size), dtype=dtype, precision=precision(dtype), name=name, **spacing
+    )
 
 
 class Resnet(nn.Module):
@@ -69,7 +73,9 @@ class Attention(nn.Module):
         dense = functools.partial(nn.Dense, c, dtype=self.dtype, precision=precision(self.dtype))
         product = functools.partial(jnp.einsum, precision=precision(self.dtype))
         q_btc, k_btc, v_btc = (dense(name=f"to_{name}")(x_btc) for name in "qkv")
-        logits_btu = product("btc,buc->btu", q_btc * c**-0.5, k_btc, preferred_element_type=jnp.float32)
+        logits_btu = product(
+            "btc,buc->btu", q_btc * c**-0.5, k_btc, preferred_element_type=jnp.float32
+        )
         out_btc = product("btu,buc->btc", jax.nn.softmax(logits_btu).astype(self.dtype), v_btc)
         return x_bhwc + dense(name="to_out_0")(out_btc).reshape(b, h, w, c)
 
@@ -135,7 +141,12 @@ class Encoder(nn.Module):
         for i, channels in enumerate(a.block_out_channels):
             resample = Downsample if i + 1 < len(a.block_out_channels) else None
             stage = Stage(
-                channels, a.layers_per_block, a.norm_num_groups, self.dtype, resample, name=f"down_blocks_{i}"
+                channels,
+                a.layers_per_block,
+                a.norm_num_groups,
+                self.dtype,
+                resample,
+                name=f"down_blocks_{i}",
             )
             x_bhwc = stage(x_bhwc)
         x_bhwc = MidBlock(a.norm_num_groups, self.dtype, name="mid_block")(x_bhwc)
@@ -155,7 +166,9 @@ class Decoder(nn.Module):
         for i, channels in enumerate(reversed(a.block_out_channels)):
             resample = Upsample if i + 1 < len(a.block_out_channels) else None
             layers = a.layers_per_block + 1
-            stage = Stage(channels, layers, a.norm_num_groups, self.dtype, resample, name=f"up_blocks_{i}")
+            stage = Stage(
+                channels, layers, a.norm_num_groups, self.dtype, resample, name=f"up_blocks_{i}"
+            )
             x_bhwc = stage(x_bhwc)
         x_bhwc = nn.silu(_norm(a.norm_num_groups, self.dtype, "conv_norm_out")(x_bhwc))
         return _conv(a.image_channels, 3, self.dtype, "conv_out")(x_bhwc)
@@ -175,7 +188,9 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images_bhwc: jax.Array) -> jax.Array:
         """Images in [-1, 1] -> mean and log variance of the posterior, one after the other along the channels."""
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(images_bhwc)).astype(jnp.float32), 2, axis=-1)
+        mean, logvar = jnp.split(
+            self.quant_conv(self.encoder(images_bhwc)).astype(jnp.float32), 2, axis=-1
+        )
         return jnp.concatenate([mean, jnp.clip(logvar, -30.0, 20.0)], axis=-1)
 
     def decode(self, z_bhwc: jax.Array) -> jax.Array:
@@ -190,5 +205,7 @@ class AutoencoderKL(nn.Module):
 @functools.cache
 def abstract_params(architecture: Architecture) -> Any:
     """Shapes and types of the parameters."""
-    image_bhwc = jnp.zeros((1, architecture.factor, architecture.factor, architecture.image_channels))
+    image_bhwc = jnp.zeros(
+        (1, architecture.factor, architecture.factor, architecture.image_channels)
+    )
     return jax.eval_shape(AutoencoderKL(architecture).init, jax.random.key(0), image_bhwc)["params"]

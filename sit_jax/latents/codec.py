@@ -16,11 +16,17 @@ class Codec:
     Weights are arguments: inside a compiled program they would be constants of it.
     """
 
-    encode: Callable[[Any, jax.Array, jax.Array], jax.Array]  # (params, keys_b, images_bhwc in [-1, 1]) -> x_bhwc
+    encode: Callable[
+        [Any, jax.Array, jax.Array], jax.Array
+    ]  # (params, keys_b, images_bhwc in [-1, 1]) -> x_bhwc
     decode: Callable[[Any, jax.Array], jax.Array]  # (params, x_bhwc) -> images_bhwc
-    shape: Callable[[Shape], Shape]  # of an image -> of x; `UserError` for an image that cannot be encoded
+    shape: Callable[
+        [Shape], Shape
+    ]  # of an image -> of x; `UserError` for an image that cannot be encoded
     abstract_params: Any  # shapes and types of params
-    load: Callable[[], Any]  # reads params, NumPy arrays; `UserError` if they are not there or are others
+    load: Callable[
+        [], Any
+    ]  # reads params, NumPy arrays; `UserError` if they are not there or are others
     scale: float = 1.0  # x is in units of the encoder's output times this
 
 

@@ -33,10 +33,12 @@ class Published:
 # Their encoders are equal to the bit: -mse is the same latents, decoded more smoothly.
 PUBLISHED = {
     _DEFAULT: Published(
-        "f04b2c4b98319346dad8c65879f680b1997b204a", "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46"
+        "f04b2c4b98319346dad8c65879f680b1997b204a",
+        "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
     ),
     "stabilityai/sd-vae-ft-mse": Published(
-        "31f26fdeee1355a5c34592e401dd41e45d25a493", "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
+        "31f26fdeee1355a5c34592e401dd41e45d25a493",
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
     ),
 }
 
@@ -70,7 +72,10 @@ class Source:
 
         repo, known = self.repo or _DEFAULT, self.published
         commit = self.revision or (known and known.revision)
-        check(commit, f"latents.repo {repo!r} needs latents.revision, a commit of it: a branch may change under a run")
+        check(
+            commit,
+            f"latents.repo {repo!r} needs latents.revision, a commit of it: a branch may change under a run",
+        )
         try:
             return huggingface_hub.hf_hub_download(repo, name, revision=commit)
         except (OSError, ValueError) as error:
@@ -96,7 +101,10 @@ def read_architecture(source: Source, scale: float) -> Architecture:
         config = json.loads(file.read_text())
         check(isinstance(config, dict), "it holds no settings")
         return _architecture(config, scale)
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or what _architecture refuses
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: not UTF-8, not JSON, or what _architecture refuses
         raise UserError(f"{file} is no {CONFIG} of a VAE that can be used: {error}") from error
 
 
@@ -116,24 +124,45 @@ def _architecture(config: dict, scale: float) -> Architecture:
     needed = _NEEDED | {key: value for key, value in _NEEDED_IF_THERE.items() if key in config}
     for key, value in needed.items():
         check(config.get(key) == value, f"{key} is {config.get(key)!r}; expected {value!r}")
-    for key in ("layers_per_block", "norm_num_groups", "latent_channels", "in_channels", "out_channels"):
+    for key in (
+        "layers_per_block",
+        "norm_num_groups",
+        "latent_channels",
+        "in_channels",
+        "out_channels",
+    ):
         value = config.get(key)
-        check(type(value) is int and value > 0, f"{key} is {value!r}; expected a whole number above 0")
+        check(
+            type(value) is int and value > 0, f"{key} is {value!r}; expected a whole number above 0"
+        )
     blocks, groups = config.get("block_out_channels"), config["norm_num_groups"]
     check(
-        isinstance(blocks, list) and blocks and all(type(n) is int and n > 0 and n % groups == 0 for n in blocks),
+        isinstance(blocks, list)
+        and blocks
+        and all(type(n) is int and n > 0 and n % groups == 0 for n in blocks),
         f"block_out_channels is {blocks!r}; expected a list of multiples of norm_num_groups, {groups}",
     )
-    for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        check(config.get(key) == [block] * len(blocks), f"{key} is {config.get(key)!r}; expected {len(blocks)} {block}")
+    for key, block in (
+        ("down_block_types", "DownEncoderBlock2D"),
+        ("up_block_types", "UpDecoderBlock2D"),
+    ):
+        check(
+            config.get(key) == [block] * len(blocks),
+            f"{key} is {config.get(key)!r}; expected {len(blocks)} {block}",
+        )
     channels = config["in_channels"]
     check(
         config["out_channels"] == channels,
         f"out_channels is {config['out_channels']}; expected in_channels, {channels}",
     )
     stated = config.get("scaling_factor", scale)
-    check(stated == scale, f"scaling_factor is {stated}, but latents.scale is {scale}; set latents.scale={stated}")
-    return Architecture(tuple(blocks), config["layers_per_block"], groups, config["latent_channels"], channels)
+    check(
+        stated == scale,
+        f"scaling_factor is {stated}, but latents.scale is {scale}; set latents.scale={stated}",
+    )
+    return Architecture(
+        tuple(blocks), config["layers_per_block"], groups, config["latent_channels"], channels
+    )
 
 
 def read_params(source: Source, abstract: Any) -> Any:
@@ -149,7 +178,9 @@ def read_params(source: Source, abstract: Any) -> Any:
         raise UserError(f"{file} cannot be read ({error}); bring a whole copy of it") from error
     except KeyError as error:  # a type that NumPy lacks
         raise UserError(f"{file} holds {error.args[0]} numbers; expected F32 or F16") from error
-    return from_tensors({_current_name(name): tensor for name, tensor in tensors.items()}, abstract, str(file))
+    return from_tensors(
+        {_current_name(name): tensor for name, tensor in tensors.items()}, abstract, str(file)
+    )
 
 
 def from_tensors(tensors: dict[str, np.ndarray], abstract: Any, file: str) -> Any:
@@ -158,15 +189,27 @@ def from_tensors(tensors: dict[str, np.ndarray], abstract: Any, file: str) -> An
     wanted = {torch_name(path): leaf.shape for path, leaf in paths}
     missing, unknown = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     advice = f"expected the weights that belong to its {CONFIG}"
-    check(not missing, f"{file} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}; {advice}")
+    check(
+        not missing,
+        f"{file} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}; {advice}",
+    )
     check(not unknown, f"{file} holds {len(unknown)} unknown tensors: {_some(unknown)}; {advice}")
     leaves = []
     for name, shape in wanted.items():
         tensor, expected = tensors[name], torch_shape(shape)
-        if len(shape) == 2 and tensor.shape[2:] == (1, 1):  # some files hold attention's linear layers as convolutions
+        if len(shape) == 2 and tensor.shape[2:] == (
+            1,
+            1,
+        ):  # some files hold attention's linear layers as convolutions
             tensor = tensor[:, :, 0, 0]
-        check(tensor.shape == expected, f"{file}: {name} is {list(tensor.shape)}; expected {list(expected)}")
-        check(np.isfinite(tensor).all(), f"{file}: {name} holds NaN or infinite values; bring an undamaged copy")
+        check(
+            tensor.shape == expected,
+            f"{file}: {name} is {list(tensor.shape)}; expected {list(expected)}",
+        )
+        check(
+            np.isfinite(tensor).all(),
+            f"{file}: {name} holds NaN or infinite values; bring an undamaged copy",
+        )
         leaves.append(np.ascontiguousarray(_our_layout(tensor), np.float32))
     return jax.tree_util.tree_unflatten(treedef, leaves)
 

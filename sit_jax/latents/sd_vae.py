@@ -52,7 +52,10 @@ def open_sd_vae(
     def shape(image: Shape) -> Shape:
         height, width, channels = image
         factor, wanted = architecture.factor, architecture.image_channels
-        check(channels == wanted, f"data.channels is {channels}, but this VAE encodes {wanted}; set it to {wanted}")
+        check(
+            channels == wanted,
+            f"data.channels is {channels}, but this VAE encodes {wanted}; set it to {wanted}",
+        )
         check(
             height % factor == 0 and width % factor == 0,
             f"data.image_size is {height}, but one cell of this VAE is {factor} pixels; make it a multiple of {factor}",
@@ -75,7 +78,9 @@ def _in_batches(apply: Apply, size: int) -> Apply:
 
     def run(params, x_b):
         rows = max(n for n in range(1, min(size, len(x_b)) + 1) if len(x_b) % n == 0)
-        y_nb = jax.lax.map(lambda part_b: apply(params, part_b), x_b.reshape(-1, rows, *x_b.shape[1:]))
+        y_nb = jax.lax.map(
+            lambda part_b: apply(params, part_b), x_b.reshape(-1, rows, *x_b.shape[1:])
+        )
         return y_nb.reshape(len(x_b), *y_nb.shape[2:])
 
     return run

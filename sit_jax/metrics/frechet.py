@@ -16,7 +16,9 @@ class Moments:
 def moments(features_nd: np.ndarray) -> Moments:
     """Mean and covariance of the rows. `UserError` for fewer than two."""
     features_nd = np.asarray(features_nd, np.float64)
-    check(len(features_nd) >= 2, f"{len(features_nd)} features have no covariance; expected 2 or more")
+    check(
+        len(features_nd) >= 2, f"{len(features_nd)} features have no covariance; expected 2 or more"
+    )
     return Moments(features_nd.mean(axis=0), np.atleast_2d(np.cov(features_nd, rowvar=False)))
 
 
@@ -26,7 +28,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     The trace of the root is the sum of the singular values of A^(1/2) B^(1/2), which exist whether A B is singular or
     not: no offset on the diagonal, no imaginary part to drop.
     """
-    root_trace = np.linalg.svd(_root(a.covariance_dd) @ _root(b.covariance_dd), compute_uv=False).sum()
+    root_trace = np.linalg.svd(
+        _root(a.covariance_dd) @ _root(b.covariance_dd), compute_uv=False
+    ).sum()
     means = np.sum((a.mean_d - b.mean_d) ** 2)
     return float(means + np.trace(a.covariance_dd) + np.trace(b.covariance_dd) - 2 * root_trace)
 

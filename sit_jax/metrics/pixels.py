@@ -23,7 +23,7 @@ def fit_components(features_nd: np.ndarray, components: int):
     return PCA(min(components, *features_nd.shape), svd_solver="full").fit(features_nd)
 
 
-def fit_judge(features_nd: np.ndarray, labels_n: np.ndarray):
+def fit_classifier(features_nd: np.ndarray, labels_n: np.ndarray):
     """A classifier (scikit-learn's SVC) of real images, which says by `predict` what a sample looks like."""
     from sklearn.svm import SVC
 

@@ -20,26 +20,37 @@ def einsum(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array
     """
     product = functools.partial(jnp.einsum, precision=precision(q_bsth.dtype))
     scale = q_bsth.shape[-1] ** -0.5
-    logits_bstu = product("bsth,bsuh->bstu", q_bsth * scale, k_bsth, preferred_element_type=jnp.float32)
+    logits_bstu = product(
+        "bsth,bsuh->bstu", q_bsth * scale, k_bsth, preferred_element_type=jnp.float32
+    )
     return product("bstu,bsuh->bsth", jax.nn.softmax(logits_bstu).astype(v_bsth.dtype), v_bsth)
 
 
-def splash(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array, interpret: bool = False) -> jax.Array:
+def splash(
+    q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array, interpret: bool = False
+) -> jax.Array:
     """jax's Pallas kernel for TPUs, whose logits never reach the main memory. It has no forward-mode derivative.
 
     `interpret` computes what the kernel does on any device, slowly.
     """
     # Here, as Pallas takes long to import and serves TPUs alone.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
 
     _, heads, tokens, width = q_bsth.shape
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((tokens, tokens))] * heads)
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.FullMask((tokens, tokens))] * heads
+    )
     block = next(size for size in (512, 256, 128) if tokens % size == 0)
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip
-    one = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    one = splash_attention_kernel.make_splash_mha_single_device(
+        mask, block_sizes=sizes, interpret=interpret
+    )
     with jax.default_matmul_precision("default"):  # the kernel refuses any other
         return jax.vmap(one)(q_bsth * width**-0.5, k_bsth, v_bsth).astype(v_bsth.dtype)
 
@@ -47,7 +58,9 @@ def splash(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array, interpret: b
 def cudnn(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
     """cuDNN's fused kernel for NVIDIA GPUs, which takes 16-bit types alone. It has no forward-mode derivative."""
     q_btsh, k_btsh, v_btsh = (x.transpose(0, 2, 1, 3) for x in (q_bsth, k_bsth, v_bsth))
-    return jax.nn.dot_product_attention(q_btsh, k_btsh, v_btsh, implementation="cudnn").transpose(0, 2, 1, 3)
+    return jax.nn.dot_product_attention(q_btsh, k_btsh, v_btsh, implementation="cudnn").transpose(
+        0, 2, 1, 3
+    )
 
 
 KERNELS: dict[str, Callable] = {"einsum": einsum, "splash": splash, "cudnn": cudnn}

@@ -15,7 +15,9 @@ def time_features(t_b: jax.Array, dim: int = 256, max_period: float = 10_000.0) 
     half = dim // 2
     frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles_bk = t_b.astype(jnp.float32)[:, None] * frequencies
-    return jnp.pad(jnp.concatenate([jnp.cos(angles_bk), jnp.sin(angles_bk)], axis=-1), ((0, 0), (0, dim % 2)))
+    return jnp.pad(
+        jnp.concatenate([jnp.cos(angles_bk), jnp.sin(angles_bk)], axis=-1), ((0, 0), (0, dim % 2))
+    )
 
 
 def position_embedding(width: int, grid: int) -> np.ndarray:
@@ -24,7 +26,9 @@ def position_embedding(width: int, grid: int) -> np.ndarray:
     The first half of the channels encodes the column, the second the row; within each, sines then cosines.
     """
     row, column = np.divmod(np.arange(grid * grid, dtype=np.float64), grid)
-    return np.concatenate([_sincos(width // 2, column), _sincos(width // 2, row)], axis=1).astype(np.float32)
+    return np.concatenate([_sincos(width // 2, column), _sincos(width // 2, row)], axis=1).astype(
+        np.float32
+    )
 
 
 def _sincos(dim: int, position: np.ndarray) -> np.ndarray:

@@ -39,7 +39,12 @@ def identity(x: Any) -> Any:
 def _norm(x: jax.Array) -> jax.Array:
     """LayerNorm without affine, in float32 whatever the compute dtype."""
     return nn.LayerNorm(
-        epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False, dtype=jnp.float32, parent=None
+        epsilon=1e-6,
+        use_bias=False,
+        use_scale=False,
+        use_fast_variance=False,
+        dtype=jnp.float32,
+        parent=None,
     ).apply({}, x)
 
 
@@ -59,7 +64,9 @@ class Attention(nn.Module):
         # Heads are an axis of the kernel, so that a mesh can split them.
         qkv = Linear((3, self.heads, d // self.heads), self.dtype, name="qkv")
         parts_nsh = jnp.unstack(qkv(x_btd.reshape(b * t, d)), axis=1)
-        q_bsth, k_bsth, v_bsth = (part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in parts_nsh)
+        q_bsth, k_bsth, v_bsth = (
+            part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in parts_nsh
+        )
         if self.qk_norm:  # Dehghani et al. (arXiv 2302.05442): bounds the logits, which bfloat16 training may need
             q_bsth, k_bsth = (
                 nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x).astype(self.dtype)
@@ -170,11 +177,15 @@ class SiT(nn.Module):
         x_btd = self.shard(x_btd + jax.lax.stop_gradient(position_td).astype(self.dtype))
         labels = nn.Embed(self.classes + 1, width, embedding_init=_normal, name="y_embedder")
         t_b, y_b = self.replicate(t_b), self.replicate(y_b)
-        condition_bd = nn.silu(TimeEmbedder(width, name="t_embedder")(t_b) + labels(y_b)).astype(self.dtype)
+        condition_bd = nn.silu(TimeEmbedder(width, name="t_embedder")(t_b) + labels(y_b)).astype(
+            self.dtype
+        )
         condition_bd = self.broadcast(self.replicate(condition_bd))
         x_btd, _ = self._blocks()(x_btd, condition_bd)
         out_channels = self.channels * (2 if self.learn_sigma else 1)
-        out_btf = FinalLayer(patch**2 * out_channels, self.dtype, name="final_layer")(x_btd, condition_bd)
+        out_btf = FinalLayer(patch**2 * out_channels, self.dtype, name="final_layer")(
+            x_btd, condition_bd
+        )
         return unpatchify(out_btf, patch, out_channels)[..., : self.channels].astype(jnp.float32)
 
     def _blocks(self) -> nn.Module:
@@ -192,4 +203,6 @@ class SiT(nn.Module):
             length=self.size.depth,
         )
         hooks = {"attend": self.attend, "shard": self.shard, "split": self.split}
-        return stack(self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, **hooks, name="blocks")
+        return stack(
+            self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, **hooks, name="blocks"
+        )

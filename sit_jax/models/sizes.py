@@ -14,7 +14,11 @@ class Size:
 
 
 _BACKBONES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
-SIZES = {f"SiT-{name}/{patch}": Size(*sizes, patch) for name, sizes in _BACKBONES.items() for patch in (2, 4, 8)}
+SIZES = {
+    f"SiT-{name}/{patch}": Size(*sizes, patch)
+    for name, sizes in _BACKBONES.items()
+    for patch in (2, 4, 8)
+}
 
 
 def size_by_name(name: str, **overrides: int | None) -> Size:
@@ -47,7 +51,9 @@ def tokens(input_size: int, patch: int) -> int:
     return (input_size // patch) ** 2
 
 
-def forward_flops(size: Size, input_size: int, channels: int, learn_sigma: bool, mlp_ratio: int = 4) -> int:
+def forward_flops(
+    size: Size, input_size: int, channels: int, learn_sigma: bool, mlp_ratio: int = 4
+) -> int:
     """Floating-point operations of one image's forward pass, two per multiply-add, matmuls only (XL/2 at 32x32x4: 2 x
     118.6e9).
 

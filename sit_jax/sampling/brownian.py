@@ -18,9 +18,11 @@ def keyed_draw(keys_b: jax.Array, shape: tuple[int, ...]) -> Draw:
     """Draws [b, *shape] whose row i depends on keys_b[i], the step and `which`."""
 
     def draw(step, which):
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, step), which), shape))(
-            keys_b
-        )
+        return jax.vmap(
+            lambda key: jax.random.normal(
+                jax.random.fold_in(jax.random.fold_in(key, step), which), shape
+            )
+        )(keys_b)
 
     return draw
 
@@ -45,7 +47,9 @@ class GridBrownianPath(diffrax.AbstractBrownianPath):
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
         """W(t1) - W(t0) for neighbouring grid times t0 < t1."""
-        step = jnp.argmin(jnp.abs(self.times - t0))  # the solver's times are the grid's, but for rounding
+        step = jnp.argmin(
+            jnp.abs(self.times - t0)
+        )  # the solver's times are the grid's, but for rounding
         h = t1 - t0
         w = jnp.sqrt(h) * self.draw(step, 0)
         if not use_levy:

@@ -63,7 +63,11 @@ def divergence(
 
 
 def log_prob(
-    velocity: Predict, x_bhwc: jax.Array, interval: Interval, probes_nbhwc: jax.Array | None, **options: Any
+    velocity: Predict,
+    x_bhwc: jax.Array,
+    interval: Interval,
+    probes_nbhwc: jax.Array | None,
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(log p [b] in nats, the noise like x that flows to x, evaluations) under the flow of N(0, I) over `interval`.
 
@@ -76,6 +80,10 @@ def log_prob(
         return divergence(velocity, state[0], t_b, probes_nbhwc)
 
     backwards = interval[1], interval[0]
-    (noise_bhwc, change_b), evaluations = ode.solve(field, (x_bhwc, jnp.zeros(len(x_bhwc))), backwards, **options)
-    prior_b = jnp.sum(-(noise_bhwc**2) / 2 - math.log(2 * math.pi) / 2, axis=range(1, noise_bhwc.ndim))
+    (noise_bhwc, change_b), evaluations = ode.solve(
+        field, (x_bhwc, jnp.zeros(len(x_bhwc))), backwards, **options
+    )
+    prior_b = jnp.sum(
+        -(noise_bhwc**2) / 2 - math.log(2 * math.pi) / 2, axis=range(1, noise_bhwc.ndim)
+    )
     return prior_b + change_b, noise_bhwc, evaluations

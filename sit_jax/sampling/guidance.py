@@ -31,7 +31,11 @@ def guide(
     def mixed(x_bhwc, t_b, c):
         u = unconditional(x_bhwc, t_b)
         both = u + scale * (c - u)
-        return both if channels is None else jnp.concatenate([both[..., :channels], c[..., channels:]], axis=-1)
+        return (
+            both
+            if channels is None
+            else jnp.concatenate([both[..., :channels], c[..., channels:]], axis=-1)
+        )
 
     def guided(x_bhwc, t_b):
         c = conditional(x_bhwc, t_b)

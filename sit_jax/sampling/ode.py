@@ -17,7 +17,9 @@ from sit_jax.errors import check, unknown_name
 from sit_jax.transport.interval import Interval
 
 State = Any  # one array [b, ...], or a pytree of them
-Steps = int | Sequence[float] | None  # how many equal ones, or their times as fractions of the way, or the solver's own
+Steps = (
+    int | Sequence[float] | None
+)  # how many equal ones, or their times as fractions of the way, or the solver's own
 Field = Callable[[State, jax.Array], State]  # (x, t_b) -> dx/dt like x
 
 SOLVERS = {
@@ -103,7 +105,9 @@ def solve(
     if steps is not None:
         times = time_grid(interval, steps, shift)
         controller = diffrax.StepTo(times)
-        x, taken = _diffeqsolve(drift, made, times[0], times[-1], None, x, controller, len(times) - 1, frames)
+        x, taken = _diffeqsolve(
+            drift, made, times[0], times[-1], None, x, controller, len(times) - 1, frames
+        )
         return _samples_first(x, frames), _evaluations(made, taken)
     if error_norm not in ERROR_NORMS:
         raise unknown_name("error norm", error_norm, ERROR_NORMS)

@@ -18,7 +18,9 @@ from sit_jax.transport.diffusion import diffusion
 from sit_jax.transport.interval import Interval
 from sit_jax.transport.paths import Path
 
-Fields = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]  # (x_bhwc, t_b) -> (velocity, score)
+Fields = Callable[
+    [jax.Array, jax.Array], tuple[jax.Array, jax.Array]
+]  # (x_bhwc, t_b) -> (velocity, score)
 
 
 class ReferenceHeun(diffrax.AbstractItoSolver):
@@ -52,7 +54,12 @@ SOLVERS = {
     "sra1": diffrax.SRA1,
     "shark": diffrax.ShARK,
 }
-_EVALUATIONS = {"euler-maruyama": 1, "reference-heun": 2, "sra1": 2, "shark": 2}  # of the network, a step
+_EVALUATIONS = {
+    "euler-maruyama": 1,
+    "reference-heun": 2,
+    "sra1": 2,
+    "shark": 2,
+}  # of the network, a step
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 _END = 1e-3  # how far from t=1, where the score is infinite, a solver stops that evaluates its last time
 
@@ -102,7 +109,10 @@ def solve(
         return lx.DiagonalLinearOperator(jnp.full_like(x, jnp.sqrt(2 * coefficient(t))))
 
     solution = diffrax.diffeqsolve(
-        diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(noise, GridBrownianPath(times=times, draw=draw))),
+        diffrax.MultiTerm(
+            diffrax.ODETerm(drift),
+            diffrax.ControlTerm(noise, GridBrownianPath(times=times, draw=draw)),
+        ),
         SOLVERS[solver](),
         t0=times[0],
         t1=times[-1],
@@ -114,7 +124,9 @@ def solve(
         throw=False,
     )
     evaluations = (len(times) - 1) * _EVALUATIONS[solver] + (last_step != "none")
-    x_bhwc = _take_last_step(last_step, last_step_size, fields, drift, path, solution.ys[-1], times[-1])
+    x_bhwc = _take_last_step(
+        last_step, last_step_size, fields, drift, path, solution.ys[-1], times[-1]
+    )
     if frames:
         x_bhwc = jnp.moveaxis(jnp.concatenate([solution.ys[:-1], x_bhwc[None]]), 0, 1)
     return x_bhwc, jnp.asarray(evaluations)

@@ -39,7 +39,9 @@ def ode_interval(path: Path, prediction: str, eps: float | None = None) -> Inter
     return _interval(path, default_sample_eps(path, prediction) if eps is None else eps)
 
 
-def sde_interval(path: Path, prediction: str, form: str, last_step_size: float, eps: float | None = None) -> Interval:
+def sde_interval(
+    path: Path, prediction: str, form: str, last_step_size: float, eps: float | None = None
+) -> Interval:
     """[t0, t1] of the stochastic steps; a last step of size > 0 then goes from 1 - last_step_size to 1."""
     t0, t1 = ode_interval(path, prediction, eps)
     if form == "SBDM" and t0 == 0 and not path.noise_remains_at_0:

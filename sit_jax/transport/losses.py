@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from sit_jax.errors import check, unknown_name
-from sit_jax.transport.paths import Path, drift_variance, interpolate, over, target_velocity
+from sit_jax.transport.paths import Path, drift_variance, expand_time, interpolate, target_velocity
 from sit_jax.transport.prediction import Predict, check_prediction
 
 WEIGHTS = {
     "none": lambda path, t: jnp.ones_like(t),
-    "velocity": lambda path, t: (drift_variance(path, t) / path.sigma(t)) ** 2,  # makes it a velocity loss
+    "velocity": lambda path, t: (
+        (drift_variance(path, t) / path.sigma(t)) ** 2
+    ),  # makes it a velocity loss
     "likelihood": lambda path, t: (
         drift_variance(path, t) / path.sigma(t) ** 2
     ),  # a bound on log p (Song et al. 2101.09258)
@@ -27,7 +29,13 @@ def check_weight(weight: str, prediction: str) -> None:
 
 
 def losses(
-    predict: Predict, path: Path, prediction: str, weight: str, x1: jax.Array, x0: jax.Array, t_b: jax.Array
+    predict: Predict,
+    path: Path,
+    prediction: str,
+    weight: str,
+    x1: jax.Array,
+    x0: jax.Array,
+    t_b: jax.Array,
 ) -> jax.Array:
     """The loss of each example, float32 [b]: the mean over its elements of the weighted squared error.
 
@@ -41,5 +49,5 @@ def losses(
     elif prediction == "noise":
         error = output - x0
     else:  # sigma s + x0: the score's error times sigma, so that no target is divided by it
-        error = path.sigma(over(t_b, x0)) * output + x0
+        error = path.sigma(expand_time(t_b, x0)) * output + x0
     return WEIGHTS[weight](path, t_b) * jnp.mean(error**2, axis=tuple(range(1, error.ndim)))

@@ -24,11 +24,15 @@ class Path:
     d_alpha: Coefficient
     sigma: Coefficient
     d_sigma: Coefficient
-    noise_remains_at_0: bool  # alpha(0) > 0: the interval may start at t=0 whatever the network predicts
+    noise_remains_at_0: (
+        bool  # alpha(0) > 0: the interval may start at t=0 whatever the network predicts
+    )
 
 
 def _linear() -> Path:
-    return Path("Linear", lambda t: t, jnp.ones_like, lambda t: 1 - t, lambda t: -jnp.ones_like(t), False)
+    return Path(
+        "Linear", lambda t: t, jnp.ones_like, lambda t: 1 - t, lambda t: -jnp.ones_like(t), False
+    )
 
 
 def _gvp() -> Path:
@@ -41,7 +45,9 @@ def _gvp() -> Path:
         # cos(pi t / 2), which in float32 is not quite 0 at t=1, but below it: a square root of D would be NaN.
         return jnp.sin(half_pi * (1 - t))
 
-    return Path("GVP", alpha, lambda t: half_pi * sigma(t), sigma, lambda t: -half_pi * alpha(t), False)
+    return Path(
+        "GVP", alpha, lambda t: half_pi * sigma(t), sigma, lambda t: -half_pi * alpha(t), False
+    )
 
 
 def _vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
@@ -90,20 +96,20 @@ def time_of_noise(path: Path, ratio: float) -> float:
     return high
 
 
-def over(t_b: jax.Array, x: jax.Array) -> jax.Array:
+def expand_time(t_b: jax.Array, x: jax.Array) -> jax.Array:
     """t_b with trailing axes of size 1, so that it broadcasts against x [b, ...]; a scalar t is left alone."""
     return t_b.reshape(t_b.shape + (1,) * (x.ndim - t_b.ndim)) if t_b.ndim else t_b
 
 
 def interpolate(path: Path, x1: jax.Array, x0: jax.Array, t_b: jax.Array) -> jax.Array:
     """x_t = alpha x1 + sigma x0 (paper eq. 1). x1 data and x0 noise [b, ...], t_b [b]."""
-    t = over(t_b, x1)
+    t = expand_time(t_b, x1)
     return path.alpha(t) * x1 + path.sigma(t) * x0
 
 
 def target_velocity(path: Path, x1: jax.Array, x0: jax.Array, t_b: jax.Array) -> jax.Array:
     """u_t = alpha' x1 + sigma' x0, the velocity of `interpolate` (paper eq. 3)."""
-    t = over(t_b, x1)
+    t = expand_time(t_b, x1)
     return path.d_alpha(t) * x1 + path.d_sigma(t) * x0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 
 from sit_jax.errors import unknown_name
-from sit_jax.transport.paths import Path, over
+from sit_jax.transport.paths import Path, expand_time
 
 PREDICTIONS = ("velocity", "score", "noise")
 Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, ...], t_b [b]) -> like x
@@ -21,10 +21,12 @@ def check_prediction(name: str) -> None:
         raise unknown_name("prediction", name, PREDICTIONS)
 
 
-def to_noise(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array) -> jax.Array:
+def to_noise(
+    path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array
+) -> jax.Array:
     """E[x0 | x] from the network's output at (x, t)."""
     check_prediction(prediction)
-    t = over(t_b, x)
+    t = expand_time(t_b, x)
     if prediction == "noise":
         return output
     if prediction == "score":
@@ -34,21 +36,25 @@ def to_noise(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: 
     return (path.alpha(t) * output - path.d_alpha(t) * x) / determinant
 
 
-def to_score(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array) -> jax.Array:
+def to_score(
+    path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array
+) -> jax.Array:
     """grad log p_t(x) from the network's output. Infinite where sigma=0, unless the network predicts it."""
     if prediction == "score":
         return output
-    return -to_noise(path, prediction, output, x, t_b) / path.sigma(over(t_b, x))
+    return -to_noise(path, prediction, output, x, t_b) / path.sigma(expand_time(t_b, x))
 
 
-def to_velocity(path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array) -> jax.Array:
+def to_velocity(
+    path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array
+) -> jax.Array:
     """The drift of the probability-flow ODE from the network's output.
 
     Infinite where alpha=0, unless the network predicts it.
     """
     if prediction == "velocity":
         return output
-    t = over(t_b, x)
+    t = expand_time(t_b, x)
     noise = to_noise(path, prediction, output, x, t_b)
     data = (x - path.sigma(t) * noise) / path.alpha(t)
     return path.d_alpha(t) * data + path.d_sigma(t) * noise
@@ -69,6 +75,8 @@ def velocity_and_score(predict: Predict, path: Path, prediction: str) -> Callabl
 
     def fields(x, t_b):
         output = predict(x, t_b)
-        return to_velocity(path, prediction, output, x, t_b), to_score(path, prediction, output, x, t_b)
+        return to_velocity(path, prediction, output, x, t_b), to_score(
+            path, prediction, output, x, t_b
+        )
 
     return fields

@@ -9,14 +9,19 @@ from sit_jax.transport.interval import Interval
 DISTRIBUTIONS = ("uniform", "logit-normal")
 
 
-def into(interval: Interval, u: jax.Array) -> jax.Array:
+def rescale(interval: Interval, u: jax.Array) -> jax.Array:
     """u in [0, 1] stretched onto [t0, t1]."""
     t0, t1 = interval
     return u * (t1 - t0) + t0
 
 
 def training_times(
-    key: jax.Array, n: int, interval: Interval, distribution: str = "uniform", mean: float = 0.0, std: float = 1.0
+    key: jax.Array,
+    n: int,
+    interval: Interval,
+    distribution: str = "uniform",
+    mean: float = 0.0,
+    std: float = 1.0,
 ) -> jax.Array:
     """n times in [t0, t1], float32 [n]: uniform, or the sigmoid of a normal(mean, std) (Esser et al., arXiv
     2403.03206, eq. 19).
@@ -24,7 +29,9 @@ def training_times(
     Here t=1 is data, so a positive mean trains more on nearly clean images. `UserError` for an unknown distribution.
     """
     if distribution == "uniform":
-        return into(interval, jax.random.uniform(key, (n,)))
+        return rescale(interval, jax.random.uniform(key, (n,)))
     if distribution == "logit-normal":
-        return into(interval, jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,), jnp.float32)))
+        return rescale(
+            interval, jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,), jnp.float32))
+        )
     raise unknown_name("time distribution", distribution, DISTRIBUTIONS)

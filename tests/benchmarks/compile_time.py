@@ -37,7 +37,11 @@ def compile_seconds(depth: int) -> float:
     """Seconds to lower and compile one training step of XL/2's width."""
     command = [sys.executable, "-c", COMPILE, str(depth)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     return float(done.stdout.splitlines()[-1])
 
@@ -45,12 +49,24 @@ def compile_seconds(depth: int) -> float:
 def first_step_seconds(cache: str) -> float:
     """Seconds from starting `python -m sit_jax.main` on digits to the log line of its first step."""
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-m", "sit_jax.main", "--config", "configs/digits.py", "--workdir", workdir]
+        command = [
+            sys.executable,
+            "-m",
+            "sit_jax.main",
+            "--config",
+            "configs/digits.py",
+            "--workdir",
+            workdir,
+        ]
         settings = ["--config.log.every=1", "--config.train.steps=3", "--config.log.sheet_every=0"]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"}
         began = time.perf_counter()
-        with subprocess.Popen(command + settings, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            seconds = next(time.perf_counter() - began for line in process.stdout if line.startswith("step 1/"))
+        with subprocess.Popen(
+            command + settings, stdout=subprocess.PIPE, text=True, env=environment
+        ) as process:
+            seconds = next(
+                time.perf_counter() - began for line in process.stdout if line.startswith("step 1/")
+            )
             process.communicate()
     return seconds
 
@@ -61,17 +77,24 @@ def run(repeats: int) -> bool:
     for _ in range(repeats):
         for depth, seconds in times.items():
             seconds.append(compile_seconds(depth))
-            print(f"SiT-XL/2 with {depth} layers: {seconds[-1]:.1f} s to lower and compile", flush=True)
+            print(
+                f"SiT-XL/2 with {depth} layers: {seconds[-1]:.1f} s to lower and compile",
+                flush=True,
+            )
     ratio = statistics.median(b / a for a, b in zip(times[4], times[28], strict=True))
     print(f"28 layers take {ratio:.2f} times the time of 4 (bar 1.3)")
     with tempfile.TemporaryDirectory() as cache:
         first, *later = (first_step_seconds(cache) for _ in range(1 + repeats))
     second = statistics.median(later)
-    print(f"digits reaches step 1 in {first:.1f} s with an empty cache, {second:.1f} s with a filled one (bar 10 s)")
+    print(
+        f"digits reaches step 1 in {first:.1f} s with an empty cache, {second:.1f} s with a filled one (bar 10 s)"
+    )
     return ratio <= 1.3 and second < 10
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
     sys.exit(0 if run(parser.parse_args().repeats) else 1)

@@ -31,12 +31,16 @@ def make_file(path: str, model: str = MODEL, side: int = SIDE) -> None:
     from tests import checkpoints
 
     draw, size = np.random.default_rng(0), SIZES[model]
-    shapes = checkpoints.shapes(size, side=side, channels=CHANNELS, classes=CLASSES, learn_sigma=True)
+    shapes = checkpoints.shapes(
+        size, side=side, channels=CHANNELS, classes=CLASSES, learn_sigma=True
+    )
     position = position_embedding(size.width, side // size.patch)[None]
     with open(path, "wb") as file, TorchWriter(file) as writer:
         writer.finish(
             {
-                n: writer.tensor(position if n == POSITION else 0.02 * draw.standard_normal(s, np.float32))
+                n: writer.tensor(
+                    position if n == POSITION else 0.02 * draw.standard_normal(s, np.float32)
+                )
                 for n, s in shapes.items()
             }
         )
@@ -72,18 +76,30 @@ def forward_difference(path: str, workdir: str) -> float:
     ours = np.asarray(jax.jit(setup.network)(params, x, t, y))
     del params
     with torch.device("meta"):
-        model = torch_sit.SiT(**vars(setup.size), input_size=SIDE, channels=CHANNELS, classes=CLASSES, learn_sigma=True)
+        model = torch_sit.SiT(
+            **vars(setup.size),
+            input_size=SIDE,
+            channels=CHANNELS,
+            classes=CLASSES,
+            learn_sigma=True,
+        )
     frequencies = torch_sit.TimeEmbedder(1).frequencies  # no part of the file, so not filled by it
     model.load_state_dict(torch.load(path, mmap=True), strict=True, assign=True)
     model.t_embedder.frequencies = frequencies
     with torch.inference_mode():
-        theirs = model(torch.from_numpy(x).movedim(3, 1), torch.from_numpy(t), torch.from_numpy(y)).movedim(1, 3)
+        theirs = model(
+            torch.from_numpy(x).movedim(3, 1), torch.from_numpy(t), torch.from_numpy(y)
+        ).movedim(1, 3)
     return float(np.abs(ours - theirs.numpy()).max() / theirs.abs().max())
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="where to put the file and the workdir (default: a temporary folder)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", help="where to put the file and the workdir (default: a temporary folder)"
+    )
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         path, workdir = f"{folder}/SiT-XL-2-256x256.pt", f"{folder}/run"
         make_file(path)
@@ -101,7 +117,9 @@ def main() -> int:
             print(f"forward not compared: {error}")
         else:
             met &= difference <= RELATIVE
-            print(f"forward: {difference:.1e} of the largest value away from PyTorch's (bar {RELATIVE:g})")
+            print(
+                f"forward: {difference:.1e} of the largest value away from PyTorch's (bar {RELATIVE:g})"
+            )
     return 0 if met else 1
 
 

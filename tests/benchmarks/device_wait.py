@@ -17,13 +17,17 @@ import tempfile
 from sit_jax import main
 
 FIRST = 60  # after compilation and warm-up
-EXECUTION = "ThunkExecutor::Execute"  # and, with a suffix, the wait for the parts that other threads run
+EXECUTION = (
+    "ThunkExecutor::Execute"  # and, with a suffix, the wait for the parts that other threads run
+)
 
 
 def busy_and_total(events: list[dict]) -> tuple[float, float]:
     """(seconds in which at least one execution runs, seconds from the first to the last)."""
     spans = sorted(
-        (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["name"].startswith(EXECUTION)
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("ph") == "X" and e["name"].startswith(EXECUTION)
     )
     busy, end = 0.0, spans[0][0]
     for first, last in spans:
@@ -36,8 +40,20 @@ def run(steps: int) -> float:
     """Trains and returns the share of the time that the device waited."""
     with tempfile.TemporaryDirectory() as folder:
         last = FIRST + steps - 1
-        flags = ["--config", "configs/digits.py", "--workdir", folder, "--profile", f"{FIRST}:{last}"]
-        settings = {"train.steps": last + 20, "log.sheet_every": 0, "checkpoint.every": 10**6, "log.every": 20}
+        flags = [
+            "--config",
+            "configs/digits.py",
+            "--workdir",
+            folder,
+            "--profile",
+            f"{FIRST}:{last}",
+        ]
+        settings = {
+            "train.steps": last + 20,
+            "log.sheet_every": 0,
+            "checkpoint.every": 10**6,
+            "log.every": 20,
+        }
         status = main.main(flags + [f"--config.{key}={value}" for key, value in settings.items()])
         if status:
             sys.exit(status)
@@ -51,6 +67,10 @@ def run(steps: int) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="steps in the profile (default: 100)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps in the profile (default: 100)"
+    )
     sys.exit(run(parser.parse_args().steps) >= 0.02)

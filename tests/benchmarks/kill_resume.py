@@ -49,11 +49,24 @@ class Life:
 
 
 def start_child(
-    workdir: pathlib.Path, cache: pathlib.Path, steps: int, program: Sequence[str] = ("-m", "sit_jax.main")
+    workdir: pathlib.Path,
+    cache: pathlib.Path,
+    steps: int,
+    program: Sequence[str] = ("-m", "sit_jax.main"),
 ) -> subprocess.Popen:
     """The run, or what is left of it, as a process that writes to workdir.out and workdir.err."""
-    flags = [f"--config.{key}={value}" for key, value in (SETTINGS | {"train.steps": steps}).items()]
-    command = [sys.executable, *program, "--config", "configs/digits.py", "--workdir", str(workdir), *flags]
+    flags = [
+        f"--config.{key}={value}" for key, value in (SETTINGS | {"train.steps": steps}).items()
+    ]
+    command = [
+        sys.executable,
+        *program,
+        "--config",
+        "configs/digits.py",
+        "--workdir",
+        str(workdir),
+        *flags,
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -99,7 +112,9 @@ def unfinished(workdir: pathlib.Path) -> dict[str, int]:
     found = {}
     for path in (workdir / "checkpoints").glob("*"):
         try:
-            if path.name.endswith("-tmp") or (path.name.isdigit() and not (path / "manifest.json").exists()):
+            if path.name.endswith("-tmp") or (
+                path.name.isdigit() and not (path / "manifest.json").exists()
+            ):
                 found[path.name] = path.stat().st_ino
         except FileNotFoundError:
             pass  # it has just been renamed, or let go
@@ -113,7 +128,12 @@ def start_step(workdir: pathlib.Path) -> int | None:
 
 
 def live_and_die(
-    workdir: pathlib.Path, cache: pathlib.Path, steps: int, ahead: float, delay_s: float, inside_save: bool
+    workdir: pathlib.Path,
+    cache: pathlib.Path,
+    steps: int,
+    ahead: float,
+    delay_s: float,
+    inside_save: bool,
 ) -> Life | None:
     """Starts a child and kills it when `ahead` steps are logged and `delay_s` has passed, or a save is under way.
 
@@ -122,7 +142,9 @@ def live_and_die(
     before, began = unfinished(workdir), time.monotonic()
     child = start_child(workdir, cache, steps)
     if not wait_for(child, lambda: start_step(workdir) is not None):
-        raise RuntimeError(f"the child ended before it trained:\n{printed(workdir)}{printed(workdir, 'err')}")
+        raise RuntimeError(
+            f"the child ended before it trained:\n{printed(workdir)}{printed(workdir, 'err')}"
+        )
     start, started = start_step(workdir), time.monotonic()
     # What an earlier run logged after `start` is gone by now: rows beyond it are this one's.
     if not wait_for(child, lambda: reached(workdir) >= min(start + ahead, steps)):
@@ -134,15 +156,21 @@ def live_and_die(
     if child.wait() != -signal.SIGKILL:
         return None
     torn = sorted(dict(unfinished(workdir).items() - before.items()))
-    return Life(start, reached(workdir), printed(workdir, "err").splitlines(), started - began, torn)
+    return Life(
+        start, reached(workdir), printed(workdir, "err").splitlines(), started - began, torn
+    )
 
 
-def lives(workdir: pathlib.Path, cache: pathlib.Path, steps: int, kills: int, seed: int = 0) -> Iterator[Life]:
+def lives(
+    workdir: pathlib.Path, cache: pathlib.Path, steps: int, kills: int, seed: int = 0
+) -> Iterator[Life]:
     """Kills a run of `steps` steps so often, if it does not end before; each life is to go through an equal share."""
     draw, start = random.Random(seed), 0
     for number in range(kills):
         ahead = draw.uniform(0, 1.5) * (steps - start) / (kills - number + 1)
-        life = live_and_die(workdir, cache, steps, ahead, draw.uniform(0, 0.1), inside_save=number % 2 == 1)
+        life = live_and_die(
+            workdir, cache, steps, ahead, draw.uniform(0, 0.1), inside_save=number % 2 == 1
+        )
         if life is None:
             return
         start = life.start
@@ -154,18 +182,23 @@ def finish(workdir: pathlib.Path, cache: pathlib.Path, steps: int) -> None:
     child = start_child(workdir, cache, steps)
     wait_for(child, lambda: False)
     if child.returncode:
-        raise RuntimeError(f"the run ended with status {child.returncode}:\n{printed(workdir, 'err')}")
+        raise RuntimeError(
+            f"the run ended with status {child.returncode}:\n{printed(workdir, 'err')}"
+        )
 
 
 def final_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Parameters, EMA and moments at the end of a run, by name."""
     config = config_lib.load(str(workdir / "config.json"))
     with train.open_checkpoints(config, workdir) as checkpoints:
-        step, _ = checkpoints.newest_whole()
+        step, _ = checkpoints.newest_complete()
         state = checkpoints.restore(config.train.steps, set_up(config).abstract_state.items())
     assert step == config.train.steps
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in leaves
+    }
 
 
 def differences(killed: pathlib.Path, straight: pathlib.Path) -> list[str]:
@@ -173,7 +206,9 @@ def differences(killed: pathlib.Path, straight: pathlib.Path) -> list[str]:
     have, want = final_arrays(killed), final_arrays(straight)
     found = [f"{name} differs" for name in want if have[name].tobytes() != want[name].tobytes()]
     if rows(killed) != rows(straight):
-        found.append(f"rows {sorted(set(rows(killed)) ^ set(rows(straight)))[:6]} are not in both logs, or not once")
+        found.append(
+            f"rows {sorted(set(rows(killed)) ^ set(rows(straight)))[:6]} are not in both logs, or not once"
+        )
     steps, every = rows(straight)[-1][0], SETTINGS["log.every"]
     if [row[0] for row in rows(straight)] != sorted({*range(every, steps + 1, every), steps}):
         found.append("the log of the run that was never killed has a gap or a double")
@@ -189,8 +224,15 @@ def run(workdir: pathlib.Path, kills: int) -> bool:
     done = []
     for life in lives(killed, cache, steps, kills):
         done.append(life)
-        where = f"inside the save of {', '.join(life.unfinished)}" if life.unfinished else "outside of a save"
-        print(f"life {len(done):2}: from step {life.start:4}, killed after step {life.reached:4} {where}", flush=True)
+        where = (
+            f"inside the save of {', '.join(life.unfinished)}"
+            if life.unfinished
+            else "outside of a save"
+        )
+        print(
+            f"life {len(done):2}: from step {life.start:4}, killed after step {life.reached:4} {where}",
+            flush=True,
+        )
         for warning in life.warnings:
             print(f"         it said: {warning.replace(str(killed), 'RUN')}", flush=True)
     finish(killed, cache, steps)
@@ -205,15 +247,25 @@ def run(workdir: pathlib.Path, kills: int) -> bool:
     if len(done) < kills:
         found.append(f"the run ended after {len(done)} of {kills} kills")
     names, count = len(final_arrays(straight)), len(rows(straight))
-    print("DIFFERENT: " + "; ".join(found) if found else f"bitwise equal: {names} arrays and {count} log rows")
+    print(
+        "DIFFERENT: " + "; ".join(found)
+        if found
+        else f"bitwise equal: {names} arrays and {count} log rows"
+    )
     return not found
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="how often the run is killed (default: 50)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--workdir", type=pathlib.Path, help="a new folder to keep the runs in; default: a temporary one"
+        "--kills", type=int, default=50, help="how often the run is killed (default: 50)"
+    )
+    parser.add_argument(
+        "--workdir",
+        type=pathlib.Path,
+        help="a new folder to keep the runs in; default: a temporary one",
     )
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

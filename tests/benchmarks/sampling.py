@@ -42,7 +42,11 @@ def ours(options: argparse.Namespace) -> sides.Calls:
 
     setup, indices = set_up(options), np.arange(options.batch, dtype=np.int32)
     params, sampler = jax.jit(setup.init_params)(), make_sampler(setup)
-    return {"trajectory": lambda: jax.block_until_ready(sampler(params, indices, labels_of(setup, indices)))}
+    return {
+        "trajectory": lambda: jax.block_until_ready(
+            sampler(params, indices, labels_of(setup, indices))
+        )
+    }
 
 
 def scanned(options: argparse.Namespace) -> sides.Calls:
@@ -59,7 +63,9 @@ def scanned(options: argparse.Namespace) -> sides.Calls:
     @jax.jit
     def run(params, indices, y):
         null = jnp.full_like(y, setup.null_label)
-        predict, unconditional = (lambda x, t, y=y: setup.network(params, x, t, y) for y in (y, null))
+        predict, unconditional = (
+            lambda x, t, y=y: setup.network(params, x, t, y) for y in (y, null)
+        )
         velocity = guide(predict, unconditional, SCALE, channels=3)
 
         def step(x, t):
@@ -87,12 +93,16 @@ def torchs(options: argparse.Namespace) -> sides.Calls:
 
     size = size_by_name(options.model)
     model = torch_sit.SiT(**vars(size), input_size=INPUT, channels=CHANNELS, classes=CLASSES).eval()
-    noise = torch.randn(options.batch, CHANNELS, INPUT, INPUT, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        options.batch, CHANNELS, INPUT, INPUT, generator=torch.Generator().manual_seed(0)
+    )
     y = torch.cat([torch.arange(options.batch), torch.full((options.batch,), CLASSES)])
     h = 1 / options.steps
 
     def velocity(x, t):
-        both = model(torch.cat([x, x]), torch.full((2 * options.batch,), t), y)  # one call, as the reference does
+        both = model(
+            torch.cat([x, x]), torch.full((2 * options.batch,), t), y
+        )  # one call, as the reference does
         conditional, unconditional = both.chunk(2)
         guided = unconditional[:, :3] + SCALE * (conditional[:, :3] - unconditional[:, :3])
         return torch.cat([guided, conditional[:, 3:]], dim=1)
@@ -112,7 +122,9 @@ def torchs(options: argparse.Namespace) -> sides.Calls:
 AGAINST = {"torch": ("PyTorch", torchs, 1.3), "scan": ("bare scan", scanned, 0.95)}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--against", choices=AGAINST, default="torch", help="default: %(default)s")
     parser.add_argument("--model", default="SiT-S/2", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=4, help="default: %(default)s")

@@ -30,7 +30,9 @@ def score(x, t_b):
     def log_density(x, t):
         alpha, sigma = PATH.alpha(t), PATH.sigma(t)
         variances = alpha**2 * STDS**2 + sigma**2
-        return jax.nn.logsumexp(jnp.log(WEIGHTS) - (x - alpha * MEANS) ** 2 / (2 * variances) - jnp.log(variances) / 2)
+        return jax.nn.logsumexp(
+            jnp.log(WEIGHTS) - (x - alpha * MEANS) ** 2 / (2 * variances) - jnp.log(variances) / 2
+        )
 
     return jax.vmap(jax.grad(log_density))(x.ravel(), t_b).reshape(x.shape)
 
@@ -64,8 +66,12 @@ def main(n: int) -> None:
     print(f"{'form':24}{'solver':18}" + "".join(f"{evaluations:>9}" for evaluations in EVALUATIONS))
     for form in ("SBDM", "sigma", "linear", "constant"):
         for solver in sde.SOLVERS:
-            found = [distance(solver, form, evaluations, n, quantiles) for evaluations in EVALUATIONS]
-            print(f"{form:24}{solver:18}" + "".join(f"{value:>9.4f}" for value in found), flush=True)
+            found = [
+                distance(solver, form, evaluations, n, quantiles) for evaluations in EVALUATIONS
+            ]
+            print(
+                f"{form:24}{solver:18}" + "".join(f"{value:>9.4f}" for value in found), flush=True
+            )
     draw = np.random.default_rng(0)
     which = (draw.random((20, n)) < WEIGHTS[1]).astype(int)
     noise, other = draw.standard_normal((2, 20, n))
@@ -75,6 +81,8 @@ def main(n: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=50_000, help="samples (default: %(default)s)")
     main(parser.parse_args().count)

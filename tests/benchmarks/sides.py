@@ -18,10 +18,16 @@ Calls = Mapping[str, Callable[[], object]]
 Sides = Mapping[str, Callable[[argparse.Namespace], Calls]]
 
 
-def run(parser: argparse.ArgumentParser, sides: Sides, bars: Mapping[str, float], *, memory: bool) -> None:
+def run(
+    parser: argparse.ArgumentParser, sides: Sides, bars: Mapping[str, float], *, memory: bool
+) -> None:
     """Adds --one-core and --repeats to the flags, prints the table, and exits with 1 if a bar is missed."""
-    parser.add_argument("--repeats", type=int, default=25, help="pairs of turns (default: %(default)s)")
-    parser.add_argument("--one-core", action="store_true", help="one thread each; processor time, not wall time")
+    parser.add_argument(
+        "--repeats", type=int, default=25, help="pairs of turns (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--one-core", action="store_true", help="one thread each; processor time, not wall time"
+    )
     parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -32,7 +38,9 @@ def run(parser: argparse.ArgumentParser, sides: Sides, bars: Mapping[str, float]
 
 def _work(side: Callable[[argparse.Namespace], Calls], options: argparse.Namespace) -> None:
     """A child: for each line on stdin, the name of a call, writes the seconds that it took; at the end its peak GiB."""
-    if options.one_core:  # before the frameworks are imported: they make as many threads as they have cores
+    if (
+        options.one_core
+    ):  # before the frameworks are imported: they make as many threads as they have cores
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     clock = time.process_time if options.one_core else time.perf_counter
     calls = side(options)
@@ -50,7 +58,9 @@ def _work(side: Callable[[argparse.Namespace], Calls], options: argparse.Namespa
 class _Child:
     def __init__(self, side: str):
         command = [sys.executable, *sys.argv, "--side", side]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._read()  # ready
 
     def _read(self) -> str:
@@ -79,14 +89,22 @@ def _compare(sides: list[str], bars: Mapping[str, float], repeats: int, memory: 
         first, second = np.array(turns).T
         rows = [first * 1e3, second * 1e3, first / second]
         low, middle, high = np.percentile(rows, [25, 50, 75], axis=1)
-        cells = [f"{m:.{d}f} ({a:.{d}f}..{b:.{d}f})" for a, m, b, d in zip(low, middle, high, (0, 0, 2), strict=True)]
+        cells = [
+            f"{m:.{d}f} ({a:.{d}f}..{b:.{d}f})"
+            for a, m, b, d in zip(low, middle, high, (0, 0, 2), strict=True)
+        ]
         met = low[2] >= bar
         verdict = "met" if met else "missed"
-        print(f"{call:12}{cells[0]:>21} ms{cells[1]:>21} ms{cells[2]:>24}  {bar:.2f} {verdict}", flush=True)
+        print(
+            f"{call:12}{cells[0]:>21} ms{cells[1]:>21} ms{cells[2]:>24}  {bar:.2f} {verdict}",
+            flush=True,
+        )
         passed &= met
     first, second = (child.peak_memory() for child in children)
     if memory:
         verdict = "met" if second <= first else "missed"
-        print(f"{'peak memory':12}{first:>20.2f} GiB{second:>20.2f} GiB{first / second:>24.2f}  1.00 {verdict}")
+        print(
+            f"{'peak memory':12}{first:>20.2f} GiB{second:>20.2f} GiB{first / second:>24.2f}  1.00 {verdict}"
+        )
         passed &= second <= first
     return bool(passed)

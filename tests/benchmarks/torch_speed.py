@@ -28,7 +28,12 @@ INPUT, CHANNELS, CLASSES = 32, 4, 1000
 def examples(batch: int) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
     x1, x0 = draw.standard_normal((2, batch, INPUT, INPUT, CHANNELS), np.float32)
-    return {"x1": x1, "x0": x0, "t": draw.random(batch, np.float32), "y": draw.integers(0, CLASSES + 1, batch)}
+    return {
+        "x1": x1,
+        "x0": x0,
+        "t": draw.random(batch, np.float32),
+        "y": draw.integers(0, CLASSES + 1, batch),
+    }
 
 
 def ours(options: argparse.Namespace) -> sides.Calls:
@@ -53,7 +58,9 @@ def ours(options: argparse.Namespace) -> sides.Calls:
         return train_step.batch_loss(setup.network, setup.objective, params, examples)
 
     def update(state, batch):
-        return train_step.update(state, batch, loss=loss, optimizer=setup.optimizer, ema_decay=0.9999)
+        return train_step.update(
+            state, batch, loss=loss, optimizer=setup.optimizer, ema_decay=0.9999
+        )
 
     update, network = jax.jit(update, donate_argnums=0), jax.jit(setup.network)
 
@@ -63,7 +70,9 @@ def ours(options: argparse.Namespace) -> sides.Calls:
 
     return {
         "train step": step,
-        "forward": lambda: jax.block_until_ready(network(state.params, batch["x1"], batch["t"], batch["y"])),
+        "forward": lambda: jax.block_until_ready(
+            network(state.params, batch["x1"], batch["t"], batch["y"])
+        ),
     }
 
 
@@ -87,9 +96,13 @@ def torchs(options: argparse.Namespace) -> sides.Calls:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="SiT-S/2", help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--fused", action="store_true", help="PyTorch's fused AdamW in place of its default")
+    parser.add_argument(
+        "--fused", action="store_true", help="PyTorch's fused AdamW in place of its default"
+    )
     parser.add_argument("--remat", default="dots", help="our model.remat (default: %(default)s)")
     sides.run(parser, {"PyTorch": torchs, "ours": ours}, BARS, memory=True)

@@ -11,8 +11,8 @@ import argparse
 import jax
 import jax.numpy as jnp
 
-from sit_jax import hlo
-from sit_jax.jobs import preflight
+from sit_jax.jobs.preflight import hlo
+from sit_jax.jobs.preflight import job as preflight
 from sit_jax.models import attention
 
 
@@ -46,9 +46,15 @@ def main():
     preflight.leave_devices_alone()
     _, devices = preflight.open_topology(parser.parse_args().topology)
     for tokens in (256, 1024):
-        for name, attend in {"einsum": attention.einsum, "flash": flash, "splash": attention.splash}.items():
+        for name, attend in {
+            "einsum": attention.einsum,
+            "flash": flash,
+            "splash": attention.splash,
+        }.items():
             try:
-                print(f"{tokens:5d} tokens  {name:7}", measure(attend, tokens, devices[0]), flush=True)
+                print(
+                    f"{tokens:5d} tokens  {name:7}", measure(attend, tokens, devices[0]), flush=True
+                )
             except Exception as error:
                 print(
                     f"{tokens:5d} tokens  {name:7} {type(error).__name__}: {str(error).splitlines()[0][:150]}",

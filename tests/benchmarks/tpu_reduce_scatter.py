@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sit_jax import hlo
-from sit_jax.jobs import preflight
+from sit_jax.jobs.preflight import hlo
+from sit_jax.jobs.preflight import job as preflight
 
 
 def gradient(mesh, explicit: bool, rows: int):
@@ -27,7 +27,9 @@ def gradient(mesh, explicit: bool, rows: int):
 
     def loss(w, x):
         if explicit:
-            y = jax.shard_map(product, mesh=mesh, in_specs=(P("fsdp"), P("fsdp")), out_specs=P("fsdp"))(w, x)
+            y = jax.shard_map(
+                product, mesh=mesh, in_specs=(P("fsdp"), P("fsdp")), out_specs=P("fsdp")
+            )(w, x)
         else:
             y = jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole))
         return y.astype(jnp.float32).sum()
@@ -44,10 +46,17 @@ def main():
     preflight.leave_devices_alone()
     for topology in parser.parse_args().topology:
         _, devices = preflight.open_topology(topology)
-        mesh = jax.make_mesh((len(devices),), ("fsdp",), axis_types=(AxisType.Auto,), devices=devices)
+        mesh = jax.make_mesh(
+            (len(devices),), ("fsdp",), axis_types=(AxisType.Auto,), devices=devices
+        )
         for name, explicit in (("constraint", False), ("psum_scatter", True)):
-            table = hlo.by_kind(hlo.Program(gradient(mesh, explicit, rows=1024).as_text()).collectives)
-            sent = {kind: f"{(moved['in_loop'] + moved['outside']) / 1e6:.0f} MB" for kind, moved in table.items()}
+            table = hlo.by_kind(
+                hlo.Program(gradient(mesh, explicit, rows=1024).as_text()).collectives
+            )
+            sent = {
+                kind: f"{(moved['in_loop'] + moved['outside']) / 1e6:.0f} MB"
+                for kind, moved in table.items()
+            }
             print(f"{topology:10} {name:13} {sent}", flush=True)
 
 

@@ -24,7 +24,9 @@ OPTIONS = dict(repo=None, revision=None, scale=0.18215)
 NEW_NAMES = {new: old for old, new in files.OLD_NAMES.items()}
 
 
-def write_folder(folder: pathlib.Path, block_out_channels: tuple[int, ...] = (128, 256, 512, 512)) -> int:
+def write_folder(
+    folder: pathlib.Path, block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+) -> int:
     """config.json and weights as published but for the values; returns the bytes of the weights."""
     blocks = len(block_out_channels)
     config = {
@@ -40,7 +42,9 @@ def write_folder(folder: pathlib.Path, block_out_channels: tuple[int, ...] = (12
         for new, old in NEW_NAMES.items():
             name = name.replace(f".{new}.", f".{old}.")
         spread = np.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.05
-        tensors[name] = spread * draw.standard_normal(shape, np.float32) + ("norm" in name and "weight" in name)
+        tensors[name] = spread * draw.standard_normal(shape, np.float32) + (
+            "norm" in name and "weight" in name
+        )
     tensors = {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
     safetensors.numpy.save_file(tensors, folder / files.WEIGHTS, metadata={"format": "pt"})
     return (folder / files.WEIGHTS).stat().st_size
@@ -58,7 +62,9 @@ def timed(what: str, function, *args):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("--size", 256), ("--images", 1), ("--batch", 1)):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--dtype", default="float32")
@@ -69,9 +75,17 @@ def main() -> None:
         codec = open_codec("sd-vae", path=folder, dtype=flags.dtype, batch=flags.batch, **OPTIONS)
         params = jax.device_put(codec.load())
         jax.block_until_ready(params)
-        print(f"load: {time.perf_counter() - start:.2f} s, {sum(x.size for x in jax.tree.leaves(params)):,} parameters")
-    images = np.random.default_rng(1).uniform(-1, 1, (flags.images, flags.size, flags.size, 3)).astype(np.float32)
-    x = timed("encode", codec.encode, params, jax.random.split(jax.random.key(0), len(images)), images)
+        print(
+            f"load: {time.perf_counter() - start:.2f} s, {sum(x.size for x in jax.tree.leaves(params)):,} parameters"
+        )
+    images = (
+        np.random.default_rng(1)
+        .uniform(-1, 1, (flags.images, flags.size, flags.size, 3))
+        .astype(np.float32)
+    )
+    x = timed(
+        "encode", codec.encode, params, jax.random.split(jax.random.key(0), len(images)), images
+    )
     images = timed("decode", codec.decode, params, x)
     assert np.isfinite(x).all() and np.isfinite(images).all()
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

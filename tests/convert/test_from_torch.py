@@ -56,7 +56,11 @@ def take(setup, state, name, steps, ema_decay):
     def loss(params, examples):
         return train_step.batch_loss(setup.network, setup.objective, params, examples)
 
-    update = jax.jit(lambda s, e: train_step.update(s, e, loss=loss, optimizer=setup.optimizer, ema_decay=ema_decay))
+    update = jax.jit(
+        lambda s, e: train_step.update(
+            s, e, loss=loss, optimizer=setup.optimizer, ema_decay=ema_decay
+        )
+    )
     losses = []
     for step in range(steps):
         state, metrics = update(state, golden_examples(arrays, name, step))
@@ -79,10 +83,15 @@ def test_a_training_checkpoint_resumes_with_all_it_has(tmp_path):
         ours = in_torch(tree, setup.size)
         assert not ours.pop("pos_embed").any()
         for name, value in ours.items():
-            np.testing.assert_array_equal(value, content["opt"]["state"][names.index(name)][key], err_msg=name)
+            np.testing.assert_array_equal(
+                value, content["opt"]["state"][names.index(name)][key], err_msg=name
+            )
     config = setup.config
     assert config.seed == 7 and config.data.path == "photos" and config.train.batch == 256
-    assert (config.transport.path, config.transport.train_eps) == ("GVP", None)  # ignored there for velocity
+    assert (config.transport.path, config.transport.train_eps) == (
+        "GVP",
+        None,
+    )  # ignored there for velocity
     o = config.optimizer
     assert (o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay) == (2e-4, 0.8, 0.99, 1e-7, 0.01)
 
@@ -90,7 +99,9 @@ def test_a_training_checkpoint_resumes_with_all_it_has(tmp_path):
 def test_the_next_update_is_adamws(tmp_path):
     """From the moments and the count of the file: torch's formula in float64, by torch's names."""
     content = checkpoints.training()
-    from_torch.convert(checkpoints.save(tmp_path / "x.pt", content), str(tmp_path / "run"), num_heads=2)
+    from_torch.convert(
+        checkpoints.save(tmp_path / "x.pt", content), str(tmp_path / "run"), num_heads=2
+    )
     setup, _, state = opened(tmp_path / "run")
     gradients = checkpoints.state_dict(9)
     tree = jax.tree.map(jnp.asarray, params_from_torch(gradients, setup.size))
@@ -117,7 +128,12 @@ def test_golden_steps_from_the_workdir_equal_pytorchs(tmp_path, decay):
     state, losses = take(setup, state, name, 5, decay)
     np.testing.assert_allclose(losses, arrays[f"{name}/loss"], rtol=1e-5)
     adam = state.opt_state[0]
-    parts = {"params": state.params, f"ema-{decay}": state.ema, "exp_avg": adam.mu, "exp_avg_sq": adam.nu}
+    parts = {
+        "params": state.params,
+        f"ema-{decay}": state.ema,
+        "exp_avg": adam.mu,
+        "exp_avg_sq": adam.nu,
+    }
     for part, tree in parts.items():
         compare(arrays, f"{name}/{part}", tree)
 
@@ -138,7 +154,9 @@ def test_training_continues_as_it_does_in_pytorch(tmp_path):
     name, arrays = "Linear-velocity", goldens.load("train")[1]
     state, losses = take(setup, state, name, 3, 0.9999)
     for k in range(3):
-        x1, x0, t, y, drop = (torch.from_numpy(arrays[f"{name}/{part}"][k]) for part in ("x1", "x0", "t", "y", "drop"))
+        x1, x0, t, y, drop = (
+            torch.from_numpy(arrays[f"{name}/{part}"][k]) for part in ("x1", "x0", "t", "y", "drop")
+        )
         t_bchw = t.reshape(-1, 1, 1, 1)
         y = torch.where(drop == 1, goldens.CLASSES, y)
         out = model(t_bchw * x1 + (1 - t_bchw) * x0, t, y)
@@ -160,9 +178,21 @@ def test_the_workdir_trains_and_samples(tmp_path, quiet_machine, capsys):
     """Bare weights of a pixel model on the digits, which ship with scikit-learn."""
     weights = checkpoints.state_dict(0, channels=1)
     path, run = checkpoints.save(tmp_path / "bare.pt", weights), str(tmp_path / "run")
-    digits = [("data.source", "digits"), ("data.flip", "False"), ("train.batch", "8"), ("log.sheet_every", "0")]
-    settings = [("sample.solver", "heun"), ("sample.steps", "2"), ("sample.count", "4"), ("sample.batch", "4")]
-    from_torch.convert(path, run, num_heads=2, overrides=[*digits, *settings, ("log.tensorboard", "False")])
+    digits = [
+        ("data.source", "digits"),
+        ("data.flip", "False"),
+        ("train.batch", "8"),
+        ("log.sheet_every", "0"),
+    ]
+    settings = [
+        ("sample.solver", "heun"),
+        ("sample.steps", "2"),
+        ("sample.count", "4"),
+        ("sample.batch", "4"),
+    ]
+    from_torch.convert(
+        path, run, num_heads=2, overrides=[*digits, *settings, ("log.tensorboard", "False")]
+    )
     assert main.main(["--workdir", run, "--mode", "sample"]) == 0
     assert main.main(["--workdir", run, "--mode", "sample", "--config.sample.weights=raw"]) == 0
     assert len(list((tmp_path / "run" / "samples").glob("step0-*/00000*.png"))) == 8
@@ -174,7 +204,9 @@ def test_the_workdir_trains_and_samples(tmp_path, quiet_machine, capsys):
 
 def test_fork_starts_from_weights_alone(tmp_path, monkeypatch):
     weights = checkpoints.state_dict(0)
-    from_torch.convert(checkpoints.save(tmp_path / "x.pt", weights), str(tmp_path / "run"), num_heads=2)
+    from_torch.convert(
+        checkpoints.save(tmp_path / "x.pt", weights), str(tmp_path / "run"), num_heads=2
+    )
     monkeypatch.setattr(train, "open_source", lambda setup: None)
     config = config_lib.load(str(tmp_path / "run" / "config.json"), [("transport.path", "VP")])
     train.fork(config, epath.Path(tmp_path / "run"), epath.Path(tmp_path / "fork"))
@@ -193,18 +225,26 @@ def test_every_form_of_a_bare_file_is_the_same(tmp_path, form):
         save_file(dict(sorted(weights.items())), path)
     else:
         prefix = "module." if form == "module." else ""
-        path = checkpoints.save(tmp_path / "x.pt", {prefix + name: value for name, value in weights.items()})
+        path = checkpoints.save(
+            tmp_path / "x.pt", {prefix + name: value for name, value in weights.items()}
+        )
     from_torch.convert(path, str(tmp_path / "run"), num_heads=2)
     setup, step, state = opened(tmp_path / "run")
     same(state.params, weights, setup.size)
     same(state.ema, weights, setup.size)
     assert step == 0 and setup.config.model.learn_sigma and setup.config.data.classes == 3
-    assert not any(leaf.any() for leaf in jax.tree.leaves((state.opt_state[0].mu, state.opt_state[0].nu)))
-    assert not (tmp_path / "run" / "checkpoints" / "0" / "params").exists()  # weights are stored once
+    assert not any(
+        leaf.any() for leaf in jax.tree.leaves((state.opt_state[0].mu, state.opt_state[0].nu))
+    )
+    assert not (
+        tmp_path / "run" / "checkpoints" / "0" / "params"
+    ).exists()  # weights are stored once
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64], ids=["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, np.float64], ids=["float16", "bfloat16", "float64"]
+)
 def test_other_float_types_become_float32_and_it_is_said(tmp_path, capsys, suffix, dtype):
     weights = {name: value.astype(dtype) for name, value in checkpoints.state_dict(0).items()}
     path = str(tmp_path / f"x.{suffix}")
@@ -227,7 +267,9 @@ def test_known_sizes_need_no_heads(tmp_path):
 def test_another_image_size_recomputes_the_position_embedding_alone(tmp_path, capsys):
     content = checkpoints.training()
     path = checkpoints.save(tmp_path / "x.pt", content)
-    from_torch.convert(path, str(tmp_path / "run"), num_heads=2, image_size=128)  # 64 before: 8 cells of 8 pixels
+    from_torch.convert(
+        path, str(tmp_path / "run"), num_heads=2, image_size=128
+    )  # 64 before: 8 cells of 8 pixels
     setup, step, state = opened(tmp_path / "run")
     assert setup.input_shape == (16, 16, 4)
     position = {"pos_embed": position_embedding(16, 8)[None]}
@@ -235,14 +277,20 @@ def test_another_image_size_recomputes_the_position_embedding_alone(tmp_path, ca
     same(state.ema, content["ema"] | position, setup.size)
     assert step == 0 and state.opt_state[0].count == 0
     said = capsys.readouterr().out
-    assert "pos_embed is recomputed for 16 instead of 8 cells" in said and "a new training: it starts at step 0" in said
+    assert (
+        "pos_embed is recomputed for 16 instead of 8 cells" in said
+        and "a new training: it starts at step 0" in said
+    )
 
 
 def test_other_classes_keep_all_but_the_label_table(tmp_path, capsys):
     weights = checkpoints.state_dict(0)
     path = checkpoints.save(tmp_path / "x.pt", weights)
     from_torch.convert(path, str(tmp_path / "run"), num_heads=2, num_classes=3)
-    assert "label table is drawn anew for 3 instead of 10 classes; everything else is kept" in capsys.readouterr().out
+    assert (
+        "label table is drawn anew for 3 instead of 10 classes; everything else is kept"
+        in capsys.readouterr().out
+    )
     setup, _, state = opened(tmp_path / "run")
     ours, name = in_torch(state.params, setup.size), "y_embedder.embedding_table.weight"
     table = ours.pop(name)
@@ -286,12 +334,36 @@ UNET = {
 BARE, FULL = checkpoints.state_dict, checkpoints.training
 BAD = {
     "a list": (lambda: [1, 2], {}, "holds list, no state dict"),
-    "no tensors": (lambda: {"epoch": 3, "state_dict": BARE()}, {}, "is no state dict: epoch, state_dict is no tensor"),
-    "a UNet": (lambda: UNET, {}, "is no SiT: it has no pos_embed and no x_embedder.proj.weight and .* 3 tensors as"),
-    "no opt": (lambda: without(FULL(), "opt"), {}, "half of a training checkpoint: opt of .* --weights ema or raw"),
-    "no ema": (lambda: without(FULL(), "ema", "opt"), {}, "half of a training checkpoint: ema, opt .*--weights raw"),
-    "raw gone": (lambda: without(FULL(), "model"), {"weights": "raw"}, "half .*: model of .* with --weights ema"),
-    "moments gone": (lambda: without_moments(FULL()), {}, "opt of .* is not AdamW's whole state .*KeyError: 3"),
+    "no tensors": (
+        lambda: {"epoch": 3, "state_dict": BARE()},
+        {},
+        "is no state dict: epoch, state_dict is no tensor",
+    ),
+    "a UNet": (
+        lambda: UNET,
+        {},
+        "is no SiT: it has no pos_embed and no x_embedder.proj.weight and .* 3 tensors as",
+    ),
+    "no opt": (
+        lambda: without(FULL(), "opt"),
+        {},
+        "half of a training checkpoint: opt of .* --weights ema or raw",
+    ),
+    "no ema": (
+        lambda: without(FULL(), "ema", "opt"),
+        {},
+        "half of a training checkpoint: ema, opt .*--weights raw",
+    ),
+    "raw gone": (
+        lambda: without(FULL(), "model"),
+        {"weights": "raw"},
+        "half .*: model of .* with --weights ema",
+    ),
+    "moments gone": (
+        lambda: without_moments(FULL()),
+        {},
+        "opt of .* is not AdamW's whole state .*KeyError: 3",
+    ),
     "two counts": (lambda: two_steps(FULL()), {}, "opt of .* is not AdamW's whole state"),
     "moment's shape": (
         lambda: short_moment(FULL()),
@@ -304,7 +376,11 @@ BAD = {
         {},
         r"does not fit: blocks.1.mlp.fc1.bias is missing, expected shape \[64\]",
     ),
-    "extra": (lambda: BARE() | {"head.bias": np.zeros(5, np.float32)}, {}, r"head.bias of shape \[5\] is unexpected"),
+    "extra": (
+        lambda: BARE() | {"head.bias": np.zeros(5, np.float32)},
+        {},
+        r"head.bias of shape \[5\] is unexpected",
+    ),
     "mis-shaped": (
         lambda: BARE() | {"blocks.0.attn.proj.bias": np.zeros(5, np.float32)},
         {},
@@ -335,13 +411,25 @@ BAD = {
         {},
         "x_embedder.proj.bias holds int64 numbers; expected float32, float16 or bfloat16",
     ),
-    "heads unknown": (BARE, {"num_heads": None}, "depth 2, width 16, patch 2 are of no known size; give --num_heads"),
+    "heads unknown": (
+        BARE,
+        {"num_heads": None},
+        "depth 2, width 16, patch 2 are of no known size; give --num_heads",
+    ),
     "heads": (BARE, {"num_heads": 3}, "model width 16 is not divisible by its 3 heads"),
-    "image size": (BARE, {"image_size": 100}, "--image_size is 100; expected a multiple of 8 pixels"),
+    "image size": (
+        BARE,
+        {"image_size": 100},
+        "--image_size is 100; expected a multiple of 8 pixels",
+    ),
     "image patch": (BARE, {"image_size": 72}, "input size 9 is not divisible by the patch size 2"),
     "classes": (BARE, {"num_classes": 0}, "--num_classes is 0; expected more than 0"),
     "override": (BARE, {"overrides": [("data.clases", "3")]}, "unknown config key 'data.clases'"),
-    "network override": (BARE, {"overrides": [("model.depth", "3")]}, "blocks.2.attn.qkv.weight is missing"),
+    "network override": (
+        BARE,
+        {"overrides": [("model.depth", "3")]},
+        "blocks.2.attn.qkv.weight is missing",
+    ),
 }
 
 
@@ -374,7 +462,9 @@ def test_what_is_there_is_kept_unless_told_and_until_the_new_is_whole(tmp_path):
     new = checkpoints.save(tmp_path / "new.pt", checkpoints.state_dict(0, classes=6))
     run = tmp_path / "run"
     from_torch.convert(old, str(run), num_heads=2)
-    with pytest.raises(UserError, match="run' exists; give another name, or --overwrite to replace it"):
+    with pytest.raises(
+        UserError, match="run' exists; give another name, or --overwrite to replace it"
+    ):
         from_torch.convert(new, str(run), num_heads=2)
     with pytest.raises(UserError, match="pos_embed holds 2 NaN"):
         from_torch.convert(bad, str(run), num_heads=2, overwrite=True)
@@ -384,7 +474,9 @@ def test_what_is_there_is_kept_unless_told_and_until_the_new_is_whole(tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} == {"old.pt", "bad.pt", "new.pt", "run"}
     photos = tmp_path / "photos"
     photos.mkdir()
-    with pytest.raises(UserError, match="is a folder but no workdir, so --overwrite leaves it alone"):
+    with pytest.raises(
+        UserError, match="is a folder but no workdir, so --overwrite leaves it alone"
+    ):
         from_torch.convert(new, str(photos), num_heads=2, overwrite=True)
 
 
@@ -392,7 +484,9 @@ def test_no_space_is_seen_before_and_survived_in_the_middle(tmp_path, monkeypatc
     path = checkpoints.save(tmp_path / "x.pt", checkpoints.state_dict(0))
     with monkeypatch.context() as patch:
         patch.setattr(cli.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
-        with pytest.raises(UserError, match="run' needs about 10.1 MB, and 0.0 MB are free there; make room"):
+        with pytest.raises(
+            UserError, match="run' needs about 10.1 MB, and 0.0 MB are free there; make room"
+        ):
             from_torch.convert(path, str(tmp_path / "run"), num_heads=2)
 
     def full(folder):
@@ -401,18 +495,29 @@ def test_no_space_is_seen_before_and_survived_in_the_middle(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint, "_digests", full)
     with pytest.raises(UserError, match="No space left on device") as caught:
         from_torch.convert(path, str(tmp_path / "run"), num_heads=2)
-    assert "\n" not in str(caught.value) and [entry.name for entry in tmp_path.iterdir()] == ["x.pt"]
+    assert "\n" not in str(caught.value) and [entry.name for entry in tmp_path.iterdir()] == [
+        "x.pt"
+    ]
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
-    path, run = checkpoints.save(tmp_path / "x.pt", checkpoints.state_dict(0)), str(tmp_path / "run")
+    path, run = (
+        checkpoints.save(tmp_path / "x.pt", checkpoints.state_dict(0)),
+        str(tmp_path / "run"),
+    )
     from_torch.main([path, run, "--num_heads", "2", "--config.transport.path=GVP"])
     assert config_lib.load(f"{run}/config.json").transport.path == "GVP"
     said = capsys.readouterr().out
     assert f"sample:   python -m sit_jax.main --mode sample --workdir {run}" in said
     for arguments, message in (
-        ([path], "the following arguments are required: workdir; see python -m convert.from_torch --help"),
-        ([path, run, "--num_headz=2"], "unknown argument '--num_headz=2'; settings are --config.KEY=VALUE"),
+        (
+            [path],
+            "the following arguments are required: workdir; see python -m convert.from_torch --help",
+        ),
+        (
+            [path, run, "--num_headz=2"],
+            "unknown argument '--num_headz=2'; settings are --config.KEY=VALUE",
+        ),
         ([path, run, "--num_heads=two"], "argument --num_heads: invalid int value: 'two'"),
         ([path, run, "--num_heads=2"], f"'{run}' exists"),
     ):
@@ -426,7 +531,9 @@ def test_raw_weights_of_a_training_checkpoint_alone(tmp_path):
     content = checkpoints.training()
     path = checkpoints.save(tmp_path / "x.pt", without(content, "ema", "opt"))
     from_torch.convert(path, str(tmp_path / "run"), num_heads=2, weights="raw")
-    setup = set_up(config_lib.load(str(tmp_path / "run" / "config.json"), [("sample.weights", "raw")]))
+    setup = set_up(
+        config_lib.load(str(tmp_path / "run" / "config.json"), [("sample.weights", "raw")])
+    )
     step, params = restore_weights(setup, epath.Path(tmp_path / "run"), "raw")
     same(params, content["model"], setup.size)
     assert step == 0

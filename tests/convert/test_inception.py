@@ -27,7 +27,9 @@ def test_the_names_and_shapes_are_the_networks():
 
 
 def test_every_tensor_arrives(tmp_path, weights):
-    counters = {"Mixed_7c.branch_pool.bn.num_batches_tracked": np.array(0)}  # torchvision's, of no use here
+    counters = {
+        "Mixed_7c.branch_pool.bn.num_batches_tracked": np.array(0)
+    }  # torchvision's, of no use here
     path = checkpoints.save(tmp_path / "in.pth", weights | counters)
     out = tmp_path / "out.safetensors"
     inception.convert(path, str(out))
@@ -41,10 +43,22 @@ def test_every_tensor_arrives(tmp_path, weights):
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights):
     cases = [
-        ({**weights, "fc.bias": np.zeros(1000, np.float32)}, r"fc.bias has shape \[1000\], expected \[1008\]"),
-        ({n: w for n, w in weights.items() if n != "fc.bias"}, r"fc.bias is missing, expected shape \[1008\]"),
-        ({**weights, "AuxLogits.fc.bias": np.zeros(3)}, r"AuxLogits.fc.bias of shape \[3\] is unexpected"),
-        ({**weights, "fc.bias": np.full(1008, np.nan, np.float32)}, "fc.bias holds NaN or infinite values"),
+        (
+            {**weights, "fc.bias": np.zeros(1000, np.float32)},
+            r"fc.bias has shape \[1000\], expected \[1008\]",
+        ),
+        (
+            {n: w for n, w in weights.items() if n != "fc.bias"},
+            r"fc.bias is missing, expected shape \[1008\]",
+        ),
+        (
+            {**weights, "AuxLogits.fc.bias": np.zeros(3)},
+            r"AuxLogits.fc.bias of shape \[3\] is unexpected",
+        ),
+        (
+            {**weights, "fc.bias": np.full(1008, np.nan, np.float32)},
+            "fc.bias holds NaN or infinite values",
+        ),
         ([1], "holds list, no state dict"),
     ]
     for content, message in cases:

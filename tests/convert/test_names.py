@@ -15,7 +15,9 @@ from tests import checkpoints, goldens
 def test_the_table_covers_every_tensor_once(learn_sigma):
     model = goldens.model(learn_sigma)
     x, one = np.zeros((1, 8, 8, 4), np.float32), np.zeros((1,), np.float32)
-    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), x, one, one.astype(np.int32))["params"])
+    tree = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), x, one, one.astype(np.int32))["params"]
+    )
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     ours = sorted(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
     assert sorted(path for path, _ in TABLE.values()) == ours
@@ -25,7 +27,12 @@ def test_the_order_is_that_of_torchs_parameters():
     manifest = goldens.load("model")[0]
     want = manifest["train_ckpt"]["opt_param_names"]
     content = read_torch_file(str(goldens.FOLDER / "sit_train_ckpt.pt"))
-    names = [name for name, _ in params_to_torch(params_from_torch(content["ema"], goldens.SIZE), goldens.SIZE)]
+    names = [
+        name
+        for name, _ in params_to_torch(
+            params_from_torch(content["ema"], goldens.SIZE), goldens.SIZE
+        )
+    ]
     assert names == want == list(content["ema"]) and names[0] == POSITION
 
 
@@ -36,14 +43,22 @@ def test_from_to_from_is_the_identity_bitwise(name, learn_sigma, classes, channe
     size = Size(depth=2, width=4 * real.heads, heads=real.heads, patch=real.patch)
     network = dict(side=2 * real.patch, channels=channels, classes=classes, learn_sigma=learn_sigma)
     before = checkpoints.state_dict(0, size, **network)
-    before["pos_embed"].view(np.uint32)[...] = 0x7FC12345  # a NaN with a payload is a number like any other here
+    before["pos_embed"].view(np.uint32)[...] = (
+        0x7FC12345  # a NaN with a payload is a number like any other here
+    )
     tree = params_from_torch(before, size)
     after = dict(params_to_torch(tree, size))
     assert list(after) == list(before)
     for tensor in before:
-        np.testing.assert_array_equal(after[tensor].view(np.uint32), before[tensor].view(np.uint32), err_msg=tensor)
+        np.testing.assert_array_equal(
+            after[tensor].view(np.uint32), before[tensor].view(np.uint32), err_msg=tensor
+        )
     again = params_from_torch(after, size)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32)), tree, again)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32)),
+        tree,
+        again,
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -16,8 +16,14 @@ from tests import checkpoints, goldens
 SIZES = {
     "tiny": (checkpoints.TINY, {}),
     "learn_sigma": (checkpoints.TINY, {"learn_sigma": True, "classes": 1}),
-    "XL's heads, patch 4": (Size(depth=3, width=64, heads=16, patch=4), {"classes": 1000, "learn_sigma": True}),
-    "S's heads, patch 8": (Size(depth=1, width=24, heads=6, patch=8), {"channels": 3, "side": 16, "classes": 7}),
+    "XL's heads, patch 4": (
+        Size(depth=3, width=64, heads=16, patch=4),
+        {"classes": 1000, "learn_sigma": True},
+    ),
+    "S's heads, patch 8": (
+        Size(depth=1, width=24, heads=6, patch=8),
+        {"channels": 3, "side": 16, "classes": 7},
+    ),
 }
 
 
@@ -25,7 +31,11 @@ def bits(content):
     """A file's content with the bytes of its tensors."""
     if isinstance(content, dict):
         return {key: bits(value) for key, value in content.items()}
-    return (content.shape, str(content.dtype), content.read().tobytes()) if isinstance(content, Tensor) else content
+    return (
+        (content.shape, str(content.dtype), content.read().tobytes())
+        if isinstance(content, Tensor)
+        else content
+    )
 
 
 @pytest.mark.parametrize("case", SIZES)
@@ -43,7 +53,11 @@ def test_from_to_from_is_the_identity(tmp_path, case):
     assert list(b["model"]) == list(a["model"]) and 0 not in b["opt"]["state"]
     group, want = b["opt"]["param_groups"][0], a["opt"]["param_groups"][0]
     assert {key: group[key] for key in want} == want
-    assert (b["args"]["path_type"], b["args"]["global_seed"], b["args"]["data_path"]) == ("GVP", 7, "photos")
+    assert (b["args"]["path_type"], b["args"]["global_seed"], b["args"]["data_path"]) == (
+        "GVP",
+        7,
+        "photos",
+    )
     records = [(tmp_path / name / "config.json").read_text() for name in ("run", "again")]
     assert records[0] == records[1]
 
@@ -51,7 +65,11 @@ def test_from_to_from_is_the_identity(tmp_path, case):
 def test_the_step_and_every_setting_come_back(tmp_path):
     """Also those the reference has no place for: here a count that lags behind the step, as skipped updates make it."""
     path, run = checkpoints.save(tmp_path / "a.pt", checkpoints.training(count=5)), tmp_path / "run"
-    settings = {"optimizer.clip_norm": "1.0", "optimizer.warmup_steps": "10", "transport.times": "logit-normal"}
+    settings = {
+        "optimizer.clip_norm": "1.0",
+        "optimizer.warmup_steps": "10",
+        "transport.times": "logit-normal",
+    }
     from_torch.convert(path, str(run), num_heads=2, overrides=list(settings.items()))
     config = config_lib.load(str(run / "config.json"))
     (run / "checkpoints" / "5").rename(run / "checkpoints" / "8")
@@ -68,12 +86,18 @@ def test_the_step_and_every_setting_come_back(tmp_path):
 @pytest.mark.parametrize(("weights", "entry"), [("ema", "ema"), ("raw", "model")])
 def test_weights_alone(tmp_path, suffix, weights, entry):
     content = checkpoints.training()
-    from_torch.convert(checkpoints.save(tmp_path / "a.pt", content), str(tmp_path / "run"), num_heads=2)
+    from_torch.convert(
+        checkpoints.save(tmp_path / "a.pt", content), str(tmp_path / "run"), num_heads=2
+    )
     out = str(tmp_path / f"b.{suffix}")
     to_torch.convert(str(tmp_path / "run"), out, weights=weights)
-    heads = None if suffix == "safetensors" else 2  # safetensors has room for a record, a bare state dict has not
+    heads = (
+        None if suffix == "safetensors" else 2
+    )  # safetensors has room for a record, a bare state dict has not
     from_torch.convert(out, str(tmp_path / "again"), num_heads=heads)
-    to_torch.convert(str(tmp_path / "again"), str(tmp_path / "c.pt"))  # without moments a bare state dict again
+    to_torch.convert(
+        str(tmp_path / "again"), str(tmp_path / "c.pt")
+    )  # without moments a bare state dict again
     back = read_torch_file(str(tmp_path / "c.pt"))
     assert list(back) == list(content[entry])
     for name, want in content[entry].items():
@@ -86,13 +110,17 @@ def test_the_reference_loads_it(tmp_path):
     torch = pytest.importorskip("torch")
     from tests import torch_sit
 
-    from_torch.convert(str(goldens.FOLDER / "sit_train_ckpt.pt"), str(tmp_path / "run"), num_heads=4)
+    from_torch.convert(
+        str(goldens.FOLDER / "sit_train_ckpt.pt"), str(tmp_path / "run"), num_heads=4
+    )
     to_torch.convert(str(tmp_path / "run"), str(tmp_path / "b.pt"))
     ours = torch.load(tmp_path / "b.pt")
     theirs = torch.load(goldens.FOLDER / "sit_train_ckpt.pt", weights_only=False)
     optimizers = []
     for content in (ours, theirs):
-        model = torch_sit.SiT(**vars(goldens.SIZE), input_size=8, channels=4, classes=goldens.CLASSES)
+        model = torch_sit.SiT(
+            **vars(goldens.SIZE), input_size=8, channels=4, classes=goldens.CLASSES
+        )
         model.load_state_dict(content["ema"], strict=True)
         model.load_state_dict(content["model"], strict=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=1.0)
@@ -103,7 +131,9 @@ def test_the_reference_loads_it(tmp_path):
         optimizers.append((model, optimizer))
     (model, optimizer), (want, want_optimizer) = optimizers
     assert optimizer.state_dict()["param_groups"] == want_optimizer.state_dict()["param_groups"]
-    for (name, tensor), expected in zip(model.state_dict().items(), want.state_dict().values(), strict=True):
+    for (name, tensor), expected in zip(
+        model.state_dict().items(), want.state_dict().values(), strict=True
+    ):
         assert torch.equal(tensor, expected), name
 
 
@@ -116,7 +146,9 @@ def test_safetensors_load_into_the_reference(tmp_path):
 
     from_torch.convert(str(goldens.FOLDER / "sit_bare.pt"), str(tmp_path / "run"), num_heads=4)
     to_torch.convert(str(tmp_path / "run"), str(tmp_path / "b.safetensors"))
-    model = torch_sit.SiT(**vars(goldens.SIZE), input_size=8, channels=4, classes=goldens.CLASSES, learn_sigma=True)
+    model = torch_sit.SiT(
+        **vars(goldens.SIZE), input_size=8, channels=4, classes=goldens.CLASSES, learn_sigma=True
+    )
     assert list(model.state_dict()) == list(read_torch_file(str(goldens.FOLDER / "sit_bare.pt")))
     model.load_state_dict(load_file(tmp_path / "b.safetensors"), strict=True)
 
@@ -124,7 +156,9 @@ def test_safetensors_load_into_the_reference(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     from_torch.convert(
-        checkpoints.save(tmp_path / "a.pt", checkpoints.state_dict(0)), str(tmp_path / "run"), num_heads=2
+        checkpoints.save(tmp_path / "a.pt", checkpoints.state_dict(0)),
+        str(tmp_path / "run"),
+        num_heads=2,
     )
     return tmp_path / "run"
 
@@ -153,10 +187,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, monkeypatch, capsys):
         patch.setattr("sys.argv", ["to_torch", str(run), str(parent / "there.pt"), "--overwrite"])
         assert cli.run(to_torch.main) == 2
     error = capsys.readouterr().err
-    assert "there.pt' could not be written (No space left on device); make room" in error and error.count("\n") == 1
+    assert (
+        "there.pt' could not be written (No space left on device); make room" in error
+        and error.count("\n") == 1
+    )
     assert len(read_torch_file(str(parent / "there.pt"))) == 32  # the one before
     (run / "config.json").write_text(config_lib.to_json(config))
-    with pytest.raises(UserError, match="has model.qk_norm, which the PyTorch SiT has no tensors for"):
+    with pytest.raises(
+        UserError, match="has model.qk_norm, which the PyTorch SiT has no tensors for"
+    ):
         to_torch.convert(str(run), str(parent / "b.pt"))
     assert {entry.name for entry in parent.iterdir()} == {"a.pt", "run", "there.pt"}
 

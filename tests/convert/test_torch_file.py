@@ -23,12 +23,24 @@ CONTENT = {
 
 
 def test_what_is_written_is_read(tmp_path):
-    plain = {"args": {"lr": 1e-4, "betas": (0.9, 0.999), "name": "ü", "on": True, "none": None, "big": 2**40}}
+    plain = {
+        "args": {
+            "lr": 1e-4,
+            "betas": (0.9, 0.999),
+            "name": "ü",
+            "on": True,
+            "none": None,
+            "big": 2**40,
+        }
+    }
     path = checkpoints.save(tmp_path / "x.pt", {"tensors": CONTENT, "list": [1, 2, {}], **plain})
     read = read_torch_file(path)
     assert read["list"] == [1, 2, {}] and read["args"] == plain["args"]
     for name, want in CONTENT.items():
-        assert (read["tensors"][name].shape, read["tensors"][name].dtype) == (want.shape, want.dtype)
+        assert (read["tensors"][name].shape, read["tensors"][name].dtype) == (
+            want.shape,
+            want.dtype,
+        )
         np.testing.assert_array_equal(read["tensors"][name], want)
 
 
@@ -36,12 +48,16 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize("mmap", [False, True])
 def test_torch_loads_what_is_written(tmp_path, mmap):
     torch = pytest.importorskip("torch")
-    path = checkpoints.save(tmp_path / "x.pt", {"tensors": CONTENT, "list": [1, (0.9, 0.999), None, True]})
+    path = checkpoints.save(
+        tmp_path / "x.pt", {"tensors": CONTENT, "list": [1, (0.9, 0.999), None, True]}
+    )
     read = torch.load(path, weights_only=True, mmap=mmap)
     assert read["list"] == [1, (0.9, 0.999), None, True]
     for name, want in CONTENT.items():
         assert read["tensors"][name].shape == want.shape
-        np.testing.assert_array_equal(read["tensors"][name].float().numpy(), want.astype(np.float32))
+        np.testing.assert_array_equal(
+            read["tensors"][name].float().numpy(), want.astype(np.float32)
+        )
 
 
 @pytest.mark.torch
@@ -51,7 +67,12 @@ def test_what_torch_writes_is_read(tmp_path, zipped):
     torch = pytest.importorskip("torch")
     base = torch.arange(12.0).reshape(3, 4)
     module = torch.nn.Linear(2, 2)
-    content = {"transposed": base.T, "slice": base[1:, 2:], "half": base.half(), "module": module.state_dict()}
+    content = {
+        "transposed": base.T,
+        "slice": base[1:, 2:],
+        "half": base.half(),
+        "module": module.state_dict(),
+    }
     torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     read = read_torch_file(str(tmp_path / "x.pt"))
     for name in ("transposed", "slice", "half"):
@@ -59,12 +80,16 @@ def test_what_torch_writes_is_read(tmp_path, zipped):
     np.testing.assert_array_equal(read["module"]["weight"], module.weight.detach().numpy())
     data = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[:-20])
-    with pytest.raises(UserError, match="cut.pt is no readable PyTorch checkpoint .*expected a whole file"):
+    with pytest.raises(
+        UserError, match="cut.pt is no readable PyTorch checkpoint .*expected a whole file"
+    ):
         read_torch_file(str(tmp_path / "cut.pt"))
 
 
 def test_arguments_may_be_a_namespace():
-    assert isinstance(read_torch_file(str(goldens.FOLDER / "sit_train_ckpt.pt"))["args"], argparse.Namespace)
+    assert isinstance(
+        read_torch_file(str(goldens.FOLDER / "sit_train_ckpt.pt"))["args"], argparse.Namespace
+    )
 
 
 class Hostile:
@@ -76,7 +101,9 @@ class Hostile:
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
-@pytest.mark.parametrize("place", [lambda evil: evil, lambda evil: {"ema": {}, "args": {"x": [evil]}}])
+@pytest.mark.parametrize(
+    "place", [lambda evil: evil, lambda evil: {"ema": {}, "args": {"x": [evil]}}]
+)
 def test_a_hostile_file_runs_nothing(tmp_path, zipped, place):
     trace = tmp_path / "trace"
     for evil, named in (
@@ -90,7 +117,9 @@ def test_a_hostile_file_runs_nothing(tmp_path, zipped, place):
                 archive.writestr("archive/data.pkl", data)
         else:
             (tmp_path / "x.pt").write_bytes(data)
-        with pytest.raises(UserError, match=f"it refers to .*{named.rpartition('.')[2]}, which no checkpoint needs"):
+        with pytest.raises(
+            UserError, match=f"it refers to .*{named.rpartition('.')[2]}, which no checkpoint needs"
+        ):
             read_torch_file(str(tmp_path / "x.pt"))
         assert not trace.exists()
 
@@ -111,7 +140,9 @@ def test_a_hostile_length_reads_nothing_outside(tmp_path):
 @pytest.mark.parametrize("keep", [0, 1, 200, 0.5, 0.999])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     data = (goldens.FOLDER / "sit_bare.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    (tmp_path / "cut.pt").write_bytes(
+        data[: int(keep * len(data)) if isinstance(keep, float) else keep]
+    )
     with pytest.raises(UserError, match="cut.pt is no readable PyTorch checkpoint") as caught:
         read_torch_file(str(tmp_path / "cut.pt"))
     assert "\n" not in str(caught.value)

@@ -24,7 +24,10 @@ def images_of(level):
 def test_uniform_noise_fills_the_bin_and_gives_its_probability(level):
     x, correction = dequantise.uniform(KEYS, images_of(level))
     centre = float(normalise(np.uint8(level)))
-    assert abs(float(x.min()) - (centre - BIN / 2)) < BIN / 100 and abs(float(x.max()) - (centre + BIN / 2)) < BIN / 100
+    assert (
+        abs(float(x.min()) - (centre - BIN / 2)) < BIN / 100
+        and abs(float(x.max()) - (centre + BIN / 2)) < BIN / 100
+    )
     loc, scale = centre + 2 * BIN, 1.5 * BIN  # a density that varies much within a bin
     probability = norm.cdf(centre + BIN / 2, loc, scale) - norm.cdf(centre - BIN / 2, loc, scale)
     estimates = jnp.exp(norm.logpdf(x, loc, scale).sum((1, 2, 3)) + correction)
@@ -76,6 +79,9 @@ def test_gaussian_noise_costs_a_smooth_density_as_much_as_one_that_knows_the_lev
     """log P is the log of a smooth density times the bin, and 0 of data with one level; what is missing is lost."""
     z, correction = dequantise.gaussian(KEYS, images_of(100), 1.0, dequantise.GAUSSIAN_NOISE)
     smooth = math.log(BIN) - correction
-    known = -(norm.logpdf(z, normalise(np.uint8(100)), dequantise.GAUSSIAN_NOISE).sum((1, 2, 3)) + correction)
+    known = -(
+        norm.logpdf(z, normalise(np.uint8(100)), dequantise.GAUSSIAN_NOISE).sum((1, 2, 3))
+        + correction
+    )
     for loss in (smooth, known):
         assert abs(float(loss.mean()) - 0.14 * math.log(2)) < 4 * float(loss.std()) / N**0.5

@@ -31,7 +31,9 @@ class Counting:
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise sources.UnreadableImage(f"image 'broken-{self.size}-{index}' cannot be read (torn)")
+            raise sources.UnreadableImage(
+                f"image 'broken-{self.size}-{index}' cannot be read (torn)"
+            )
         return {"image": np.array([[[0], [1]]], np.uint8), "label": np.int32(index)}
 
 
@@ -78,7 +80,11 @@ def test_each_epoch_has_each_record_once_in_its_own_order():
 
 def test_seeds_share_no_epoch():
     """Grain counts its shuffle seed up with the epoch: used raw, seed 1 would give seed 0's data an epoch late."""
-    epochs = [tuple(epoch) for seed in range(5) for epoch in labels(build(seed=seed), 0, 10).reshape(4, 10)]
+    epochs = [
+        tuple(epoch)
+        for seed in range(5)
+        for epoch in labels(build(seed=seed), 0, 10).reshape(4, 10)
+    ]
     assert len(set(epochs)) == len(epochs)
 
 
@@ -115,9 +121,13 @@ def test_iterating_from_a_start_continues_as_if_never_stopped(start):
 
 def test_a_far_start_on_a_huge_source_is_immediate():
     began = time.monotonic()
-    with contextlib.closing(pipeline.iterate(build(size=10**9, batch_size=64), 3_000_000, workers=0)) as iterator:
+    with contextlib.closing(
+        pipeline.iterate(build(size=10**9, batch_size=64), 3_000_000, workers=0)
+    ) as iterator:
         batch = next(iterator)
-    assert time.monotonic() - began < 5  # 0.07 s where it was measured; reading 3,000,000 batches takes hours
+    assert (
+        time.monotonic() - began < 5
+    )  # 0.07 s where it was measured; reading 3,000,000 batches takes hours
     assert_same(batch, build(size=10**9, batch_size=64)[3_000_000])
 
 
@@ -127,7 +137,9 @@ def test_worker_processes_give_the_same_batches():
     dataset = pipeline.batches(source, seed=3, batch_size=16, flip=True, skip_unreadable=False)
     with contextlib.closing(pipeline.iterate(dataset, 5, workers=2)) as iterator:
         ahead = pipeline.prefetch_to_device(itertools.islice(iterator, 6), jax.device_put)
-        on_device = list(ahead)  # read only below: shared memory of the workers must outlive their arrays' use
+        on_device = list(
+            ahead
+        )  # read only below: shared memory of the workers must outlive their arrays' use
     for k, batch in enumerate(on_device, start=5):
         assert_same(batch, dataset[k])
 
@@ -150,7 +162,9 @@ for _ in sys.stdin:
 
 def test_readers_outlive_signals_but_not_their_parent():
     command = [sys.executable, "-c", _READERS]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as parent:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as parent:
         readers = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(readers) == 2
         for number, pid in itertools.product((signal.SIGTERM, signal.SIGINT), readers):
@@ -171,8 +185,12 @@ def test_readers_outlive_signals_but_not_their_parent():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_stops_the_run_with_one_line(workers):
     flags.FLAGS.mark_as_parsed()
-    with contextlib.closing(pipeline.iterate(build(size=10, broken={3}), 0, workers=workers)) as iterator:
-        with pytest.raises(UserError, match="'broken-10-3' cannot be read.*skip_unreadable=True") as error:
+    with contextlib.closing(
+        pipeline.iterate(build(size=10, broken={3}), 0, workers=workers)
+    ) as iterator:
+        with pytest.raises(
+            UserError, match="'broken-10-3' cannot be read.*skip_unreadable=True"
+        ) as error:
             for _ in range(4):  # an epoch and more
                 next(iterator)
     assert type(error.value) is UserError and "\n" not in str(error.value)
@@ -187,7 +205,9 @@ def test_unreadable_images_give_way_to_the_next_and_are_told_once(caplog):
             batch, wanted = dataset[k], intact[k]["label"]
             replaced = [{3: 5, 4: 5, 10: 0}.get(label, label) for label in wanted]
             np.testing.assert_array_equal(batch["label"], replaced)
-            np.testing.assert_array_equal(batch["skipped"], [{3: 2, 4: 1, 10: 1}.get(label, 0) for label in wanted])
+            np.testing.assert_array_equal(
+                batch["skipped"], [{3: 2, 4: 1, 10: 1}.get(label, 0) for label in wanted]
+            )
     assert sorted(record.getMessage().split("'")[1] for record in caplog.records) == [
         "broken-11-10",
         "broken-11-3",

@@ -26,8 +26,15 @@ def write_image(path, color=(10, 20, 30), mode="RGB"):
 
 def test_digits_are_scaled_to_bytes_and_split_by_parity():
     raw = load_digits()
-    splits = {split: sources.open_source("digits", **{**DIGITS, "split": split}) for split in ("train", "test", "all")}
-    assert {split: len(source) for split, source in splits.items()} == {"train": 899, "test": 898, "all": 1797}
+    splits = {
+        split: sources.open_source("digits", **{**DIGITS, "split": split})
+        for split in ("train", "test", "all")
+    }
+    assert {split: len(source) for split, source in splits.items()} == {
+        "train": 899,
+        "test": 898,
+        "all": 1797,
+    }
     for split, index, row in (("train", 5, 10), ("test", 5, 11), ("all", 5, 5)):
         record = splits[split][index]
         assert record["image"].shape == (8, 8, 1) and record["image"].dtype == np.uint8

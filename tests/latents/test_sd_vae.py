@@ -20,7 +20,9 @@ from tests.goldens import nhwc, relative_error
 SCALE = 0.18215
 OPTIONS = dict(path=None, repo=None, revision=None, dtype="float32", scale=SCALE, batch=8)
 LEGACY = goldens.FOLDER / "vae_legacy"
-each_case = pytest.mark.parametrize("case", goldens.cases("vae", "vae"), ids=lambda case: case["name"])
+each_case = pytest.mark.parametrize(
+    "case", goldens.cases("vae", "vae"), ids=lambda case: case["name"]
+)
 
 
 def sd_vae(folder=LEGACY, **changes):
@@ -29,7 +31,10 @@ def sd_vae(folder=LEGACY, **changes):
 
 def arrays_of(case):
     arrays = goldens.load("vae")[1]
-    return {name: arrays[key] if name.endswith("nhwc") else nhwc(arrays[key]) for name, key in case["arrays"].items()}
+    return {
+        name: arrays[key] if name.endswith("nhwc") else nhwc(arrays[key])
+        for name, key in case["arrays"].items()
+    }
 
 
 # Equal to diffusers
@@ -40,11 +45,18 @@ def test_posterior_and_decoder_equal_diffusers(case):
     folder, arrays = goldens.FOLDER / case["folder"], arrays_of(case)
     architecture = files.read_architecture(files.Source(str(folder)), SCALE)
     vae, params = AutoencoderKL(architecture), sd_vae(folder).load()
-    mean, logvar = jnp.split(vae.apply({"params": params}, arrays["x"], method="encode"), 2, axis=-1)
+    mean, logvar = jnp.split(
+        vae.apply({"params": params}, arrays["x"], method="encode"), 2, axis=-1
+    )
     # Some 30 layers of float32 sums in another order: measured 6e-7 to 2e-6.
     assert relative_error(mean, arrays["mean"]) < 1e-5
     assert relative_error(logvar, arrays["logvar"]) < 1e-5
-    assert relative_error(vae.apply({"params": params}, arrays["z"], method="decode"), arrays["decoded"]) < 1e-5
+    assert (
+        relative_error(
+            vae.apply({"params": params}, arrays["z"], method="decode"), arrays["decoded"]
+        )
+        < 1e-5
+    )
     assert architecture.factor == case["downsampling"]
     assert sd_vae(folder).shape(arrays["x"].shape[1:]) == arrays["mean"].shape[1:]
 
@@ -82,8 +94,14 @@ def test_bfloat16_is_near_float32_and_computes_in_it():
 def test_float32_is_full_precision_whatever_the_step_around_it_says():
     codec = sd_vae()
     with jax.default_matmul_precision("default"):
-        lowered = jax.jit(codec.decode).lower(codec.abstract_params, jnp.zeros((1, 6, 6, 4))).as_text()
-    products = [x for x in lowered.splitlines() if "stablehlo.convolution" in x or "stablehlo.dot_general" in x]
+        lowered = (
+            jax.jit(codec.decode).lower(codec.abstract_params, jnp.zeros((1, 6, 6, 4))).as_text()
+        )
+    products = [
+        x
+        for x in lowered.splitlines()
+        if "stablehlo.convolution" in x or "stablehlo.dot_general" in x
+    ]
     assert len(products) > 10 and all("HIGHEST" in line for line in products)
 
 
@@ -95,15 +113,24 @@ def test_the_published_vae_needs_no_file_for_its_shapes():
     assert codec.shape((256, 256, 3)) == (32, 32, 4) and codec.shape((512, 512, 3)) == (64, 64, 4)
     # What the published file holds: 334,643,276 bytes, 27,824 of them its header.
     assert (
-        sum(leaf.size for leaf in jax.tree.leaves(codec.abstract_params)) == (334_643_276 - 27_824) // 4 == 83_653_863
+        sum(leaf.size for leaf in jax.tree.leaves(codec.abstract_params))
+        == (334_643_276 - 27_824) // 4
+        == 83_653_863
     )
 
 
 def test_a_config_of_the_published_files_describes_the_default_architecture(tmp_path):
     config = json.loads((LEGACY / "config.json").read_text())
-    for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+    for key, block in (
+        ("down_block_types", "DownEncoderBlock2D"),
+        ("up_block_types", "UpDecoderBlock2D"),
+    ):
         config[key] = [block] * 4
-    config |= {"block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32, "sample_size": 256}
+    config |= {
+        "block_out_channels": [128, 256, 512, 512],
+        "norm_num_groups": 32,
+        "sample_size": 256,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert files.read_architecture(files.Source(str(tmp_path)), SCALE) == Architecture()
 
@@ -114,7 +141,10 @@ def test_a_config_of_the_published_files_describes_the_default_architecture(tmp_
 def test_a_draw_is_a_function_of_its_key():
     codec, images = sd_vae(), jnp.zeros((4, 12, 12, 3))
     encode = jax.jit(codec.encode)
-    draws = [encode(codec.load(), jax.random.split(jax.random.key(seed), 4), images) for seed in (0, 0, 1)]
+    draws = [
+        encode(codec.load(), jax.random.split(jax.random.key(seed), 4), images)
+        for seed in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(draws[0], draws[1])
     assert not np.array_equal(draws[0], draws[2]) and not np.array_equal(draws[0][0], draws[0][1])
 
@@ -133,7 +163,13 @@ def test_memory_is_bounded_by_the_parts():
 
     def temporaries(batch):
         codec = sd_vae(batch=batch)
-        return jax.jit(codec.decode).lower(codec.abstract_params, x).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(codec.decode)
+            .lower(codec.abstract_params, x)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert temporaries(2) < 0.25 * temporaries(64)
 
@@ -178,33 +214,50 @@ def test_attention_kept_as_convolutions_is_the_same(folder):
 
 
 def test_half_precision_is_read(folder):
-    rewrite(folder, lambda tensors: tensors.update({n: t.astype(np.float16) for n, t in tensors.items()}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({n: t.astype(np.float16) for n, t in tensors.items()}),
+    )
     after, before = sd_vae(folder).load(), sd_vae().load()
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16).astype(np.float32)), after, before)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float16).astype(np.float32)),
+        after,
+        before,
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
-    assert f"has no {name}; expected a folder with config.json and diffusion_pytorch_model.safetensors" in refusal(
-        folder
+    assert (
+        f"has no {name}; expected a folder with config.json and diffusion_pytorch_model.safetensors"
+        in refusal(folder)
     )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"_class_name": "UNet2DConditionModel"}, "_class_name is 'UNet2DConditionModel'; expected 'AutoencoderKL'"),
+        (
+            {"_class_name": "UNet2DConditionModel"},
+            "_class_name is 'UNet2DConditionModel'; expected 'AutoencoderKL'",
+        ),
         ({"act_fn": "gelu"}, "act_fn is 'gelu'; expected 'silu'"),
         ({"use_quant_conv": False}, "use_quant_conv is False; expected True"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention is False; expected True"),
         ({"shift_factor": 0.1159}, "shift_factor is 0.1159; expected None"),
-        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "expected 2 DownEncoderBlock2D"),
+        (
+            {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
+            "expected 2 DownEncoderBlock2D",
+        ),
         (
             {"scaling_factor": 0.13025},
             "scaling_factor is 0.13025, but latents.scale is 0.18215; set latents.scale=0.13",
         ),
-        ({"norm_num_groups": 3}, "block_out_channels is [8, 16]; expected a list of multiples of norm_num_groups, 3"),
+        (
+            {"norm_num_groups": 3},
+            "block_out_channels is [8, 16]; expected a list of multiples of norm_num_groups, 3",
+        ),
         ({"block_out_channels": 8}, "block_out_channels is 8; expected a list"),
         ({"layers_per_block": "2"}, "layers_per_block is '2'; expected a whole number above 0"),
         ({"out_channels": 4}, "out_channels is 4; expected in_channels, 3"),
@@ -248,13 +301,29 @@ def test_tensors_that_do_not_fit_are_named(folder):
         tensors["decoder.conv_in.wait"] = tensors.pop("decoder.conv_in.weight")
 
     rewrite(folder, rename)
-    assert "lacks 1 of 156 tensors: decoder.conv_in.weight; expected the weights that belong" in refusal(folder)
-    rewrite(folder, lambda tensors: tensors.update({"decoder.conv_in.weight": tensors["decoder.conv_in.wait"]}))
+    assert (
+        "lacks 1 of 156 tensors: decoder.conv_in.weight; expected the weights that belong"
+        in refusal(folder)
+    )
+    rewrite(
+        folder,
+        lambda tensors: tensors.update({"decoder.conv_in.weight": tensors["decoder.conv_in.wait"]}),
+    )
     assert "holds 1 unknown tensors: decoder.conv_in.wait" in refusal(folder)
     rewrite(folder, lambda tensors: tensors.pop("decoder.conv_in.wait"))
-    rewrite(folder, lambda tensors: tensors.update({"decoder.conv_in.weight": np.zeros((16, 4, 1, 1), np.float32)}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"decoder.conv_in.weight": np.zeros((16, 4, 1, 1), np.float32)}
+        ),
+    )
     assert "decoder.conv_in.weight is [16, 4, 1, 1]; expected [16, 4, 3, 3]" in refusal(folder)
-    rewrite(folder, lambda tensors: tensors.update({"decoder.conv_in.weight": np.zeros((16, 4, 3, 3), np.float32)}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"decoder.conv_in.weight": np.zeros((16, 4, 3, 3), np.float32)}
+        ),
+    )
     rewrite(folder, lambda tensors: tensors["encoder.conv_out.bias"].__setitem__(3, np.nan))
     assert "encoder.conv_out.bias holds NaN or infinite values" in refusal(folder)
 
@@ -263,7 +332,8 @@ def test_images_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="data.channels is 1, but this VAE encodes 3; set it to 3"):
         sd_vae().shape((12, 12, 1))
     with pytest.raises(
-        UserError, match="data.image_size is 250, but one cell of this VAE is 8 pixels; make it a multiple of 8"
+        UserError,
+        match="data.image_size is 250, but one cell of this VAE is 8 pixels; make it a multiple of 8",
     ):
         open_codec("sd-vae", **OPTIONS).shape((250, 250, 3))
 
@@ -288,14 +358,25 @@ def test_without_a_network_the_error_says_what_to_bring_where(hub, kind):
     message, known = str(caught.value), files.PUBLISHED[repo]
     assert "\n" not in message
     assert f"of {repo} could not be fetched" in message and "set latents.path to it" in message
-    assert "bring config.json and diffusion_pytorch_model.safetensors (334,643,276 bytes, sha256 " in message
-    assert f"{known.weights_sha256}) from https://huggingface.co/{repo}/tree/{known.revision} into a folder" in message
+    assert (
+        "bring config.json and diffusion_pytorch_model.safetensors (334,643,276 bytes, sha256 "
+        in message
+    )
+    assert (
+        f"{known.weights_sha256}) from https://huggingface.co/{repo}/tree/{known.revision} into a folder"
+        in message
+    )
 
 
 def test_an_unknown_repository_needs_a_revision(hub):
-    with pytest.raises(UserError, match="latents.repo 'me/mine' needs latents.revision, a commit of it"):
+    with pytest.raises(
+        UserError, match="latents.repo 'me/mine' needs latents.revision, a commit of it"
+    ):
         open_codec("sd-vae", **(OPTIONS | {"repo": "me/mine"}))
-    with pytest.raises(UserError, match="config.json of me/mine could not be fetched .*me/mine/tree/abc into a folder"):
+    with pytest.raises(
+        UserError,
+        match="config.json of me/mine could not be fetched .*me/mine/tree/abc into a folder",
+    ):
         open_codec("sd-vae", **(OPTIONS | {"repo": "me/mine", "revision": "abc"}))
 
 

@@ -17,7 +17,7 @@ one, eight = open_codec("sd-vae", **options, batch=8), open_codec(
     "sd-vae", **options, batch=1, per_device=sharding.per_device(mesh))
 params = one.load()
 images = np.random.default_rng(0).uniform(-1, 1, (8, 12, 12, 3)).astype(np.float32)
-everywhere, rows = sharding.put_replicated(mesh, params), sharding.spread(mesh, images)
+everywhere, rows = sharding.put_replicated(mesh, params), sharding.shard_global_batch(mesh, images)
 keys = jax.device_put(jax.random.split(jax.random.key(3), len(images)), sharding.batch_sharding(mesh))
 
 x = jax.jit(eight.encode, out_shardings=sharding.batch_sharding(mesh))(everywhere, keys, rows)
@@ -34,7 +34,9 @@ def test_every_device_does_its_own_rows():
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": ".",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "convolution" in done.stdout
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", done.stdout)

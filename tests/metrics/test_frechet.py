@@ -13,7 +13,9 @@ def test_equals_the_reference_evaluators(case):
     arrays = goldens.load("metrics")[1]
     found = frechet_distance(moments(arrays[case["a"]]), moments(arrays[case["b"]]))
     # pytorch-fid's means are float64, as ours; with fewer rows than dimensions it takes the root of a singular product.
-    assert found == pytest.approx(case["pytorch_fid"], rel=1e-9 if case["name"] != "few" else 1e-6, abs=1e-9)
+    assert found == pytest.approx(
+        case["pytorch_fid"], rel=1e-9 if case["name"] != "few" else 1e-6, abs=1e-9
+    )
 
 
 def test_statistics_are_the_reference_evaluators():
@@ -21,7 +23,9 @@ def test_statistics_are_the_reference_evaluators():
     for side in "ab":
         ours = moments(arrays[case[side]])
         np.testing.assert_allclose(ours.mean_d, arrays[case["statistics"][f"mu_{side}"]], rtol=1e-9)
-        np.testing.assert_allclose(ours.covariance_dd, arrays[case["statistics"][f"sigma_{side}"]], atol=1e-12)
+        np.testing.assert_allclose(
+            ours.covariance_dd, arrays[case["statistics"][f"sigma_{side}"]], atol=1e-12
+        )
 
 
 def test_closed_form_of_commuting_gaussians():

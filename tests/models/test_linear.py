@@ -29,21 +29,32 @@ def test_gradients_of_float32_parameters_are_not_rounded_to_bfloat16():
     cotangent = jax.random.normal(jax.random.key(2), (64, 8)).astype(jnp.bfloat16)
     of_output, of_input = (np.asarray(a, np.float64) for a in (cotangent, x))
     exact = of_input.T @ of_output, of_output.sum(0)
-    for dtype, least, most in ((jnp.float32, 0, 1e-6), (jnp.bfloat16, 1e-3, 2e-2)):  # a unit is 2^-24, or 2^-8
+    for dtype, least, most in (
+        (jnp.float32, 0, 1e-6),
+        (jnp.bfloat16, 1e-3, 2e-2),
+    ):  # a unit is 2^-24, or 2^-8
         _, pull = jax.vjp(lambda k, b: affine(x, k, b), kernel.astype(dtype), bias.astype(dtype))
         for found, want in zip(pull(cotangent), exact, strict=True):
             assert found.dtype == dtype
-            assert least <= np.abs(np.asarray(found, np.float64) - want).max() / np.abs(want).max() < most
+            assert (
+                least
+                <= np.abs(np.asarray(found, np.float64) - want).max() / np.abs(want).max()
+                < most
+            )
 
 
 def test_it_is_differentiated_in_both_directions():
     kernel, bias, x = jax.random.normal(KEY, (16, 8)), jnp.ones(8), X.astype(jnp.bfloat16)
     out, forwards = jax.jvp(lambda x: affine(x, kernel, bias), (x,), (x,))
     np.testing.assert_array_equal(forwards, affine(x, kernel, jnp.zeros(8)))
-    np.testing.assert_array_equal(out, affine(x, kernel.astype(jnp.bfloat16), bias.astype(jnp.bfloat16)))
+    np.testing.assert_array_equal(
+        out, affine(x, kernel.astype(jnp.bfloat16), bias.astype(jnp.bfloat16))
+    )
     of_x = jax.grad(lambda x: affine(x, kernel, bias).astype(jnp.float32).sum())(x)
     want = np.broadcast_to(kernel.astype(jnp.bfloat16).astype(np.float32).sum(1), x.shape)
-    np.testing.assert_allclose(of_x.astype(np.float32), want, atol=0.05)  # bfloat16: 8 bits of sums of 8
+    np.testing.assert_allclose(
+        of_x.astype(np.float32), want, atol=0.05
+    )  # bfloat16: 8 bits of sums of 8
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

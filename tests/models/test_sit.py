@@ -20,7 +20,10 @@ FLOAT32 = 3e-6  # what an independent float64 implementation differs by (tests/g
 
 def golden_network(case):
     weights = goldens.load("model")[0]["weights"][case["weights"]]
-    model, params = goldens.model(weights["learn_sigma"]), goldens.params(weights["file"], weights["entry"])
+    model, params = (
+        goldens.model(weights["learn_sigma"]),
+        goldens.params(weights["file"], weights["entry"]),
+    )
     return jax.jit(lambda x, t, y: model.apply({"params": params}, x, t, y))
 
 
@@ -67,7 +70,10 @@ def test_activations_equal_reference():
 
     _, state = model.clone(shard=see).apply({"params": params}, x, t, y, capture_intermediates=True)
     jax.effects_barrier()
-    inside = {name: state["intermediates"][name]["__call__"][0] for name in ("x_embedder", "t_embedder", "y_embedder")}
+    inside = {
+        name: state["intermediates"][name]["__call__"][0]
+        for name in ("x_embedder", "t_embedder", "y_embedder")
+    }
     inside |= {"final_layer": state["intermediates"]["final_layer"]["__call__"][0]}
     names = {
         "x_embedder": "patch_embed",
@@ -88,11 +94,15 @@ def test_fresh_weights_follow_the_reference():
     x, one = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1)
     params = model.init(jax.random.key(0), x, one, one.astype(int))["params"]
     flat = {
-        jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in jax.tree_util.tree_leaves_with_path(params)
+        jax.tree_util.keystr(k, simple=True, separator="/"): v
+        for k, v in jax.tree_util.tree_leaves_with_path(params)
     }
     assert {path for path, _ in TABLE.values()} == set(flat)
     for name, (path, _) in TABLE.items():
-        want, value = wanted[name.replace(".N.", ".0.")], flat[path][0] if ".N." in name else flat[path]
+        want, value = (
+            wanted[name.replace(".N.", ".0.")],
+            flat[path][0] if ".N." in name else flat[path],
+        )
         assert value.size == np.prod(want["shape"]), name
         assert bool((value == 0).all()) == want["all_zero"], name
         # A spread estimated from n values is off by about 1/sqrt(2n) on either side; five of those.
@@ -101,15 +111,21 @@ def test_fresh_weights_follow_the_reference():
             assert value.max() <= np.sqrt(3) * want["std"] * 1.1
 
 
-@pytest.mark.parametrize("name, millions", [("S", 32.96), ("B", 130.51), ("L", 458.10), ("XL", 675.13)])
+@pytest.mark.parametrize(
+    "name, millions", [("S", 32.96), ("B", 130.51), ("L", 458.10), ("XL", 675.13)]
+)
 def test_parameter_counts(name, millions):
     model = SiT(SIZES[f"SiT-{name}/2"], 32, 4, 1000, learn_sigma=True)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, int))
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1), jnp.zeros(1, int)
+    )
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6, 2) == millions
 
 
 def test_forward_flops_of_xl_are_the_published_ones():
-    assert forward_flops(SIZES["SiT-XL/2"], 32, 4, learn_sigma=True) / 2 == pytest.approx(118.62e9, rel=1e-4)
+    assert forward_flops(SIZES["SiT-XL/2"], 32, 4, learn_sigma=True) / 2 == pytest.approx(
+        118.62e9, rel=1e-4
+    )
 
 
 def test_twelve_sizes():
@@ -134,18 +150,30 @@ def test_patches_round_trip():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat):
     model, params = goldens.bare()
-    x, t, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([0.2, 0.7]), jnp.array([1, 10])
+    x, t, y = (
+        jax.random.normal(jax.random.key(0), (2, 8, 8, 4)),
+        jnp.array([0.2, 0.7]),
+        jnp.array([1, 10]),
+    )
 
     def gradient(model):
         return jax.jit(jax.grad(lambda p: (model.apply({"params": p}, x, t, y) ** 2).sum()))(params)
 
-    for a, b in zip(*map(jax.tree.leaves, (gradient(model), gradient(model.clone(remat=remat)))), strict=True):
-        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1e-3)  # recomputed sums may be ordered otherwise
+    for a, b in zip(
+        *map(jax.tree.leaves, (gradient(model), gradient(model.clone(remat=remat)))), strict=True
+    ):
+        assert np.abs(a - b).max() <= 1e-5 * max(
+            np.abs(a).max(), 1e-3
+        )  # recomputed sums may be ordered otherwise
 
 
 def test_bfloat16_keeps_parameters_and_output_in_float32():
     model, params = goldens.bare()
-    x, t, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([0.2, 0.7]), jnp.array([1, 10])
+    x, t, y = (
+        jax.random.normal(jax.random.key(0), (2, 8, 8, 4)),
+        jnp.array([0.2, 0.7]),
+        jnp.array([1, 10]),
+    )
     out = model.clone(dtype=jnp.bfloat16).apply({"params": params}, x, t, y)
     exact = model.apply({"params": params}, x, t, y)
     assert out.dtype == jnp.float32
@@ -165,7 +193,9 @@ def test_compile_size_does_not_grow_with_depth():
 def test_label_dropout_is_a_function_of_its_key():
     labels = jnp.arange(10_000) % 10
     dropped = drop_labels(jax.random.key(1), labels, 0.1, null_label=10)
-    np.testing.assert_array_equal(dropped, drop_labels(jax.random.key(1), labels, 0.1, null_label=10))
+    np.testing.assert_array_equal(
+        dropped, drop_labels(jax.random.key(1), labels, 0.1, null_label=10)
+    )
     assert ((dropped == labels) | (dropped == 10)).all()
     assert abs((dropped == 10).mean() - 0.1) < 4 * np.sqrt(0.09 / 10_000)
     np.testing.assert_array_equal(drop_labels(jax.random.key(1), labels, 0.0, 10), labels)
@@ -189,16 +219,27 @@ def test_bad_sizes(call, words):
 
 def test_qk_norm_bounds_the_logits_and_adds_two_scales():
     model = goldens.model(True).clone(qk_norm=True)
-    x, t, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 4)), jnp.array([0.2, 0.7]), jnp.array([1, 10])
+    x, t, y = (
+        jax.random.normal(jax.random.key(0), (2, 8, 8, 4)),
+        jnp.array([0.2, 0.7]),
+        jnp.array([1, 10]),
+    )
     params = model.init(jax.random.key(1), x, t, y)["params"]
     extra = {name: params["blocks"]["attn"].pop(name) for name in ("q_norm", "k_norm")}
-    assert {name: scale["scale"].shape for name, scale in extra.items()} == {"q_norm": (3, 12), "k_norm": (3, 12)}
+    assert {name: scale["scale"].shape for name, scale in extra.items()} == {
+        "q_norm": (3, 12),
+        "k_norm": (3, 12),
+    }
 
     def output(factor):  # the size of queries and keys no longer matters
         params = jax.tree.map(jnp.asarray, goldens.params("sit_bare.pt", None))
         attention = params["blocks"]["attn"]
-        attention["qkv"] = jax.tree.map(lambda w: w.at[..., :2, :, :].multiply(factor), attention["qkv"])
+        attention["qkv"] = jax.tree.map(
+            lambda w: w.at[..., :2, :, :].multiply(factor), attention["qkv"]
+        )
         attention |= extra
         return model.apply({"params": params}, x, t, y)
 
-    np.testing.assert_allclose(output(100.0), output(1.0), rtol=0, atol=2e-3)  # but for the norm's epsilon
+    np.testing.assert_allclose(
+        output(100.0), output(1.0), rtol=0, atol=2e-3
+    )  # but for the norm's epsilon

@@ -18,7 +18,9 @@ SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}  # torchdiffeq
 def golden(case):
     """The case's velocity, x, the probe [1, b, h, w, c], and the interval in our direction of time."""
     arrays, path = goldens.load("likelihood")[1], paths.path_by_name(case["path_type"])
-    velocity = prediction.velocity_field(goldens.labelled(tuple(arrays["y"])), path, case["prediction"])
+    velocity = prediction.velocity_field(
+        goldens.labelled(tuple(arrays["y"])), path, case["prediction"]
+    )
     x, probe = (jnp.asarray(nhwc(arrays[name])) for name in ("x", "eps"))
     # The reference's solver counts s = 1 - t; with VP it starts at t=1, so this is its interval, not ours.
     low_high = tuple(1 - s for s in case["interval"][::-1]) if "interval" in case else None
@@ -32,24 +34,36 @@ def log_prob(velocity, x, low_high, probes, **options):
 HUTCHINSON = [c for c in goldens.cases("likelihood", "hutchinson") if c.get("finite")]
 
 
-@pytest.mark.parametrize("case", [c for c in HUTCHINSON if c["method"] != "dopri5"], ids=lambda c: c["name"])
+@pytest.mark.parametrize(
+    "case", [c for c in HUTCHINSON if c["method"] != "dopri5"], ids=lambda c: c["name"]
+)
 def test_fixed_steps_equal_reference(case):
     velocity, x, probe, low_high = golden(case)
-    ours, noise, evaluations = log_prob(velocity, x, low_high, probe, solver=SOLVERS[case["method"]], steps=8)
+    ours, noise, evaluations = log_prob(
+        velocity, x, low_high, probe, solver=SOLVERS[case["method"]], steps=8
+    )
     arrays = goldens.load("likelihood")[1]
-    tolerance = 3e-6 if case["prediction"] == "velocity" else 1e-4  # a drift with 1/t magnifies the rounding of t
+    tolerance = (
+        3e-6 if case["prediction"] == "velocity" else 1e-4
+    )  # a drift with 1/t magnifies the rounding of t
     assert goldens.relative_error(ours, arrays[case["logp"]]) < tolerance
     assert goldens.relative_error(noise, nhwc(arrays[case["latent"]])) < tolerance
-    assert evaluations * 2 == case["nfe"]  # the reference calls its model twice, for the drift and for its derivative
+    assert (
+        evaluations * 2 == case["nfe"]
+    )  # the reference calls its model twice, for the drift and for its derivative
 
 
-ADAPTIVE = [c for c in HUTCHINSON if c["method"] == "dopri5" and c["path_type"] == "Linear"]  # others: the same field
+ADAPTIVE = [
+    c for c in HUTCHINSON if c["method"] == "dopri5" and c["path_type"] == "Linear"
+]  # others: the same field
 
 
 @pytest.mark.parametrize("case", ADAPTIVE, ids=lambda c: c["name"])
 def test_adaptive_steps_are_at_least_as_near_to_the_truth(case):
     velocity, x, probe, low_high = golden(case)
-    ours, _, evaluations = log_prob(velocity, x, low_high, probe, solver="dopri5", error_norm="batch")
+    ours, _, evaluations = log_prob(
+        velocity, x, low_high, probe, solver="dopri5", error_norm="batch"
+    )
     truth, *_ = log_prob(velocity, x, low_high, probe, solver="dopri5", atol=1e-7, rtol=1e-6)
     theirs = goldens.load("likelihood")[1][case["logp"]]
     assert goldens.relative_error(ours, truth) < max(goldens.relative_error(theirs, truth), 3e-6)
@@ -65,11 +79,16 @@ def test_the_exact_trace_gives_the_float64_answer(case):
     assert goldens.relative_error(noise, nhwc(arrays[case["latent"]])) < 1e-6
 
 
-@pytest.mark.parametrize("case", goldens.cases("likelihood", "divergence_at_a_point"), ids=lambda c: c["path_type"])
+@pytest.mark.parametrize(
+    "case", goldens.cases("likelihood", "divergence_at_a_point"), ids=lambda c: c["path_type"]
+)
 def test_divergence_at_a_point(case):
     velocity, x, probe, _ = golden(case)
     arrays, t_b = goldens.load("likelihood")[1], jnp.full(len(x), case["t"])
-    assert goldens.relative_error(density.divergence(velocity, x, t_b, None)[1], arrays[case["exact"]]) < 1e-6
+    assert (
+        goldens.relative_error(density.divergence(velocity, x, t_b, None)[1], arrays[case["exact"]])
+        < 1e-6
+    )
     v, hutchinson = density.divergence(velocity, x, t_b, probe)
     assert goldens.relative_error(hutchinson, arrays[case["hutchinson"]]) < 1e-6
     np.testing.assert_allclose(v, velocity(x, t_b), atol=1e-6)
@@ -77,7 +96,9 @@ def test_divergence_at_a_point(case):
 
 def test_vp_noise_is_finite_over_our_interval():
     """The reference starts at t=1, where sigma is 0, and gives NaN."""
-    case = next(c for c in goldens.cases("likelihood", "hutchinson") if c["name"] == "VP-noise/heun2-n9")
+    case = next(
+        c for c in goldens.cases("likelihood", "hutchinson") if c["name"] == "VP-noise/heun2-n9"
+    )
     velocity, x, probe, _ = golden(case)
     ours = interval.ode_interval(paths.path_by_name("VP"), "noise")
     assert np.isfinite(log_prob(velocity, x, ours, probe, solver="heun", steps=8)[0]).all()
@@ -96,7 +117,12 @@ def gaussian_field(path):
 
     def velocity(x_bhwc, t_b):
         t = t_b[:, None]
-        alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
+        alpha, sigma, d_alpha, d_sigma = (
+            path.alpha(t),
+            path.sigma(t),
+            path.d_alpha(t),
+            path.d_sigma(t),
+        )
         rotated = (x_bhwc.reshape(-1, 4) - alpha * MEAN) @ ROTATION
         gain = (d_alpha * alpha * SPREAD**2 + d_sigma * sigma) / (alpha**2 * SPREAD**2 + sigma**2)
         return (d_alpha * MEAN + (gain * rotated) @ ROTATION.T).reshape(x_bhwc.shape)
@@ -115,7 +141,9 @@ def exact_log_prob(path, low_high, x_bhwc):
     flow = ROTATION @ np.diag(scale1 / scale0) @ ROTATION.T
     with jax.enable_x64(True):
         return np.asarray(
-            multivariate_normal.logpdf(np.asarray(x_bhwc).reshape(-1, 4), mean1 - flow @ mean0, flow @ flow.T)
+            multivariate_normal.logpdf(
+                np.asarray(x_bhwc).reshape(-1, 4), mean1 - flow @ mean0, flow @ flow.T
+            )
         )
 
 
@@ -125,12 +153,18 @@ def test_a_gaussian_has_its_exact_density(name, trace):
     path = paths.path_by_name(name)
     low_high = interval.ode_interval(path, "velocity", 1e-5 if name == "VP" else None)
     rng = np.random.default_rng(1)
-    x = jnp.asarray((MEAN + (rng.normal(size=(8, 4)) * SPREAD) @ ROTATION.T).reshape(-1, *SHAPE), jnp.float32)
+    x = jnp.asarray(
+        (MEAN + (rng.normal(size=(8, 4)) * SPREAD) @ ROTATION.T).reshape(-1, *SHAPE), jnp.float32
+    )
     probes = None
-    if trace == "hutchinson":  # all 16 sign vectors: their mean is the trace, with nothing left to chance
+    if (
+        trace == "hutchinson"
+    ):  # all 16 sign vectors: their mean is the trace, with nothing left to chance
         signs = np.stack(np.meshgrid(*[[-1.0, 1.0]] * 4, indexing="ij"), -1).reshape(16, 1, *SHAPE)
         probes = jnp.broadcast_to(jnp.asarray(signs, jnp.float32), (16, *x.shape))
-    ours, *_ = log_prob(gaussian_field(path), x, low_high, probes, solver="dopri5", atol=1e-6, rtol=1e-6)
+    ours, *_ = log_prob(
+        gaussian_field(path), x, low_high, probes, solver="dopri5", atol=1e-6, rtol=1e-6
+    )
     np.testing.assert_allclose(ours, exact_log_prob(path, low_high, x), atol=2e-4)
     # The data's own density, which VP misses by what its interval leaves of the mean at t=0: alpha = 0.0066.
     data = exact_log_prob(paths.path_by_name("Linear"), (0.0, 1.0), x)
@@ -147,20 +181,34 @@ def test_hutchinson_is_unbiased(kind):
     error = float(one_each.std()) / 4000**0.5
     assert error > 0.001  # the field is not diagonal, so that there is a variance to average
     assert abs(float(one_each.mean()) - exact) < 4 * error
-    np.testing.assert_allclose(density.divergence(field, x, t_b, probes)[1][0], one_each.mean(), rtol=1e-4)
+    np.testing.assert_allclose(
+        density.divergence(field, x, t_b, probes)[1][0], one_each.mean(), rtol=1e-4
+    )
 
 
 def test_probes_are_keyed_by_sample_and_number():
     keys = jax.vmap(jax.random.key)(jnp.arange(5))
     probes = density.draw_probes("rademacher", keys, 3, SHAPE)
     assert probes.shape == (3, 5, *SHAPE) and set(np.unique(probes)) == {-1.0, 1.0}
-    np.testing.assert_array_equal(density.draw_probes("rademacher", keys[3:4], 2, SHAPE)[:, 0], probes[:2, 3])
-    assert len({p.tobytes() for p in np.asarray(density.draw_probes("gaussian", keys, 3, SHAPE)).reshape(15, -1)}) == 15
+    np.testing.assert_array_equal(
+        density.draw_probes("rademacher", keys[3:4], 2, SHAPE)[:, 0], probes[:2, 3]
+    )
+    assert (
+        len(
+            {
+                p.tobytes()
+                for p in np.asarray(density.draw_probes("gaussian", keys, 3, SHAPE)).reshape(15, -1)
+            }
+        )
+        == 15
+    )
     with pytest.raises(UserError, match="unknown probe 'rademacker'; did you mean 'rademacher'"):
         density.draw_probes("rademacker", keys, 1, SHAPE)
 
 
-@pytest.mark.parametrize("options", [{"solver": "dopri5"}, {"solver": "heun", "steps": 6}], ids=lambda o: o["solver"])
+@pytest.mark.parametrize(
+    "options", [{"solver": "dopri5"}, {"solver": "heun", "steps": 6}], ids=lambda o: o["solver"]
+)
 def test_log_prob_does_not_depend_on_the_neighbours(options):
     def field(x, t_b):  # stiffer for a larger x, so a shared step size would show
         return jnp.sin(3 * x) * (1 + 4 * t_b).reshape(-1, 1, 1, 1)
@@ -173,6 +221,12 @@ def test_log_prob_does_not_depend_on_the_neighbours(options):
 
 
 def test_the_exact_trace_holds_where_dimensions_are_no_multiple_of_what_is_done_at_once():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 7, 1)), jnp.float32)  # 21 dimensions
-    _, trace = density.divergence(lambda x, t_b: x**2 * t_b.reshape(-1, 1, 1, 1), x, jnp.array([0.5, 2.0]), None)
-    np.testing.assert_allclose(trace, np.array([0.5, 2.0]) * 2 * np.asarray(x).sum((1, 2, 3)), rtol=1e-5)
+    x = jnp.asarray(
+        np.random.default_rng(0).normal(size=(2, 3, 7, 1)), jnp.float32
+    )  # 21 dimensions
+    _, trace = density.divergence(
+        lambda x, t_b: x**2 * t_b.reshape(-1, 1, 1, 1), x, jnp.array([0.5, 2.0]), None
+    )
+    np.testing.assert_allclose(
+        trace, np.array([0.5, 2.0]) * 2 * np.asarray(x).sum((1, 2, 3)), rtol=1e-5
+    )

@@ -25,11 +25,21 @@ def solvable(case):
     """
     if case["reverse"] and case["method"] == "euler":
         return False
-    if case["method"] not in OURS or not {"final", "truth"} <= case.keys() or case["num_steps"] == 2:
+    if (
+        case["method"] not in OURS
+        or not {"final", "truth"} <= case.keys()
+        or case["num_steps"] == 2
+    ):
         return False
-    t0, t1 = interval.ode_interval(paths.path_by_name(case["path_type"]), case["prediction"], case.get("sample_eps"))
+    t0, t1 = interval.ode_interval(
+        paths.path_by_name(case["path_type"]), case["prediction"], case.get("sample_eps")
+    )
     ours = (t1, t0) if case["reverse"] else (t0, t1)
-    return case["interval"] == pytest.approx(ours) and case["finite"] and case.get("rtol", 1e-3) == 1e-3
+    return (
+        case["interval"] == pytest.approx(ours)
+        and case["finite"]
+        and case.get("rtol", 1e-3) == 1e-3
+    )
 
 
 def solve_golden(case):
@@ -39,7 +49,12 @@ def solve_golden(case):
     velocity = prediction.velocity_field(predict, path, case["prediction"])
     options = {"solver": OURS[case["method"]], "steps": case["num_steps"] - 1}
     if case["method"] == "dopri5":
-        options |= {"steps": None, "atol": case["atol"], "rtol": case["rtol"], "error_norm": "batch"}
+        options |= {
+            "steps": None,
+            "atol": case["atol"],
+            "rtol": case["rtol"],
+            "error_norm": "batch",
+        }
 
     def solve(x):
         return ode.solve(velocity, x, case["interval"], **options)
@@ -53,10 +68,17 @@ def rms(x):
 
 
 ODE = [case for case in goldens.cases("ode", "ode") if solvable(case)]
-FIELDS = (("path_type", "prediction"), ("method", "reverse", "prediction"), ("method", "cfg_scale"), ("sample_eps",))
+FIELDS = (
+    ("path_type", "prediction"),
+    ("method", "reverse", "prediction"),
+    ("method", "cfg_scale"),
+    ("sample_eps",),
+)
 
 
-@pytest.mark.parametrize("case", goldens.parameters([c for c in ODE if c["method"] != "dopri5"], *FIELDS))
+@pytest.mark.parametrize(
+    "case", goldens.parameters([c for c in ODE if c["method"] != "dopri5"], *FIELDS)
+)
 def test_fixed_steps_equal_reference(case):
     ours, evaluations, theirs, _ = solve_golden(case)
     # tests/golden/README.md: 3e-7 for velocity, 1e-4 where the drift has 1/t, which magnifies the rounding of t.
@@ -65,14 +87,18 @@ def test_fixed_steps_equal_reference(case):
     assert evaluations == case["nfe"]
 
 
-@pytest.mark.parametrize("case", goldens.parameters([c for c in ODE if c["method"] == "dopri5"], *FIELDS))
+@pytest.mark.parametrize(
+    "case", goldens.parameters([c for c in ODE if c["method"] == "dopri5"], *FIELDS)
+)
 def test_adaptive_steps_are_as_near_to_the_truth_at_the_same_cost(case):
     ours, evaluations, _, truth = solve_golden(case)
     error = rms(ours - truth) / rms(truth)
     assert error < max(2 * case["rms_error_relative_to_truth"], case["rtol"])
     # Towards t=0 of a 1/t drift the reference steps past the end and interpolates: cheaper, but further from the truth.
     towards_the_singularity = case["reverse"] and case["prediction"] != "velocity"
-    assert evaluations <= 1.1 * case["nfe"] or (towards_the_singularity and error < case["rms_error_relative_to_truth"])
+    assert evaluations <= 1.1 * case["nfe"] or (
+        towards_the_singularity and error < case["rms_error_relative_to_truth"]
+    )
 
 
 def exponential(x, t_b):
@@ -86,7 +112,9 @@ def final(field, x, interval=(0.0, 1.0), **options):
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "ralston": 2, "bosh3": 3, "tsit5": 5, "dopri5": 5}
 
 
-@pytest.mark.parametrize(("solver", "guided"), [*((solver, False) for solver in ORDERS), ("ralston", True)])
+@pytest.mark.parametrize(
+    ("solver", "guided"), [*((solver, False) for solver in ORDERS), ("ralston", True)]
+)
 def test_convergence_order(solver, guided):
     field, factor = exponential, np.exp(1.5)
     if guided:  # u + 3 (c - u) with u = c/2 is twice c
@@ -94,7 +122,10 @@ def test_convergence_order(solver, guided):
         factor = factor**2
     with jax.enable_x64(True):  # in float32 the error of a fifth-order method is soon rounding
         x = jnp.ones((1, 1, 1, 1))
-        errors = [abs(float(final(field, x, solver=solver, steps=n)[0, 0, 0, 0]) - factor) for n in (32, 64)]
+        errors = [
+            abs(float(final(field, x, solver=solver, steps=n)[0, 0, 0, 0]) - factor)
+            for n in (32, 64)
+        ]
     assert np.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[solver], abs=0.4)
 
 
@@ -111,7 +142,8 @@ def test_adaptive_solvers_meet_their_tolerance_and_loosen_with_it(solver):
 
 
 @pytest.mark.parametrize(
-    "options", [{"solver": "euler", "steps": 200}, {"solver": "heun", "steps": 200}, {"solver": "dopri5"}]
+    "options",
+    [{"solver": "euler", "steps": 200}, {"solver": "heun", "steps": 200}, {"solver": "dopri5"}],
 )
 def test_round_trip_and_independence_of_neighbours(options):
     def field(x, t_b):  # each sample has its own stiffness, so a shared step size would show
@@ -128,7 +160,9 @@ def test_round_trip_and_independence_of_neighbours(options):
 def test_every_sample_sees_its_own_condition_under_dopri5():
     speed_b = jnp.array([0.0, 1.0, 2.0])
     out = final(
-        lambda x, t_b: jnp.broadcast_to(speed_b.reshape(-1, 1, 1, 1), x.shape), jnp.zeros((3, 2, 2, 1)), solver="dopri5"
+        lambda x, t_b: jnp.broadcast_to(speed_b.reshape(-1, 1, 1, 1), x.shape),
+        jnp.zeros((3, 2, 2, 1)),
+        solver="dopri5",
     )
     np.testing.assert_allclose(out[:, 0, 0, 0], speed_b, rtol=1e-6)
 
@@ -143,7 +177,12 @@ def test_evaluations_are_counted(solver):
             return exponential(x, t_b)
 
         _, evaluations = ode.solve(
-            field, jnp.ones((2, 1, 1, 1)), (0.0, 1.0), solver=solver, steps=steps, error_norm="batch"
+            field,
+            jnp.ones((2, 1, 1, 1)),
+            (0.0, 1.0),
+            solver=solver,
+            steps=steps,
+            error_norm="batch",
         )
         jax.effects_barrier()
         assert int(evaluations) == len(calls)
@@ -155,7 +194,9 @@ def test_time_shift():
     np.testing.assert_allclose(grid, 3 * u / (1 + 2 * u), rtol=1e-6)
     np.testing.assert_allclose(ode.time_grid((1.0, 0.0), 4, shift=3.0), grid[::-1], rtol=1e-6)
     np.testing.assert_allclose(ode.time_grid((0.1, 0.9), 4), np.linspace(0.1, 0.9, 5), rtol=1e-6)
-    exact = float(final(exponential, jnp.ones((1, 1, 1, 1)), solver="heun", steps=64, shift=3.0)[0, 0, 0, 0])
+    exact = float(
+        final(exponential, jnp.ones((1, 1, 1, 1)), solver="heun", steps=64, shift=3.0)[0, 0, 0, 0]
+    )
     assert exact == pytest.approx(np.exp(1.5), rel=2e-3)
 
 
@@ -164,13 +205,16 @@ def test_a_grid_of_ones_own():
     np.testing.assert_allclose(ode.time_grid((0.0, 1.0), u), u, rtol=1e-6)
     np.testing.assert_allclose(ode.time_grid((1.0, 0.0), u), u[::-1], rtol=1e-6)
     np.testing.assert_allclose(ode.time_grid((0.2, 0.6), u), [0.2, 0.4, 0.5, 0.6], rtol=1e-6)
-    x, evaluations = ode.solve(exponential, jnp.ones((1, 1, 1, 1)), (0.0, 1.0), solver="euler", steps=u)
+    x, evaluations = ode.solve(
+        exponential, jnp.ones((1, 1, 1, 1)), (0.0, 1.0), solver="euler", steps=u
+    )
     want = (1 + 0.5 * 1) * (1 + 0.25 * 1.5) * (1 + 0.25 * 1.75)
     assert (float(x[0, 0, 0, 0]), int(evaluations)) == (pytest.approx(want), 3)
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 40}, {"error_norm": "sample", "rtol": 1e-6}, {"error_norm": "batch", "rtol": 1e-6}]
+    "options",
+    [{"steps": 40}, {"error_norm": "sample", "rtol": 1e-6}, {"error_norm": "batch", "rtol": 1e-6}],
 )
 def test_frames_are_the_way_from_the_first_time_to_the_last(options):
     x = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
@@ -180,14 +224,20 @@ def test_frames_are_the_way_from_the_first_time_to_the_last(options):
         assert way.shape == (2, 5, 2, 1, 1) and int(cost) == int(same)
         np.testing.assert_allclose(way[:, -1], end, rtol=5e-6)  # the rounding of an interpolation
         t, start = np.linspace(*span, 5).reshape(1, 5, 1, 1, 1), span[0]
-        np.testing.assert_allclose(way, x[:, None] * np.exp(t + t**2 / 2 - start - start**2 / 2), rtol=1e-4)
+        np.testing.assert_allclose(
+            way, x[:, None] * np.exp(t + t**2 / 2 - start - start**2 / 2), rtol=1e-4
+        )
 
 
 def test_guidance_leaves_later_channels_conditional():
     conditional, unconditional = (lambda x, t, v=v: jnp.full_like(x, v) for v in (2.0, 1.0))
     x, t = jnp.zeros((1, 1, 1, 4)), jnp.zeros(1)
-    np.testing.assert_array_equal(guide(conditional, unconditional, 3.0, 3)(x, t)[0, 0, 0], [4, 4, 4, 2])
-    np.testing.assert_array_equal(guide(conditional, unconditional, 3.0, None)(x, t)[0, 0, 0], [4, 4, 4, 4])
+    np.testing.assert_array_equal(
+        guide(conditional, unconditional, 3.0, 3)(x, t)[0, 0, 0], [4, 4, 4, 2]
+    )
+    np.testing.assert_array_equal(
+        guide(conditional, unconditional, 3.0, None)(x, t)[0, 0, 0], [4, 4, 4, 4]
+    )
     assert guide(conditional, unconditional, 1.0) is conditional
 
 
@@ -198,9 +248,15 @@ def test_guidance_outside_its_interval_is_conditional_and_costs_nothing():
         jax.debug.callback(lambda: calls.append(1))
         return jnp.ones_like(x)
 
-    guided = jax.jit(guide(lambda x, t: jnp.full_like(x, 2.0), unconditional, 3.0, interval=(0.25, 0.75)))
+    guided = jax.jit(
+        guide(lambda x, t: jnp.full_like(x, 2.0), unconditional, 3.0, interval=(0.25, 0.75))
+    )
     x = jnp.zeros((2, 1, 1, 1))
-    for times, want, cost in (([0.1, 0.9], [2, 2], 0), ([0.5, 0.9], [4, 2], 1), ([0.25, 0.75], [4, 4], 1)):
+    for times, want, cost in (
+        ([0.1, 0.9], [2, 2], 0),
+        ([0.5, 0.9], [4, 2], 1),
+        ([0.25, 0.75], [4, 4], 1),
+    ):
         calls.clear()
         np.testing.assert_array_equal(guided(x, jnp.array(times)).ravel(), want)
         jax.effects_barrier()
@@ -210,7 +266,10 @@ def test_guidance_outside_its_interval_is_conditional_and_costs_nothing():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: ode.check_solver("dopri", None), "unknown solver 'dopri'; did you mean 'dopri8' or 'dopri5'"),
+        (
+            lambda: ode.check_solver("dopri", None),
+            "unknown solver 'dopri'; did you mean 'dopri8' or 'dopri5'",
+        ),
         (
             lambda: ode.check_solver("heun", None),
             "solver 'heun' takes fixed steps only, so atol and rtol mean nothing to it",

@@ -21,7 +21,9 @@ def comparable(case):
 
     Of the last steps, which follow any form alike, Linear velocity is compared for one form each.
     """
-    repeated = (case["path_type"], case["prediction"]) == ("Linear", "velocity") and case["diffusion_form"] != "sigma"
+    repeated = (case["path_type"], case["prediction"]) == ("Linear", "velocity") and case[
+        "diffusion_form"
+    ] != "sigma"
     if repeated and case["last_step"] != "Mean":
         return False
     return case["finite"] and not (case["method"] == "Heun" and case["interval"][1] == 1)
@@ -53,14 +55,21 @@ def solve_golden(case):
 
 
 SDE = [case for case in goldens.cases("sde", "sde") if comparable(case)]
-FIELDS = (("path_type", "prediction"), ("method", "diffusion_form"), ("method", "last_step"), ("method", "cfg_scale"))
+FIELDS = (
+    ("path_type", "prediction"),
+    ("method", "diffusion_form"),
+    ("method", "last_step"),
+    ("method", "cfg_scale"),
+)
 
 
 @pytest.mark.parametrize("case", goldens.parameters(SDE, *FIELDS))
 def test_equals_reference(case):
     ours, theirs = solve_golden(case)
     # tests/golden/README.md: 3e-5, and 1e-4 where a drift has 1/t, as SBDM's D has.
-    assert goldens.relative_error(ours, theirs) < (1e-4 if case["diffusion_form"] == "SBDM" else 3e-5)
+    assert goldens.relative_error(ours, theirs) < (
+        1e-4 if case["diffusion_form"] == "SBDM" else 3e-5
+    )
 
 
 WEIGHTS, MEANS, STDS = jnp.array([0.3, 0.7]), jnp.array([-1.0, 0.8]), jnp.array([0.3, 0.2])
@@ -72,7 +81,9 @@ def mixture_score(path):
     def log_density(x, t):
         alpha, sigma = path.alpha(t), path.sigma(t)
         variances = alpha**2 * STDS**2 + sigma**2
-        return jax.nn.logsumexp(jnp.log(WEIGHTS) - (x - alpha * MEANS) ** 2 / (2 * variances) - jnp.log(variances) / 2)
+        return jax.nn.logsumexp(
+            jnp.log(WEIGHTS) - (x - alpha * MEANS) ** 2 / (2 * variances) - jnp.log(variances) / 2
+        )
 
     def score(x, t_b):
         return jax.vmap(jax.grad(log_density))(x.ravel(), t_b).reshape(x.shape)
@@ -91,7 +102,9 @@ def moments(path, t):
 # Every form and every path; all pairs of them are slow.
 FORMS_AND_PATHS = [
     pytest.param(form, path, marks=[] if i % len(paths.PATHS) == j else [pytest.mark.slow])
-    for (i, form), (j, path) in itertools.product(enumerate(diffusion.FORMS), enumerate(paths.PATHS))
+    for (i, form), (j, path) in itertools.product(
+        enumerate(diffusion.FORMS), enumerate(paths.PATHS)
+    )
 ]
 
 
@@ -110,7 +123,9 @@ def test_every_diffusion_form_keeps_the_marginals(form, path, n=4_000):
         "last_step": "none",
         "last_step_size": 0,
     }
-    x = jax.jit(lambda x: sde.solve(fields, path, x, span, keyed_draw(keys_b, (1, 1, 1)), **options)[0])(x).ravel()
+    x = jax.jit(
+        lambda x: sde.solve(fields, path, x, span, keyed_draw(keys_b, (1, 1, 1)), **options)[0]
+    )(x).ravel()
     mean, variance, above = moments(path, jnp.float32(span[1]))
     # Four standard errors of n samples (the fourth moment of this mixture is below that of a Gaussian of its variance),
     # and 0.02 for a hundred Euler steps.
@@ -126,7 +141,9 @@ def test_no_combination_is_nan(path, kind, monkeypatch):
     """The whole table of form x prediction x path x last step x solver, at the default eps and sizes."""
     x = jax.random.normal(jax.random.key(0), (2, 1, 1, 1))
     draw = keyed_draw(jax.random.split(jax.random.key(1), 2), x.shape[1:])
-    fields = prediction.velocity_and_score(lambda x, t: jnp.tanh(x) * (0.5 + t.reshape(-1, 1, 1, 1)), path, kind)
+    fields = prediction.velocity_and_score(
+        lambda x, t: jnp.tanh(x) * (0.5 + t.reshape(-1, 1, 1, 1)), path, kind
+    )
     forms = list(diffusion.FORMS.values())
 
     def finals(solver, index, span, last_steps):
@@ -134,16 +151,29 @@ def test_no_combination_is_nan(path, kind, monkeypatch):
         monkeypatch.setitem(
             diffusion.FORMS,
             "any",
-            lambda path, t, norm: jax.lax.switch(index, [lambda t, f=f: f(path, t, norm) for f in forms], t),
+            lambda path, t, norm: jax.lax.switch(
+                index, [lambda t, f=f: f(path, t, norm) for f in forms], t
+            ),
         )
         options = {"solver": solver, "steps": 3, "form": "any", "norm": 1.0, "last_step_size": 0.04}
-        return [sde.solve(fields, path, x, span, draw, last_step=last, **options)[0] for last in last_steps]
+        return [
+            sde.solve(fields, path, x, span, draw, last_step=last, **options)[0]
+            for last in last_steps
+        ]
 
     for solver in sde.SOLVERS:
         # A last step follows the solver's end, whichever solver it was: two of them are enough.
-        several = ("mean", "tweedie", "euler") if solver in ("euler-maruyama", "reference-heun") else ("mean",)
+        several = (
+            ("mean", "tweedie", "euler")
+            if solver in ("euler-maruyama", "reference-heun")
+            else ("mean",)
+        )
         for last_steps, size in ((("none",), 0.0), (several, 0.04)):
-            run = jax.jit(lambda index, span, solver=solver, last=last_steps: finals(solver, index, span, last))
+            run = jax.jit(
+                lambda index, span, solver=solver, last=last_steps: finals(
+                    solver, index, span, last
+                )
+            )
             for index, form in enumerate(list(diffusion.FORMS)[: len(forms)]):
                 span = interval.sde_interval(path, kind, form, size)
                 for last, out in zip(last_steps, run(index, jnp.array(span)), strict=True):
@@ -159,7 +189,9 @@ def test_a_sample_depends_on_its_own_key_alone(solver):
     def run(rows):
         options = {"form": "sigma", "norm": 1.0, "last_step": "mean", "last_step_size": 0.04}
         draw = keyed_draw(keys_b[rows], x.shape[1:])
-        return sde.solve(fields, path, x[rows], (0.0, 0.96), draw, solver=solver, steps=5, **options)[0]
+        return sde.solve(
+            fields, path, x[rows], (0.0, 0.96), draw, solver=solver, steps=5, **options
+        )[0]
 
     together = run(jnp.arange(3))
     np.testing.assert_allclose(run(jnp.array([2]))[0], together[2], rtol=1e-6)
@@ -180,15 +212,16 @@ def strong_error(solver, steps, n=512):
         bridge = (
             jnp.cumsum(w, axis=1)
             - w / 2
-            - total[:, None] * ((np.arange(fine // steps) + 0.5) / (fine // steps)).reshape(1, -1, 1, 1, 1, 1)
+            - total[:, None]
+            * ((np.arange(fine // steps) + 0.5) / (fine // steps)).reshape(1, -1, 1, 1, 1, 1)
         )
         area = bridge.mean(axis=1) * np.sqrt(12)
         return lambda step, which: jnp.where(which == 0, total[step], area[step])
 
     options = {"form": "sigma", "norm": 1.0, "last_step": "none", "last_step_size": 0.0}
-    run = lambda solver, steps: sde.solve(fields, path, x, span, draw_on(steps), solver=solver, steps=steps, **options)[
-        0
-    ]
+    run = lambda solver, steps: sde.solve(
+        fields, path, x, span, draw_on(steps), solver=solver, steps=steps, **options
+    )[0]
     return float(jnp.sqrt(jnp.mean((run(solver, steps) - run("sra1", fine)) ** 2)))
 
 
@@ -206,8 +239,16 @@ def test_frames_are_the_way_and_end_after_the_last_step(last_step):
     fields = prediction.velocity_and_score(lambda x, t: jnp.tanh(x), path, "velocity")
 
     def solve(until, steps, frames=None, last_step=last_step):
-        options = {"form": "sigma", "norm": 1.0, "last_step": last_step, "last_step_size": 0.04, "frames": frames}
-        return sde.solve(fields, path, x, (0.0, until), draw, solver="euler-maruyama", steps=steps, **options)
+        options = {
+            "form": "sigma",
+            "norm": 1.0,
+            "last_step": last_step,
+            "last_step_size": 0.04,
+            "frames": frames,
+        }
+        return sde.solve(
+            fields, path, x, (0.0, until), draw, solver="euler-maruyama", steps=steps, **options
+        )
 
     end, cost = solve(0.96, 8)
     way, same = solve(0.96, 8, frames=5)

@@ -19,7 +19,9 @@ def golden_predict():
 
 
 def case_name(case):
-    return "-".join(str(case[key]) for key in ("path_type", "prediction", "loss_weight") if key in case)
+    return "-".join(
+        str(case[key]) for key in ("path_type", "prediction", "loss_weight") if key in case
+    )
 
 
 @pytest.mark.parametrize("case", goldens.cases("transport", "path_functions"), ids=case_name)
@@ -33,12 +35,16 @@ def test_path_functions(case):
             # truth there.
             truth = vp_float64(np.asarray(t, np.float64))[name]
             assert (np.abs(ours - truth) <= FLOAT32 * np.abs(truth)).all()
-            assert (np.abs(ours - theirs) <= (FLOAT32 + 2**-23 / path.sigma(t) ** 2) * np.abs(truth)).all()
+            assert (
+                np.abs(ours - theirs) <= (FLOAT32 + 2**-23 / path.sigma(t) ** 2) * np.abs(truth)
+            ).all()
         else:
             np.testing.assert_allclose(ours, theirs, rtol=FLOAT32, atol=1e-7)
     if path.name != "VP":
         variance = paths.drift_variance(path, t)
-        np.testing.assert_allclose(variance, arrays[case["out"]["drift_var"]].reshape(t.shape), rtol=FLOAT32, atol=1e-7)
+        np.testing.assert_allclose(
+            variance, arrays[case["out"]["drift_var"]].reshape(t.shape), rtol=FLOAT32, atol=1e-7
+        )
 
 
 def vp_float64(t):
@@ -52,7 +58,9 @@ def test_losses(case):
     arrays, path = goldens.load("transport")[1], paths.path_by_name(case["path_type"])
     x0, x1, t = nhwc(arrays["x0"]), nhwc(arrays["x1"]), arrays["t"]
     assert relative_error(paths.interpolate(path, x1, x0, t), nhwc(arrays[case["xt"]])) < FLOAT32
-    assert relative_error(paths.target_velocity(path, x1, x0, t), nhwc(arrays[case["ut"]])) < FLOAT32
+    assert (
+        relative_error(paths.target_velocity(path, x1, x0, t), nhwc(arrays[case["ut"]])) < FLOAT32
+    )
     # The reference ignores the weight of a velocity loss; here it is refused.
     weight = "none" if case["prediction"] == "velocity" else case["loss_weight"] or "none"
     loss = losses.losses(golden_predict(), path, case["prediction"], weight, x1, x0, jnp.asarray(t))
@@ -72,12 +80,14 @@ def test_drift_and_score(case):
 @pytest.mark.parametrize("case", goldens.cases("transport", "training_time"), ids=case_name)
 def test_training_times(case):
     arrays, path = goldens.load("transport")[1], paths.path_by_name(case["path_type"])
-    t = times.into(interval.train_interval(path, case["prediction"]), arrays[case["u"]])
+    t = times.rescale(interval.train_interval(path, case["prediction"]), arrays[case["u"]])
     np.testing.assert_allclose(t, arrays[case["t"]], rtol=FLOAT32)
 
 
 @pytest.mark.parametrize(
-    "case", goldens.cases("transport", "interval"), ids=lambda c: f"{case_name(c)}-{c['given_train_eps']}"
+    "case",
+    goldens.cases("transport", "interval"),
+    ids=lambda c: f"{case_name(c)}-{c['given_train_eps']}",
 )
 def test_intervals(case):
     path, kind = paths.path_by_name(case["path_type"]), case["prediction"]
@@ -86,13 +96,19 @@ def test_intervals(case):
     # other way round it fails). Where it listens, the intervals are equal.
     ignores = kind == "velocity" and path.name != "VP" and (train_eps or sample_eps)
     if not ignores:
-        assert interval.train_interval(path, kind, train_eps) == pytest.approx(case["interval"]["train"])
+        assert interval.train_interval(path, kind, train_eps) == pytest.approx(
+            case["interval"]["train"]
+        )
     if not ignores and (train_eps is None) == (sample_eps is None):
-        assert interval.ode_interval(path, kind, sample_eps) == pytest.approx(case["interval"]["ode"])
+        assert interval.ode_interval(path, kind, sample_eps) == pytest.approx(
+            case["interval"]["ode"]
+        )
         for name, want in case["interval"].items():
             if name.startswith("sde/"):
                 _, form, last = name.split("/")
-                ours = interval.sde_interval(path, kind, form, float(last.partition("=")[2]), sample_eps)
+                ours = interval.sde_interval(
+                    path, kind, form, float(last.partition("=")[2]), sample_eps
+                )
                 starts_infinite = form == "SBDM" and want[0] == 0 and path.name != "VP"
                 assert ours == pytest.approx([1e-3, want[1]] if starts_infinite else want)
 
@@ -113,5 +129,7 @@ def test_diffusion_forms(case):
     ours = diffusion(path, case["form"], t, case["norm"])
     assert ours.shape == t.shape  # "constant" too, which is a Python float in the reference
     # sigma of VP: theirs cancels near t=1, see test_path_functions.
-    rtol = FLOAT32 + (2**-23 / path.sigma(t) ** 2 if (path.name, case["form"]) == ("VP", "sigma") else 0)
+    rtol = FLOAT32 + (
+        2**-23 / path.sigma(t) ** 2 if (path.name, case["form"]) == ("VP", "sigma") else 0
+    )
     assert (np.abs(ours - arrays[case["out"]]) <= rtol * np.abs(arrays[case["out"]]) + 1e-7).all()

@@ -11,7 +11,7 @@ import pytest
 
 from sit_jax.errors import UserError
 from sit_jax.transport import diffusion, interval, losses, paths, prediction, times
-from sit_jax.transport.paths import over
+from sit_jax.transport.paths import expand_time
 
 MEAN, STD = 0.7, 0.4
 each_path = pytest.mark.parametrize("path", paths.PATHS.values(), ids=lambda p: p.name)
@@ -22,13 +22,19 @@ def exact(path, kind):
     """The best prediction there is for Gaussian data, from the score of its marginal."""
 
     def predict(x, t_b):
-        t = over(t_b, x)
+        t = expand_time(t_b, x)
         alpha, sigma = path.alpha(t), path.sigma(t)
         variance = alpha**2 * STD**2 + sigma**2
         score = -(x - alpha * MEAN) / variance
         noise = -sigma * score
-        data = MEAN + alpha * STD**2 / variance * (x - alpha * MEAN)  # E[x1 | x], without dividing by alpha
-        return {"score": score, "noise": noise, "velocity": path.d_alpha(t) * data + path.d_sigma(t) * noise}[kind]
+        data = MEAN + alpha * STD**2 / variance * (
+            x - alpha * MEAN
+        )  # E[x1 | x], without dividing by alpha
+        return {
+            "score": score,
+            "noise": noise,
+            "velocity": path.d_alpha(t) * data + path.d_sigma(t) * noise,
+        }[kind]
 
     return predict
 
@@ -69,14 +75,20 @@ def test_velocity_to_score_to_velocity(path):
     t = jnp.linspace(0.05, 0.95, 16)
     x, v = jax.random.normal(jax.random.key(1), (2, 16, 5))
     score = prediction.to_score(path, "velocity", v, x, t)
-    np.testing.assert_allclose(prediction.to_velocity(path, "score", score, x, t), v, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        prediction.to_velocity(path, "score", score, x, t), v, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_velocity_gives_a_finite_score_at_t0_and_noise_at_both_ends():
     x, v = jnp.full((2, 3), 0.5), jnp.full((2, 3), 0.25)
     for path in (paths.PATHS["Linear"], paths.PATHS["GVP"]):
-        np.testing.assert_allclose(prediction.to_score(path, "velocity", v, x, jnp.zeros(2)), -x, rtol=1e-6)
-        assert jnp.isfinite(prediction.to_noise(path, "velocity", v, x, jnp.array([0.0, 1.0]))).all()
+        np.testing.assert_allclose(
+            prediction.to_score(path, "velocity", v, x, jnp.zeros(2)), -x, rtol=1e-6
+        )
+        assert jnp.isfinite(
+            prediction.to_noise(path, "velocity", v, x, jnp.array([0.0, 1.0]))
+        ).all()
 
 
 @each_path
@@ -93,10 +105,16 @@ def test_exact_field_reaches_the_analytic_minimum_loss(path, kind, weight):
     x1, x0 = MEAN + STD * jax.random.normal(keys[0], (n, 1)), jax.random.normal(keys[1], (n, 1))
     for t in (0.1, 0.5, 0.9):
         t_b, t = jnp.full(n, t), jnp.float32(t)
-        alpha, sigma, d_alpha, d_sigma = (f(t) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
+        alpha, sigma, d_alpha, d_sigma = (
+            f(t) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
+        )
         variance = alpha**2 * STD**2 + sigma**2
-        minimum = alpha**2 * STD**2 / variance  # variance of x0 given x; sigma s + x0 and eps - x0 are the same error
-        if kind == "velocity":  # u = d_alpha x1 + d_sigma x0 and x1 = (x - sigma x0)/alpha, so its variance given x is
+        minimum = (
+            alpha**2 * STD**2 / variance
+        )  # variance of x0 given x; sigma s + x0 and eps - x0 are the same error
+        if (
+            kind == "velocity"
+        ):  # u = d_alpha x1 + d_sigma x0 and x1 = (x - sigma x0)/alpha, so its variance given x is
             minimum *= (d_sigma - d_alpha * sigma / alpha) ** 2
         minimum *= losses.WEIGHTS[weight](path, t)
         found = losses.losses(exact(path, kind), path, kind, weight, x1, x0, t_b)
@@ -105,7 +123,9 @@ def test_exact_field_reaches_the_analytic_minimum_loss(path, kind, weight):
 
         def off(x, t_b):
             return (
-                exact(path, kind)(x, t_b) + 0.1 / path.sigma(over(t_b, x)) * (kind == "score") + 0.1 * (kind != "score")
+                exact(path, kind)(x, t_b)
+                + 0.1 / path.sigma(expand_time(t_b, x)) * (kind == "score")
+                + 0.1 * (kind != "score")
             )
 
         excess = losses.losses(off, path, kind, weight, x1, x0, t_b).mean() - found.mean()
@@ -113,25 +133,38 @@ def test_exact_field_reaches_the_analytic_minimum_loss(path, kind, weight):
 
 
 def test_logit_normal_times():
-    t = times.training_times(jax.random.key(0), 100_000, (0.1, 0.9), "logit-normal", mean=0.5, std=0.8)
+    t = times.training_times(
+        jax.random.key(0), 100_000, (0.1, 0.9), "logit-normal", mean=0.5, std=0.8
+    )
     assert t.dtype == jnp.float32 and t.min() > 0.1 and t.max() < 0.9
     logit = jnp.log((t - 0.1) / (0.9 - t))
-    assert abs(logit.mean() - 0.5) < 4 * 0.8 / np.sqrt(1e5) and abs(logit.std() - 0.8) < 4 * 0.8 / np.sqrt(2e5)
+    assert abs(logit.mean() - 0.5) < 4 * 0.8 / np.sqrt(1e5) and abs(
+        logit.std() - 0.8
+    ) < 4 * 0.8 / np.sqrt(2e5)
     uniform = times.training_times(jax.random.key(0), 100_000, (0.1, 0.9))
-    assert abs(uniform.mean() - 0.5) < 4 * 0.8 / np.sqrt(12e5) and uniform.min() >= 0.1 and uniform.max() <= 0.9
+    assert (
+        abs(uniform.mean() - 0.5) < 4 * 0.8 / np.sqrt(12e5)
+        and uniform.min() >= 0.1
+        and uniform.max() <= 0.9
+    )
 
 
 def test_sbdm_is_the_kl_optimal_coefficient():
     """The paper's w^KL / 2 = sigma (d_alpha sigma / alpha - d_sigma), which for Linear is (1 - t) / t."""
     t = jnp.linspace(0.1, 0.9, 9)
-    np.testing.assert_allclose(diffusion.diffusion(paths.PATHS["Linear"], "SBDM", t), (1 - t) / t, rtol=1e-5)
+    np.testing.assert_allclose(
+        diffusion.diffusion(paths.PATHS["Linear"], "SBDM", t), (1 - t) / t, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
         (lambda: paths.path_by_name("linear"), ["unknown path 'linear'", "'Linear'", "GVP"]),
-        (lambda: prediction.check_prediction("eps"), ["unknown prediction 'eps'", "velocity", "score", "noise"]),
+        (
+            lambda: prediction.check_prediction("eps"),
+            ["unknown prediction 'eps'", "velocity", "score", "noise"],
+        ),
         (lambda: losses.check_weight("kl", "noise"), ["unknown loss weight 'kl'", "likelihood"]),
         (
             lambda: diffusion.diffusion(paths.PATHS["VP"], "inccreasing-decreasing", jnp.ones(1)),

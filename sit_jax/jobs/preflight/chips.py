@@ -31,7 +31,9 @@ CHIPS = (
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 400e9, _2D),
     Chip("tpu7x", ("TPU7x",), 2307e12 / 2, 96 * GIB, 7380e9 / 2, 300e9, _3D),
     Chip("a100", ("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9),
-    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312e12, 40e9, 1555e9, 300e9),
+    Chip(
+        "a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312e12, 40e9, 1555e9, 300e9
+    ),
     Chip("h100", ("NVIDIA H100",), 989e12, 80e9, 3352e9, 450e9),  # SXM: "NVIDIA H100 80GB HBM3"
     Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 80e9, 2039e9, 300e9),
     Chip("h100-nvl", ("NVIDIA H100 NVL",), 835e12, 94e9, 3938e9, 300e9),
@@ -42,5 +44,7 @@ CHIPS = (
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip with the longest kind that `device_kind` starts with; None if unknown."""
-    known = [(len(kind), chip) for chip in CHIPS for kind in chip.kinds if device_kind.startswith(kind)]
+    known = [
+        (len(kind), chip) for chip in CHIPS for kind in chip.kinds if device_kind.startswith(kind)
+    ]
     return max(known, key=lambda found: found[0])[1] if known else None

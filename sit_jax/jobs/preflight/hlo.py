@@ -23,7 +23,9 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -41,7 +43,9 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        bits = _BITS.get(self.dtype) or int(re.sub(r"\D", "", re.sub(r"(e\d+m\d+|b\d+).*", "", self.dtype)) or 0)
+        bits = _BITS.get(self.dtype) or int(
+            re.sub(r"\D", "", re.sub(r"(e\d+m\d+|b\d+).*", "", self.dtype)) or 0
+        )
         return math.prod(self.shape) * bits // 8
 
     @property
@@ -62,7 +66,9 @@ class Instruction:
     @property
     def calls(self) -> list[str]:
         branches = _BRANCHES.search(self.text)
-        return _CALLED.findall(self.text) + (re.findall(r"[\w.\-]+", branches[1]) if branches else [])
+        return _CALLED.findall(self.text) + (
+            re.findall(r"[\w.\-]+", branches[1]) if branches else []
+        )
 
     def attribute(self, name: str) -> str:
         """`dim_labels=bf_io->bf` -> "bf_io->bf"; braces are taken off; "" if it has none."""
@@ -97,7 +103,11 @@ class Collective:
         """Bytes that one device sends each time, by the ring algorithm."""
         put_in = sum(array.bytes for array in self.arrays)
         others = self.group - 1
-        factor = {"all-gather": others, "all-reduce": 2 * others / self.group, "collective-permute": 1}
+        factor = {
+            "all-gather": others,
+            "all-reduce": 2 * others / self.group,
+            "collective-permute": 1,
+        }
         return round(put_in * factor.get(self.kind, others / self.group))
 
 
@@ -122,14 +132,21 @@ class Program:
         """Every instruction with its count. Each branch of a conditional counts as if it were taken."""
         return list(self._walk(self.entry, 1, False, False, ""))
 
-    def _walk(self, computation: str, times: int, in_loop: bool, fused: bool, within: str) -> Iterator[Execution]:
+    def _walk(
+        self, computation: str, times: int, in_loop: bool, fused: bool, within: str
+    ) -> Iterator[Execution]:
         for instruction in self.computations[computation].values():
             origin = _first(r'op_name="([^"]*)"', instruction.text) or within
             yield Execution(instruction, computation, times, in_loop, fused, origin)
             is_while = instruction.opcode == "while"
             inside = times * (self.trips(instruction) or 1) if is_while else times
             for called in instruction.calls:
-                fuses = fused or instruction.opcode not in ("while", "conditional", "call", "async-start")
+                fuses = fused or instruction.opcode not in (
+                    "while",
+                    "conditional",
+                    "call",
+                    "async-start",
+                )
                 yield from self._walk(called, inside, in_loop or is_while, fuses, origin)
 
     def trips(self, loop: Instruction) -> int | None:
@@ -140,18 +157,26 @@ class Program:
         """
         if known := _first(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(known)
-        condition, body = (self.computations[loop.attribute(name).strip("%")] for name in ("condition", "body"))
+        condition, body = (
+            self.computations[loop.attribute(name).strip("%")] for name in ("condition", "body")
+        )
         limits = [value for i in condition.values() if (value := _constant(i)) is not None]
         last = _root(condition)
         if len(limits) != 1 or not any(
-            i.opcode == "compare" and "direction=LT" in i.text for i in (last, *self._called_roots(last))
+            i.opcode == "compare" and "direction=LT" in i.text
+            for i in (last, *self._called_roots(last))
         ):
             return None
-        index = next((i.attribute("index") for i in condition.values() if i.opcode == "get-tuple-element"), None)
+        index = next(
+            (i.attribute("index") for i in condition.values() if i.opcode == "get-tuple-element"),
+            None,
+        )
         counter = body.get(_root(body).operands[int(index)]) if index else None
         while counter and counter.opcode in ("copy", "bitcast"):
             counter = body.get(counter.operands[0])
-        steps = [_constant(body[name]) for name in counter.operands if name in body] if counter else []
+        steps = (
+            [_constant(body[name]) for name in counter.operands if name in body] if counter else []
+        )
         step = next((value for value in steps if value), 1)
         return -(-limits[0] // step)
 
@@ -161,7 +186,10 @@ class Program:
     @property
     def unknown_loops(self) -> int:
         """Loops whose number of turns depends on the data, as an adaptive solver's: their bodies count once."""
-        return sum(e.instruction.opcode == "while" and not self.trips(e.instruction) for e in self.executions)
+        return sum(
+            e.instruction.opcode == "while" and not self.trips(e.instruction)
+            for e in self.executions
+        )
 
     def _operands(self, execution: Execution) -> list[tuple[Array, ...]]:
         inside = self.computations[execution.computation]
@@ -173,23 +201,32 @@ class Program:
 
         A hand-written kernel (Pallas, or the compiler's own for attention) counts as much as it says of itself.
         """
-        return sum(e.times * self._flops(e) for e in self.executions if e.instruction.opcode in _PRODUCTS)
+        return sum(
+            e.times * self._flops(e) for e in self.executions if e.instruction.opcode in _PRODUCTS
+        )
 
     @functools.cached_property
     def bfloat16_flops(self) -> int:
         """`flops` in units of bfloat16 products: a float32 product of precision high takes a TPU 3, of highest 6."""
         passes = {"high": 3, "highest": 6}
         return sum(
-            e.times * self._flops(e) * passes.get(e.instruction.attribute("operand_precision").partition(",")[0], 1)
+            e.times
+            * self._flops(e)
+            * passes.get(e.instruction.attribute("operand_precision").partition(",")[0], 1)
             for e in self.executions
             if e.instruction.opcode in _PRODUCTS
         )
 
     def _flops(self, e: Execution) -> int:
         if e.instruction.opcode == "custom-call":
-            products = next((n for name, n in _KERNEL_PRODUCTS.items() if e.instruction.name.startswith(name)), 0)
+            products = next(
+                (n for name, n in _KERNEL_PRODUCTS.items() if e.instruction.name.startswith(name)),
+                0,
+            )
             if products:
-                like_q = next(array.shape for array in e.instruction.arrays if len(array.shape) == 4)
+                like_q = next(
+                    array.shape for array in e.instruction.arrays if len(array.shape) == 4
+                )
                 return products * 2 * math.prod(like_q) * like_q[2]
             return int(_first(r'"cost_estimate":\{"flops":"(\d+)"', e.instruction.text) or 0)
         return _product_flops(e.instruction, self._operands(e))
@@ -212,7 +249,9 @@ class Program:
             arrays = tuple(array for operand in self._operands(e) for array in operand)
             group = _group_size(e.instruction.text, self.partitions)
             background = phase == "start" or e.fused
-            found.setdefault(key, Collective(kind, group, e.times, e.in_loop, arrays, background, e.origin))
+            found.setdefault(
+                key, Collective(kind, group, e.times, e.in_loop, arrays, background, e.origin)
+            )
         return list(found.values())
 
     @functools.cached_property
@@ -240,7 +279,9 @@ class Program:
         if instruction.opcode == "fusion":
             called = instruction.calls[0]
             read = sum(
-                min(_hbm(inside[name].arrays), self._read(called, index)) if _hbm(inside[name].arrays) else 0
+                min(_hbm(inside[name].arrays), self._read(called, index))
+                if _hbm(inside[name].arrays)
+                else 0
                 for index, name in enumerate(instruction.operands)
             )
             return read + min(_hbm(result), self._written(called)) if _hbm(result) else read
@@ -253,8 +294,16 @@ class Program:
     def _read(self, computation: str, index: int) -> int:
         """Bytes of parameter `index` that a fused computation looks at."""
         inside = self.computations[computation]
-        names = [i.name for i in inside.values() if i.opcode == "parameter" and i.text.startswith(f"({index})")]
-        return sum(self._read_by(computation, user, name) for name in names for user in self._users(computation, name))
+        names = [
+            i.name
+            for i in inside.values()
+            if i.opcode == "parameter" and i.text.startswith(f"({index})")
+        ]
+        return sum(
+            self._read_by(computation, user, name)
+            for name in names
+            for user in self._users(computation, name)
+        )
 
     def _users(self, computation: str, name: str) -> list[Instruction]:
         return [i for i in self.computations[computation].values() if name in i.operands]
@@ -262,11 +311,14 @@ class Program:
     def _read_by(self, computation: str, user: Instruction, name: str) -> int:
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             return _size(user.arrays)
-        if user.opcode == "tuple" or (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
+        if user.opcode == "tuple" or (
+            user.opcode == "dynamic-update-slice" and user.operands[0] == name
+        ):
             return 0  # handed on, in place
         if user.opcode == "bitcast":
             return sum(
-                self._read_by(computation, further, user.name) for further in self._users(computation, user.name)
+                self._read_by(computation, further, user.name)
+                for further in self._users(computation, user.name)
             )
         if user.opcode == "fusion":
             return self._read(user.calls[0], user.operands.index(name))
@@ -292,7 +344,9 @@ class Program:
 
 def by_kind(collectives: list[Collective]) -> dict[str, dict[str, int]]:
     """{"all-gather": {"in_loop": bytes sent in a run, "outside": ..., "count": executed}}, for the kinds there are."""
-    table: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"in_loop": 0, "outside": 0, "count": 0})
+    table: dict[str, dict[str, int]] = collections.defaultdict(
+        lambda: {"in_loop": 0, "outside": 0, "count": 0}
+    )
     for c in collectives:
         table[c.kind]["in_loop" if c.in_loop else "outside"] += c.times * c.sent
         table[c.kind]["count"] += c.times
@@ -305,7 +359,11 @@ def _root(computation: dict[str, Instruction]) -> Instruction:
 
 def _constant(instruction: Instruction) -> int | None:
     """The value of a scalar integer constant."""
-    if instruction.opcode != "constant" or instruction.arrays[0].dtype[0] not in "su" or instruction.arrays[0].shape:
+    if (
+        instruction.opcode != "constant"
+        or instruction.arrays[0].dtype[0] not in "su"
+        or instruction.arrays[0].shape
+    ):
         return None
     return int(instruction.text[1:].partition(")")[0])
 
@@ -392,7 +450,9 @@ def _window(window: str, name: str, dimension: int, default: int) -> int:
 
 
 @functools.cache
-def _positions(lhs: int, rhs: int, out: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
+def _positions(
+    lhs: int, rhs: int, out: int, *, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
     """Pairs (output, window) of one dimension for which the window meets an element, not padding or a gap."""
     return sum(
         0 <= at <= (lhs - 1) * lhs_dilate and at % lhs_dilate == 0

@@ -21,10 +21,11 @@ import numpy as np
 from jax.experimental import topologies
 from tqdm import tqdm
 
-from sit_jax import hlo, sharding, storage
-from sit_jax.chips import CHIPS, GIB, Chip
+from sit_jax import sharding, storage
 from sit_jax.errors import UserError, check
 from sit_jax.jobs import sampler, train
+from sit_jax.jobs.preflight import hlo
+from sit_jax.jobs.preflight.chips import CHIPS, GIB, Chip
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.settings import Config
 
@@ -46,11 +47,17 @@ _GPU_TARGETS = {"h100": _H100}
 def leave_devices_alone() -> None:
     """Keeps jax on the CPU and libtpu from looking for a TPU; to be called before either has started."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # a compiler is no device: a training run beside it keeps its own
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")  # unset, libtpu warns that it does not know it
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
+        "1"  # a compiler is no device: a training run beside it keeps its own
+    )
+    os.environ.setdefault(
+        "TPU_ACCELERATOR_TYPE", "v5litepod-16"
+    )  # unset, libtpu warns that it does not know it
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # its programs are for devices that are here
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # its programs are for devices that are here
 
 
 def known_topologies() -> str:
@@ -65,7 +72,10 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
     `UserError` for an unknown one, or if the chip's compiler is not installed.
     """
     kind, _, layout = name.partition(":")
-    chip = next((chip for chip in CHIPS if chip.name == kind and (chip.topologies or kind in _GPU_TARGETS)), None)
+    chip = next(
+        (chip for chip in CHIPS if chip.name == kind and (chip.topologies or kind in _GPU_TARGETS)),
+        None,
+    )
     valid = re.fullmatch(r"\d+(x\d+)*" if chip and chip.topologies else r"[1-9]\d*", layout)
     check(chip and valid, f"unknown --topology {name!r}; known: {known_topologies()}")
     return chip, (_tpus if chip.topologies else _gpus)(chip, layout)
@@ -94,11 +104,16 @@ def _gpus(chip: Chip, layout: str) -> list[jax.Device]:
         'compiling for an NVIDIA GPU needs the CUDA wheels: pip install -e ".[cuda12]" (5 GB, no GPU needed)',
     )
     target = _GPU_TARGETS[chip.name]
-    return topologies.get_topology_desc("gpu", "cuda", target_config=target, topology=f"1x1x{layout}").devices
+    return topologies.get_topology_desc(
+        "gpu", "cuda", target_config=target, topology=f"1x1x{layout}"
+    ).devices
 
 
 def _has_cuda() -> bool:
-    return bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"))
+    return bool(
+        importlib.util.find_spec("jax_plugins")
+        and importlib.util.find_spec("jax_plugins.xla_cuda12")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +132,22 @@ class Preflight:
     params: int
     optimizer: int  # moments and EMA
     compile_seconds: float
-    memory: dict[str, int] = dataclasses.field(default_factory=dict)  # arguments, temporaries, code, alias, peak
+    memory: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # arguments, temporaries, code, alias, peak
     model_flops: int | None = None  # what the network's matmuls need; None for a sampler
     executed_flops: int = 0
     hbm_traffic: int = 0
-    collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # as hlo.by_kind
-    background: float = 0.0  # share of the collectives' bytes that move while something else is computed
+    collectives: dict[str, dict[str, int]] = dataclasses.field(
+        default_factory=dict
+    )  # as hlo.by_kind
+    background: float = (
+        0.0  # share of the collectives' bytes that move while something else is computed
+    )
     data_dependent_loops: int = 0  # their bodies count once
-    roofline: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of compute, hbm, interconnect
+    roofline: dict[str, float] = dataclasses.field(
+        default_factory=dict
+    )  # seconds of compute, hbm, interconnect
     mfu_bound: float | None = None
     images_per_second_bound: float | None = None
 
@@ -142,12 +165,18 @@ def examine(setup: Setup, topology: str, chip: Chip, program: str = "train step"
     state, codec_params = setup.abstract_state, setup.codec.abstract_params
     is_train = program == "train step"
     if is_train:
-        function, arguments = train.make_train_step(setup), (state, train.abstract_batch(setup), codec_params)
+        function, arguments = (
+            train.make_train_step(setup),
+            (state, train.abstract_batch(setup), codec_params),
+        )
     else:
         rows = jax.ShapeDtypeStruct(
             (setup.config.sample.batch,), np.int32, sharding=sharding.batch_sharding(setup.mesh)
         )
-        function, arguments = sampler.jit_sampler(setup), ((state.params, None), codec_params, rows, rows)
+        function, arguments = (
+            sampler.jit_sampler(setup),
+            ((state.params, None), codec_params, rows, rows),
+        )
     start, devices = time.perf_counter(), setup.mesh.size
     compiled, verdict = _compile(function, arguments)
     train_flops = setup.train_flops * setup.config.train.batch // devices
@@ -199,12 +228,15 @@ def _with_costs(found: Preflight, compiled: Any, chip: Chip) -> Preflight:
     return dataclasses.replace(
         found,
         fits=fits,
-        verdict="" if fits else f"needs {memory['peak'] / GIB:.2f} GiB of {chip.hbm_bytes / GIB:.2f} GiB",
+        verdict=""
+        if fits
+        else f"needs {memory['peak'] / GIB:.2f} GiB of {chip.hbm_bytes / GIB:.2f} GiB",
         memory=memory,
         executed_flops=program.flops,
         hbm_traffic=program.hbm_bytes,
         collectives=hlo.by_kind(program.collectives),
-        background=sum(c.times * c.sent for c in program.collectives if c.in_background) / max(sent, 1),
+        background=sum(c.times * c.sent for c in program.collectives if c.in_background)
+        / max(sent, 1),
         data_dependent_loops=program.unknown_loops,
         roofline=roofline,
         mfu_bound=found.model_flops / chip.peak_flops / bound if found.model_flops else None,
@@ -215,7 +247,8 @@ def _with_costs(found: Preflight, compiled: Any, chip: Chip) -> Preflight:
 def bytes_per_device(tree: Any) -> int:
     """Bytes of a tree of abstract arrays that one device holds."""
     return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -228,23 +261,41 @@ def table(found: Preflight) -> str:
         ("parameters", f"{_gib(found.params)} a device; optimizer and EMA {_gib(found.optimizer)}"),
     ]
     if found.memory:
-        memory = ", ".join(f"{name} {_gib(size)}" for name, size in found.memory.items() if name != "peak")
-        rows += [("memory a device", f"{_gib(found.memory['peak'])} of {_gib(found.hbm)}: {memory}")]
-        rows += [("FLOPs", _flops_line(found)), ("HBM traffic", f"{found.hbm_traffic / 1e9:.2f} GB")]
+        memory = ", ".join(
+            f"{name} {_gib(size)}" for name, size in found.memory.items() if name != "peak"
+        )
+        rows += [
+            ("memory a device", f"{_gib(found.memory['peak'])} of {_gib(found.hbm)}: {memory}")
+        ]
+        rows += [
+            ("FLOPs", _flops_line(found)),
+            ("HBM traffic", f"{found.hbm_traffic / 1e9:.2f} GB"),
+        ]
         for kind, moved in found.collectives.items():
-            text = f"{moved['in_loop'] / 1e6:.2f} MB in loops, {moved['outside'] / 1e6:.2f} MB outside"
+            text = (
+                f"{moved['in_loop'] / 1e6:.2f} MB in loops, {moved['outside'] / 1e6:.2f} MB outside"
+            )
             rows.append((kind, f"{text}, {moved['count']} transfers"))
         rows += (
-            [("in the background", f"{found.background:.0%} of the bytes that are sent")] if found.collectives else []
+            [("in the background", f"{found.background:.0%} of the bytes that are sent")]
+            if found.collectives
+            else []
         )
         slowest = max(found.roofline, key=found.roofline.get)
-        times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in found.roofline.items())
+        times = ", ".join(
+            f"{name} {1e3 * seconds:.1f} ms" for name, seconds in found.roofline.items()
+        )
         rows.append(("roofline", f"{times}: bound by {slowest}"))
     if found.mfu_bound:
-        rows.append(("at most", f"{found.images_per_second_bound:,.0f} images/s, MFU {found.mfu_bound:.1%}"))
+        rows.append(
+            ("at most", f"{found.images_per_second_bound:,.0f} images/s, MFU {found.mfu_bound:.1%}")
+        )
     if found.data_dependent_loops:
         rows.append(
-            ("note", "a loop that ends when the data says so (the solver's) counts once: costs are of one step")
+            (
+                "note",
+                "a loop that ends when the data says so (the solver's) counts once: costs are of one step",
+            )
         )
     rows.append(("compiled in", f"{found.compile_seconds:.1f} s"))
     head = f"{found.program} on {found.topology}, {found.devices} devices"
@@ -268,7 +319,14 @@ def _one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].removesuffix(".")
 
 
-def run(config: Config, topology: str, json_file: str | None = None, *, search: bool = False, sampler: bool = False):
+def run(
+    config: Config,
+    topology: str,
+    json_file: str | None = None,
+    *,
+    search: bool = False,
+    sampler: bool = False,
+):
     """Prints a report of the train step, and with `sampler` of the sampler; or `search`es for the fastest that fits.
 
     `UserError`, after the report, if what was asked for does not fit.
@@ -283,16 +341,25 @@ def run(config: Config, topology: str, json_file: str | None = None, *, search: 
             found.append(examine(setup, topology, chip, program))
             print(table(found[-1]), flush=True)
     if json_file:
-        storage.write_text(json_file, json.dumps([dataclasses.asdict(report) for report in found], indent=2) + "\n")
+        storage.write_text(
+            json_file, json.dumps([dataclasses.asdict(report) for report in found], indent=2) + "\n"
+        )
     if not search:
         for outcome, remedy in _REMEDIES.items():
-            programs = " and the ".join(report.program for report in found if report.outcome == outcome)
+            programs = " and the ".join(
+                report.program for report in found if report.outcome == outcome
+            )
             check(not programs, f"the {programs} {outcome} on {topology}; {remedy}")
         return
     fitting = [report for report in found if report.fits]
-    check(fitting, f"none of {len(found)} candidates fits on {topology}; take a larger one or a smaller train.batch")
+    check(
+        fitting,
+        f"none of {len(found)} candidates fits on {topology}; take a larger one or a smaller train.batch",
+    )
     best = max(fitting, key=lambda report: report.images_per_second_bound)
-    flags = {"train.batch": best.batch, "model.remat": best.remat} | {f"mesh.{a}": n for a, n in best.mesh.items()}
+    flags = {"train.batch": best.batch, "model.remat": best.remat} | {
+        f"mesh.{a}": n for a, n in best.mesh.items()
+    }
     print(f"\nthe fastest that fits\n{table(best)}")
     print(" ".join(f"--config.{key}={value}" for key, value in flags.items()))
 
@@ -303,7 +370,9 @@ _REMEDIES = {
 }
 
 
-def find_fastest(config: Config, topology: str, chip: Chip, devices: Sequence[jax.Device]) -> Iterator[Preflight]:
+def find_fastest(
+    config: Config, topology: str, chip: Chip, devices: Sequence[jax.Device]
+) -> Iterator[Preflight]:
     """Compiles what may still be the fastest, and prints a line for each.
 
     Left out: what needs more memory than something that did not fit, and what could be faster by 1 % at most at the
@@ -336,7 +405,9 @@ def candidates(config: Config, devices: int) -> list[Config]:
             train_ = dataclasses.replace(config.train, batch=batch)
             # Samples are not what is searched for: a batch of them that any mesh splits.
             sample_ = dataclasses.replace(config.sample, batch=devices)
-            found.append(dataclasses.replace(config, mesh=mesh, model=model, train=train_, sample=sample_))
+            found.append(
+                dataclasses.replace(config, mesh=mesh, model=model, train=train_, sample=sample_)
+            )
     return found
 
 
