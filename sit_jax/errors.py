@@ -2,6 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -26,3 +29,10 @@ def check(condition: object, message: str) -> None:
     """Raises `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require(value: T | None, message: str) -> T:
+    """Return a value that must not be None. Raises `UserError(message)` if it is."""
+    if value is None:
+        raise UserError(message)
+    return value
