@@ -1,43 +1,80 @@
-"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) as the PyTorch reference uses it, and its learning-rate schedules."""
+"""The optimizer and its learning-rate schedules.
+
+AdamW (Loshchilov & Hutter, arXiv 1711.05101), as the PyTorch reference uses it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import optax
 
 from sit_jax.errors import unknown_name
 
-SCHEDULES = ("constant", "cosine")
+
+class Options(Protocol):
+    """The fields of `settings.Optimizer`."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def b1(self) -> float: ...
+    @property
+    def b2(self) -> float: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def clip_norm(self) -> float | None: ...
 
 
-def learning_rate(name: str, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then the peak for good, or half a cosine to 0 at `total_steps`."""
-    if name not in SCHEDULES:
-        raise unknown_name("optimizer.schedule", name, SCHEDULES)
-    after = optax.constant_schedule(peak)
-    if name == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
+# (peak learning rate, number of steps after the warm-up) -> the schedule of those steps
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+    "cosine": lambda peak, steps: optax.cosine_decay_schedule(peak, steps),
+}
+
+
+def make_schedule(options: Options, total_steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step.
+
+    It rises linearly from 0 to the peak over `warmup_steps`. Then "constant" stays at the peak, and
+    "cosine" falls along half a cosine to 0 at `total_steps`. Raises UserError for an unknown name.
+    """
+    if options.schedule not in SCHEDULES:
+        raise unknown_name("optimizer.schedule", options.schedule, SCHEDULES)
+    peak = options.learning_rate
+    warmup_steps = options.warmup_steps
+    schedule = SCHEDULES[options.schedule](peak, max(total_steps - warmup_steps, 1))
     if not warmup_steps:
-        return after
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps]
-    )
+        return schedule
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([warmup, schedule], [warmup_steps])
 
 
-def adamw(
-    schedule: optax.Schedule,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    clip_norm: float | None,
-) -> optax.GradientTransformation:
-    """AdamW with an optional clip of the global gradient norm before it.
+def make_optimizer(options: Options, total_steps: int) -> optax.GradientTransformation:
+    """Return AdamW, after a clip of the global gradient norm if `clip_norm` is given.
 
     The fixed position embedding is never decayed.
     """
 
-    def decayed(params):
+    def is_decayed(params: Any) -> Any:
+        """Return a tree of bools like `params`."""
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "pos_embed", params)
 
-    step = optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
-    return step if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), step)
+    adamw = optax.adamw(
+        make_schedule(options, total_steps),
+        options.b1,
+        options.b2,
+        options.eps,
+        weight_decay=options.weight_decay,
+        mask=is_decayed,
+    )
+    if options.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), adamw)

@@ -1,4 +1,4 @@
-"""How many passes a matrix unit makes for a product."""
+"""The precision of matrix products."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ from jax import lax
 
 
 def precision(dtype: Any) -> lax.Precision | None:
-    """Of a product of operands of this type: None leaves it to `jax.default_matmul_precision`.
+    """Return the precision of a product whose operands have this dtype.
 
-    One pass is exact for operands of 16 bits, and the TPU's compiler knows no more of them ("Bad lhs type").
+    None defers to `jax.default_matmul_precision`. Operands of 16 bits need only one pass of the
+    matrix unit, and the TPU's compiler refuses more ("Bad lhs type").
     """
     return None if jnp.dtype(dtype).itemsize > 2 else lax.Precision.DEFAULT

@@ -1,4 +1,8 @@
-"""One training step: draw what is random for the whole batch, then one update from it."""
+"""One training step: draw everything random for the entire batch, then make one update from it.
+
+Every function here is pure. The loss returns a scalar and a dict of named scalars; each of them,
+and each scalar that `update` adds, reaches all logs by its name.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,23 +13,25 @@ import jax.numpy as jnp
 import optax
 
 from sit_jax import ema, rng
-from sit_jax.models.label_dropout import drop_labels
+from sit_jax.models.conditioning import ClassLabels
 from sit_jax.train_state import TrainState
 from sit_jax.transport.interval import Interval
 from sit_jax.transport.losses import losses
 from sit_jax.transport.paths import Path
 from sit_jax.transport.times import training_times
 
-Network = Callable[
-    [Any, jax.Array, jax.Array, jax.Array], jax.Array
-]  # (params, x_bhwc, t_b, y_b) -> like x
-Encode = Callable[[jax.Array, jax.Array], jax.Array]  # (keys_b, images_bhwc in [-1, 1]) -> x1_bhwc
-Examples = Mapping[str, jax.Array]  # x1, x0 [b, h, w, c], t, y [b]
+# (params, x_bhwc, t_b, condition) -> like x_bhwc
+Network = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+Records = Mapping[str, jax.Array]  # a batch of records
+Encode = Callable[[jax.Array, Records], jax.Array]  # (keys_b, records) -> x1_bhwc
+Examples = Mapping[str, Any]  # x1 and x0 [b, h, w, c], t [b], condition (a pytree of [b, ...])
+Scalars = dict[str, jax.Array]
+Loss = Callable[[Any, Examples], tuple[jax.Array, Scalars]]  # of (params, examples)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is learned: the interpolant, its prediction, and how times and labels are drawn."""
+    """The function to learn: the interpolant, the prediction, the distributions of its inputs."""
 
     path: Path
     prediction: str
@@ -35,77 +41,75 @@ class Objective:
     times_mean: float
     times_std: float
     label_dropout: float
-    null_label: int
+    conditioning: ClassLabels
 
 
 def draw_examples(
-    objective: Objective,
-    encode: Encode,
-    seed: int,
-    step: jax.Array,
-    images_bhwc: jax.Array,
-    labels_b: jax.Array,
+    objective: Objective, encode: Encode, seed: int, step: jax.Array, records: Records
 ) -> Examples:
-    """Everything random of a step, as a function of (seed, step) and the position in the global batch.
+    """Draw everything random of a step, as a function of (seed, step) and the place in the batch.
 
-    It is drawn before the batch is split, so neither devices nor accumulation change it. Images are float32 in [-1, 1].
+    It is drawn for the global batch before that is split, so neither the number of devices nor
+    accumulation changes it.
     """
-    x1 = encode(jax.random.split(rng.key(seed, "posterior", step), len(images_bhwc)), images_bhwc)
+    size = len(next(iter(records.values())))
+    x1 = encode(jax.random.split(rng.key(seed, "posterior", step), size), records)
     x0 = jax.random.normal(rng.key(seed, "noise", step), x1.shape)
     t = training_times(
         rng.key(seed, "time", step),
-        len(x1),
+        size,
         objective.interval,
         objective.times,
         objective.times_mean,
         objective.times_std,
     )
-    y = drop_labels(
+    conditioning = objective.conditioning
+    condition = conditioning.drop(
         rng.key(seed, "label dropout", step),
-        labels_b,
+        conditioning.from_records(records),
         objective.label_dropout,
-        objective.null_label,
     )
-    return {"x1": x1, "x0": x0, "t": t, "y": y}
+    return {"x1": x1, "x0": x0, "t": t, "condition": condition}
 
 
 def batch_loss(
     network: Network, objective: Objective, params: Any, examples: Examples
-) -> jax.Array:
-    """The mean loss over the examples, a float32 scalar."""
+) -> tuple[jax.Array, Scalars]:
+    """Return the mean loss over the examples, float32, and further scalars to log (none here)."""
 
-    def predict(x_bhwc, t_b):
-        return network(params, x_bhwc, t_b, examples["y"])
+    def predict(x_bhwc: jax.Array, t_b: jax.Array) -> jax.Array:
+        return network(params, x_bhwc, t_b, examples["condition"])
 
-    return jnp.mean(
-        losses(
-            predict,
-            objective.path,
-            objective.prediction,
-            objective.weight,
-            examples["x1"],
-            examples["x0"],
-            examples["t"],
-        )
+    losses_b = losses(
+        predict,
+        objective.path,
+        objective.prediction,
+        objective.weight,
+        examples["x1"],
+        examples["x0"],
+        examples["t"],
     )
+    return jnp.mean(losses_b), {}
 
 
 def update(
     state: TrainState,
     examples: Examples,
     *,
-    loss: Callable[[Any, Examples], jax.Array],
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulation: int = 1,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step on the mean gradient of `loss(params, examples)`, then the EMA.
+) -> tuple[TrainState, Scalars]:
+    """Make one optimizer step on the mean gradient of `loss(params, examples)`, then an EMA step.
 
-    Metrics are scalars: the loss before the update, the global gradient norm before any clipping, and whether both are
-    finite. If they are not, the step counts but nothing else of the state changes.
+    The scalars are the loss before the update and those that `loss` adds, the global gradient norm
+    before clipping, and whether loss and norm are finite. If they are not, the step counts but
+    nothing else of the state changes.
     """
-    value, grads = _mean_over_microbatches(
-        jax.value_and_grad(loss), state.params, examples, accumulation
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (value, scalars), grads = _mean_over_microbatches(
+        value_and_grad, state.params, examples, accumulation
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -113,28 +117,26 @@ def update(
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     new = TrainState(state.step, params, ema.update(state.ema, params, ema_decay), opt_state)
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    return new.replace(step=state.step + 1), {
-        "loss": value,
-        "grad_norm": grad_norm,
-        "finite": finite,
-    }
+    scalars = {"loss": value, **scalars, "grad_norm": grad_norm, "finite": finite}
+    return new.replace(step=state.step + 1), scalars
 
 
 def _mean_over_microbatches(
-    value_and_grad: Callable, params: Any, examples: Examples, n: int
+    value_and_grad: Callable, params: Any, examples: Examples, count: int
 ) -> Any:
-    if n == 1:
+    """Return the mean of `value_and_grad(params, microbatch)` over `count` microbatches."""
+    if count == 1:
         return value_and_grad(params, examples)
-    # Every n-th example, so that each microbatch is spread over the devices as the batch is.
-    micro = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0), examples
-    )
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+    # Every count-th example, so that each microbatch is split over the devices as the batch is:
+    # [b, ...] -> [b/count, count, ...] -> [count, b/count, ...].
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(len(x) // count, count, *x.shape[1:]), 1, 0)
 
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(value_and_grad, params, examples)
-    )
-    total, _ = jax.lax.scan(add, zeros, micro)
-    return jax.tree.map(lambda x: x / n, total)
+    def add(total: Any, microbatch: Examples) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, microbatch)), None
+
+    shapes = jax.eval_shape(value_and_grad, params, examples)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, jax.tree.map(split, examples))
+    return jax.tree.map(lambda x: x / count, total)

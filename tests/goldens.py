@@ -1,4 +1,4 @@
-"""The golden arrays of the PyTorch reference, in our layouts. tests/golden/README.md says what they are."""
+"""The golden arrays of the PyTorch reference, in our layouts; tests/golden/README.md lists them."""
 
 import functools
 import json
@@ -12,12 +12,13 @@ from convert.names import params_from_torch
 from convert.torch_file import read_torch_file
 from sit_jax.models.sit import SiT
 from sit_jax.models.sizes import Size
-from sit_jax.sampling.guidance import guide
+from sit_jax.sampling.guidance import with_guidance
 from sit_jax.transport.paths import Path, path_by_name
 from sit_jax.transport.prediction import Predict
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
-SIZE, CLASSES = Size(depth=3, width=48, heads=4, patch=2), 10
+SIZE = Size(depth=3, width=48, heads=4, patch=2)
+CLASSES = 10
 
 
 @functools.cache
@@ -27,64 +28,79 @@ def load(name: str) -> tuple[dict, np.lib.npyio.NpzFile]:
 
 
 def cases(name: str, kind: str) -> list[dict]:
-    found = [case for case in load(name)[0]["cases"] if case["kind"] == kind]
-    assert found, f"{name} has no case of kind {kind}"
-    return found
+    """The cases of a fixture of one kind; there is at least one."""
+    of_kind = [case for case in load(name)[0]["cases"] if case["kind"] == kind]
+    assert of_kind, f"{name} has no case of kind {kind}"
+    return of_kind
 
 
 def parameters(cases: list[dict], *combinations: tuple[str, ...]) -> list:
-    """The cases as pytest's parameters; slow are those of which every combination of fields was in a case before."""
-    seen, found = set(), []
+    """The cases as pytest's parameters.
+
+    A case is slow if each of its combinations of fields has occurred in earlier cases.
+    """
+    seen = set()
+    params = []
     for case in cases:
         values = {(fields, tuple(case.get(field) for field in fields)) for fields in combinations}
-        found.append(
-            pytest.param(case, id=case["name"], marks=[pytest.mark.slow] if values <= seen else [])
-        )
+        marks = [pytest.mark.slow] if values <= seen else []
+        params.append(pytest.param(case, id=case["name"], marks=marks))
         seen |= values
-    return found
+    return params
 
 
 @functools.cache
 def params(file: str, entry: str | None) -> dict:
+    """The weights in a file, or in one entry of it, in our layout."""
     content = read_torch_file(str(FOLDER / file))
     return params_from_torch(content[entry] if entry else content, SIZE)
 
 
 @functools.cache
 def model(learn_sigma: bool) -> SiT:
+    """The network of the fixtures."""
     return SiT(SIZE, 8, 4, CLASSES, learn_sigma=learn_sigma)
 
 
-def bare():
-    """The model and weights that every fixture but `model` and `train` uses."""
+def bare() -> tuple[SiT, dict]:
+    """The model and weights of every fixture except `model` and `train`."""
     return model(True), params("sit_bare.pt", None)
 
 
 @functools.cache
 def labelled(y: tuple[int, ...]) -> Predict:
-    """The network of `bare` with labels y. All cases share one trace of it, which saves a sixth of their time."""
+    """The network of `bare` with labels y.
+
+    All cases share one trace of it, which saves a sixth of their time.
+    """
     net, params = bare()
     return jax.jit(lambda x, t: net.apply({"params": params}, x, t, np.array(y)))
 
 
 def sampling(case: dict, y: np.ndarray) -> tuple[Path, Predict, int]:
-    """The path, the (guided) network and the number of samples of a sampling case with labels y.
+    """The path, the network (guided if the case is) and the number of samples of a sampling case.
 
-    With guidance the reference doubles the batch; the first half of it is the samples.
+    With guidance the reference doubles the batch: labels y, then null labels. The samples are the
+    first half.
     """
     n = len(y) // 2 if case["cfg_scale"] else len(y)
     predict = labelled(tuple(y[:n]))
     if case["cfg_scale"]:
-        predict = guide(predict, labelled(tuple(y[n:])), case["cfg_scale"], channels=3)
+        predict = with_guidance(predict, labelled(tuple(y[n:])), case["cfg_scale"], channels=3)
     return path_by_name(case["path_type"]), predict, n
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
+    """Channels moved last."""
     return np.moveaxis(x, -3, -1)
 
 
 def relative_error(ours, theirs) -> float:
-    """Largest difference over the largest value: float32 rounding is relative to the size of what is summed."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    """The largest difference over the largest value.
+
+    float32 rounding is relative to the largest summand, not to each value.
+    """
+    ours = np.asarray(ours, np.float64)
+    theirs = np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

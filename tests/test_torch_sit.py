@@ -1,25 +1,29 @@
-"""The plain PyTorch model that the speed benchmark measures against is the same model: forward, loss and one update."""
+"""The plain PyTorch model that the speed benchmark measures against is the same model.
+
+Its forward pass, its loss and its update are equal.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from convert.names import params_from_torch
-from sit_jax import optimizer, train_state, train_step
+from sit_jax import optimizer, settings, train_state, train_step
+from sit_jax.models.conditioning import ClassLabels
 from sit_jax.models.sit import SiT
 from sit_jax.models.sizes import Size
 from sit_jax.transport.paths import path_by_name
 from tests.goldens import nhwc
 
 pytestmark = pytest.mark.torch
-SIZE, INPUT, CHANNELS, CLASSES, BATCH = Size(depth=3, width=64, heads=4, patch=2), 8, 4, 10, 3
+SIZE = Size(depth=3, width=64, heads=4, patch=2)
+INPUT, CHANNELS, CLASSES, BATCH = 8, 4, 10, 3
 
 
 @pytest.fixture(scope="module")
 def sides():
-    """(torch's trainer, our model, the same weights in our layout, torch's examples, ours)."""
+    """(torch's trainer, our model, its weights in our layout, torch's examples, our examples)."""
     torch = pytest.importorskip("torch")
     from tests import torch_sit
 
@@ -27,18 +31,24 @@ def sides():
     theirs = torch_sit.SiT(**vars(SIZE), input_size=INPUT, channels=CHANNELS, classes=CLASSES)
     state = {name: value.numpy().copy() for name, value in theirs.state_dict().items()}
     x1, x0 = torch.randn(2, BATCH, CHANNELS, INPUT, INPUT)
-    examples = {"x1": x1, "x0": x0, "t": torch.rand(BATCH), "y": torch.tensor([1, CLASSES, 4])}
-    ours = {
-        k: jnp.asarray(nhwc(v.numpy()) if v.ndim == 4 else v.numpy()) for k, v in examples.items()
+    examples = {
+        "x1": x1,
+        "x0": x0,
+        "t": torch.rand(BATCH),
+        "condition": torch.tensor([1, CLASSES, 4]),
     }
-    model, params = SiT(SIZE, INPUT, CHANNELS, CLASSES), params_from_torch(state, SIZE)
-    return torch_sit.Trainer(theirs), model, params, examples, ours
+    ours = {
+        name: jnp.asarray(nhwc(value.numpy()) if value.ndim == 4 else value.numpy())
+        for name, value in examples.items()
+    }
+    model = SiT(SIZE, INPUT, CHANNELS, CLASSES)
+    return torch_sit.Trainer(theirs), model, params_from_torch(state, SIZE), examples, ours
 
 
 def test_forward_is_equal(sides):
     trainer, model, params, theirs, ours = sides
-    want = nhwc(trainer.model(theirs["x1"], theirs["t"], theirs["y"]).detach().numpy())
-    out = jax.jit(model.apply)({"params": params}, ours["x1"], ours["t"], ours["y"])
+    want = nhwc(trainer.model(theirs["x1"], theirs["t"], theirs["condition"]).detach().numpy())
+    out = jax.jit(model.apply)({"params": params}, ours["x1"], ours["t"], ours["condition"])
     np.testing.assert_allclose(out, want, rtol=2e-4, atol=1e-5)
 
 
@@ -49,12 +59,10 @@ def test_one_training_step_is_equal(sides):
         "times_mean": 0.0,
         "times_std": 1.0,
         "label_dropout": 0.0,
-        "null_label": CLASSES,
+        "conditioning": ClassLabels(CLASSES),
     }
     goal = train_step.Objective(path_by_name("Linear"), "velocity", "none", (0.0, 1.0), **values)
-    tx = optimizer.adamw(
-        optax.constant_schedule(1e-4), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=None
-    )
+    tx = optimizer.make_optimizer(settings.Optimizer(learning_rate=1e-4), total_steps=2)
 
     def loss(params, examples):
         return train_step.batch_loss(
@@ -67,7 +75,9 @@ def test_one_training_step_is_equal(sides):
     )
     for _ in range(2):  # the second loss sees the first update
         state, metrics = update(state, ours)
-        assert float(metrics["loss"]) == pytest.approx(float(trainer.step(**theirs)), rel=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(
+            float(trainer.step(*theirs.values())), rel=1e-5
+        )
     linear = trainer.model.blocks[1].mlp.fc1.weight
     ema = dict(zip([id(p) for p in trainer.trained], trainer.ema, strict=True))[id(linear)]
     np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""Five training steps against the PyTorch reference, and what must change nothing: accumulation, position, restart."""
+"""Five training steps equal the PyTorch reference; accumulation and restarts change nothing."""
 
 import functools
 
@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from convert.names import params_to_torch
-from sit_jax import ema, optimizer, rng, train_state, train_step
+from sit_jax import ema, optimizer, rng, settings, train_state, train_step
 from sit_jax.errors import UserError
-from sit_jax.latents.codec import PIXELS
+from sit_jax.latents.pixels import open_pixels
+from sit_jax.models.conditioning import ClassLabels
 from sit_jax.transport.paths import path_by_name
 from tests import goldens
 from tests.goldens import nhwc
@@ -25,7 +26,7 @@ def objective(path="Linear", prediction="velocity", weight="none", interval=(0.0
         "times_mean": 0.0,
         "times_std": 1.0,
         "label_dropout": 0.1,
-        "null_label": goldens.CLASSES,
+        "conditioning": ClassLabels(goldens.CLASSES),
     }
     return train_step.Objective(
         path_by_name(path), prediction, weight, interval, **(values | changes)
@@ -33,8 +34,7 @@ def objective(path="Linear", prediction="velocity", weight="none", interval=(0.0
 
 
 def adamw(**changes):
-    values = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": None}
-    return optimizer.adamw(optax.constant_schedule(changes.pop("lr", 1e-4)), **(values | changes))
+    return optimizer.make_optimizer(settings.Optimizer(**changes), total_steps=STEPS)
 
 
 def updater(learn_sigma, goal, tx, ema_decay=0.9, accumulation=1):
@@ -60,7 +60,7 @@ def golden_examples(arrays, name, step):
         "x1": x1,
         "x0": x0,
         "t": jnp.asarray(arrays[f"{name}/t"][step]),
-        "y": jnp.asarray(y, jnp.int32),
+        "condition": jnp.asarray(y, jnp.int32),
     }
 
 
@@ -90,7 +90,7 @@ def test_five_steps_equal_reference(case, decay):
 
 
 def compare(arrays, prefix, ours):
-    """All stored tensors of a tree within 2e-5, the key third of qkv.bias left out: there it is magnified rounding."""
+    """Compare all stored tensors to 2e-5, except the key third of qkv.bias: magnified rounding."""
     stored = {
         key.removeprefix(prefix + "/"): arrays[key]
         for key in arrays
@@ -109,7 +109,7 @@ def compare(arrays, prefix, ours):
 
 
 def test_position_embedding_never_moves():
-    tx = adamw(weight_decay=0.1, lr=1e-2)
+    tx = adamw(weight_decay=0.1, learning_rate=1e-2)
     start = goldens.params("sit_bare.pt", None)
     state = train_state.init(lambda: jax.tree.map(jnp.asarray, start), tx)
     update = updater(True, objective(), tx)
@@ -150,16 +150,15 @@ def test_clipping_bounds_the_update_and_reports_the_gradient_before_it():
 
 
 def test_draws_depend_on_seed_and_step_alone():
-    images, labels = jnp.zeros((64, 8, 8, 1)), jnp.arange(64) % 10
-    goal, encode = objective(label_dropout=0.5), functools.partial(PIXELS.encode, {})
+    records = {"image": jnp.zeros((64, 8, 8, 1), jnp.uint8), "label": jnp.arange(64) % 10}
+    goal = objective(label_dropout=0.5)
+    encode = functools.partial(open_pixels().encode, {})
 
     def draw(seed, step):
-        return jax.jit(lambda s: train_step.draw_examples(goal, encode, seed, s, images, labels))(
-            step
-        )
+        return jax.jit(lambda s: train_step.draw_examples(goal, encode, seed, s, records))(step)
 
     one, again, other_step, other_seed = draw(0, 3), draw(0, 3), draw(0, 4), draw(1, 3)
-    for name in ("x0", "t", "y"):
+    for name in ("x0", "t", "condition"):
         np.testing.assert_array_equal(one[name], again[name])
         assert not np.array_equal(one[name], other_step[name]) and not np.array_equal(
             one[name], other_seed[name]
@@ -185,8 +184,11 @@ def test_ema():
 
 
 def test_schedules():
-    constant = optimizer.learning_rate("constant", 1e-3, 10, 100)
-    cosine = optimizer.learning_rate("cosine", 1e-3, 10, 110)
+    def schedule(name, total_steps):
+        options = settings.Optimizer(schedule=name, learning_rate=1e-3, warmup_steps=10)
+        return optimizer.make_schedule(options, total_steps)
+
+    constant, cosine = schedule("constant", 100), schedule("cosine", 110)
     np.testing.assert_allclose(
         [constant(0), constant(5), constant(10), constant(1000)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6
     )
@@ -199,4 +201,4 @@ def test_schedules():
     with pytest.raises(
         UserError, match="unknown optimizer.schedule 'cosin'; did you mean 'cosine'"
     ):
-        optimizer.learning_rate("cosin", 1e-3, 0, 1)
+        schedule("cosin", 100)

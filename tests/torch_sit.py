@@ -1,7 +1,8 @@
-"""SiT and one training step in plain PyTorch: what ours is compared with, in numbers and in speed.
+"""SiT and one training step in plain PyTorch, to compare numbers and speed with.
 
-Parameters are named as in the published files, so `convert.names.params_from_torch` makes of them the same network in
-JAX. Images are [b, channels, size, size]. Only what the comparison needs: velocity prediction, Linear path.
+Parameters are named as in the published files, so `convert.names.params_from_torch` turns them into
+the same network in JAX. Images are [b, channels, size, size]. Only velocity prediction and the
+Linear path are implemented.
 """
 
 import copy
@@ -100,7 +101,10 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """(x [b, channels, size, size], t [b], y [b]) -> velocity like x. Weights are random everywhere, the gates too."""
+    """(x [b, channels, size, size], t [b], y [b]) -> velocity like x.
+
+    All weights are random, including the gates.
+    """
 
     def __init__(
         self,
@@ -115,7 +119,8 @@ class SiT(nn.Module):
         learn_sigma: bool = False,
     ):
         super().__init__()
-        self.patch, self.grid = patch, input_size // patch
+        self.patch = patch
+        self.grid = input_size // patch
         self.out_channels = channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbedder(channels, width, patch)
         self.t_embedder = TimeEmbedder(width)

@@ -1,7 +1,8 @@
-"""From a source to batches on the device. Batch `k` is a pure function of (source, seed, k), whatever was read before.
+"""From a source to batches on the device.
 
-So a restart needs no reader state, only the number of the next batch, and any number of processes read the same global
-batches. Shapes: B rows in a global batch, b in the part of it that one process reads.
+Batch `k` is a pure function of (source, seed, k), whatever was read before. So a restart needs only
+the number of the next batch, no reader state, and any number of processes read the same global
+batches. Shapes: B rows in a global batch, b rows in the part that one process reads.
 """
 
 import collections
@@ -18,12 +19,13 @@ from typing import Any
 import grain
 import numpy as np
 
-from sit_jax.data import transforms
-from sit_jax.data.sources import Record, Source, UnreadableImage
+from sit_jax.data.sources import Source, UnreadableImage
 from sit_jax.errors import UserError, check
+from sit_jax.record import ArraySpec, Record, RecordSpec
 
-# Threads that read in each process, each a batch at a time, and twice as many batches in memory. Decoding and resizing
-# run outside the interpreter lock, so that a few threads help; beyond these `workers` do.
+# Threads that read in each process, each a batch at a time; twice as many batches are held in
+# memory. Decoding and resizing release the interpreter lock, so a few threads help. Beyond these,
+# use `workers`.
 _THREADS = 4
 
 
@@ -36,58 +38,52 @@ def batches(
     skip_unreadable: bool,
     rows: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """The endless row of shuffled batches; element `k` is this process's part of global batch `k`.
+    """Return the endless sequence of shuffled batches; element `k` is part of global batch `k`.
 
-    An element is {"image": uint8 [b, h, w, c], "label": int32 [b], "skipped": int32 [b]}. Every epoch has each record
-    once, in an order of its own; batches run on across its end. A process holds the `rows` of each batch that it is
-    given, or all of them. With `flip`, each row is mirrored with probability 1/2, anew each epoch.
+    An element holds the record's arrays with a leading axis b, and "skipped", int32 [b]. Every
+    epoch has each record once, in an order of its own; a batch may span the end of an epoch. A
+    process holds the given `rows` of each batch, or all of them. With `flip`, each row is mirrored
+    with probability 1/2, drawn again in each epoch.
 
-    An image that cannot be read raises `UserError` when its batch is read. With `skip_unreadable` the next readable
-    record of the source takes its place, and "skipped" counts those passed over.
+    An image that cannot be read raises `UserError` when its batch is read. With `skip_unreadable`
+    the next readable record of the source takes its place, and "skipped" counts the records
+    skipped.
 
     Raises `UserError` for a negative seed or an empty batch.
     """
     check(seed >= 0, f"seed={seed}, but it must not be negative; set it to 0 or more")
-    check(batch_size > 0, f"data.batch_size={batch_size}, but a batch has at least one row")
+    check(batch_size > 0, f"train.batch={batch_size}, but a batch has at least one row")
     read = _read_or_skip if skip_unreadable else _read
-    order = (
-        grain.MapDataset.range(len(source))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .map(functools.partial(read, source))
-    )
-    if flip:  # before the choice of rows, so that its randomness is keyed by a row's place in the global order
-        order = order.random_map(_flip)
+    numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    order = numbers.map(functools.partial(read, source))
+    if flip:
+        # Before the choice of rows: randomness then depends on a row's place in the global order.
+        order = order.random_map(functools.partial(_flip, source))
     rows = range(batch_size) if rows is None else rows
     return _ProcessRows(order, batch_size, rows).batch(len(rows))
 
 
-def in_order(
-    source: Source,
-    indices: Sequence[int],
-    *,
-    batch_size: int,
-    skip_unreadable: bool,
-    shape: tuple[int, int, int],
-) -> grain.MapDataset:
-    """The records of these indices, each once and in this order, in batches; the last one may be smaller.
+def batch_spec(spec: RecordSpec) -> RecordSpec:
+    """Return the spec of one row of `batches`, given the spec of a record."""
+    return {**spec, "skipped": ArraySpec((), np.int32)}
 
-    An element is {"index": int32 [b], "image": uint8 [b, h, w, c], "label": int32 [b], "skipped": int32 [b]}. An image
-    that cannot be read raises `UserError`, or with `skip_unreadable` is black, of this `shape`, its "skipped" 1.
+
+def in_order(
+    source: Source, indices: Sequence[int], *, batch_size: int, skip_unreadable: bool
+) -> grain.MapDataset:
+    """Return the records of these indices, each once and in this order, in batches.
+
+    The last batch may be smaller. An element holds the record's arrays with a leading axis b, and
+    "index" and "skipped", int32 [b]. An image that cannot be read raises `UserError`, or with
+    `skip_unreadable` is all zeros, its "skipped" 1.
     """
-    read = (
-        functools.partial(_read_or_blank, source, shape)
-        if skip_unreadable
-        else functools.partial(_read, source)
-    )
-    return (
-        grain.MapDataset.source(indices).map(functools.partial(_with_index, read)).batch(batch_size)
-    )
+    read = functools.partial(_read_or_blank if skip_unreadable else _read, source)
+    numbers = grain.MapDataset.source(indices)
+    return numbers.map(functools.partial(_with_index, read)).batch(batch_size)
 
 
 def pad(batch: Record, size: int) -> Record:
-    """A batch of at most `size` rows with its last row repeated to `size`: one shape, one compilation."""
+    """Repeat the last row of a batch up to `size` rows: one shape, hence one compilation."""
     return {
         name: np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1), mode="edge")
         for name, rows in batch.items()
@@ -95,48 +91,52 @@ def pad(batch: Record, size: int) -> Record:
 
 
 def iterate(dataset: grain.MapDataset, start: int, *, workers: int) -> grain.DatasetIterator:
-    """Elements `start`, `start + 1`, ... of `dataset`, read in the background; takes no longer for a large `start`.
+    """Yield elements `start`, `start + 1`, ... of `dataset`, read in the background.
 
-    `workers` processes read them, or threads of this one if 0: in-memory sources are faster without processes, which
-    also need absl's flags parsed. `close()` the iterator to end its threads and processes.
+    A large `start` costs nothing. `workers` processes read them, or threads of this process if 0.
+    In-memory sources are faster without processes. Processes need absl's flags to be parsed.
+    `close()` the iterator to end its threads and processes.
     """
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
     ahead = dataset.slice(slice(start, None)).to_iter_dataset(options)
-    return iter(
-        ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _outlive_signals)
-    )
+    processes = grain.MultiprocessingOptions(num_workers=workers)
+    return iter(ahead.mp_prefetch(processes, _outlive_signals))
 
 
 def _outlive_signals(worker: int, workers: int) -> None:
-    """Of a reader process: it ends when its parent closes the iterator or dies, and by no signal that asks for an end.
+    """Make a reader process ignore SIGINT and SIGTERM and exit only with its parent.
 
-    A shell's Ctrl-C and a cluster's SIGTERM go to the whole process group; the step at which all hosts save takes a
-    few more batches.
+    A shell's Ctrl-C and a cluster's SIGTERM reach the entire process group, but training takes a
+    few more batches until the step at which all hosts save. Closing the iterator ends the readers
+    too.
     """
     del worker, workers
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only reader processes run this"
+    parent.join()
     os._exit(1)
 
 
 def prefetch_to_device(
     batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2
 ) -> Iterator[Any]:
-    """Yields `put(batch)` of each batch, with `depth` further ones already put while the caller works on it.
+    """Yield `put(batch)` of each batch, with `depth` further ones already put.
 
-    `put` starts a transfer and does not wait for it, as `jax.device_put` does: the device then never waits for one.
+    `put` starts a transfer without waiting for it, as `jax.device_put` does, so the device never
+    waits for one.
     """
     batches = iter(batches)
-    on_their_way = collections.deque(map(put, itertools.islice(batches, depth)))
+    in_flight = collections.deque(map(put, itertools.islice(batches, depth)))
     for batch in batches:
-        on_their_way.append(put(batch))
-        yield on_their_way.popleft()
-    yield from on_their_way
+        in_flight.append(put(batch))
+        yield in_flight.popleft()
+    yield from in_flight
 
 
 class _ProcessRows(grain.MapDataset):
@@ -144,7 +144,8 @@ class _ProcessRows(grain.MapDataset):
 
     def __init__(self, order: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         super().__init__(order)
-        self._batch_size, self._rows = batch_size, rows
+        self._batch_size = batch_size
+        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._parent) // self._batch_size * len(self._rows)
@@ -154,22 +155,23 @@ class _ProcessRows(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._rows[row]]
 
 
-def _flip(record: Record, rng: np.random.Generator) -> Record:
-    return {**record, "image": transforms.flip(rng, record["image"])}
+def _flip(source: Source, record: Record, rng: np.random.Generator) -> Record:
+    """Mirror a record with probability 1/2."""
+    return source.mirror(record) if rng.random() < 0.5 else record
 
 
 def _read(source: Source, index: int) -> Record:
-    """Record `index` of `source`, nothing skipped."""
+    """Read record `index`. Raises `UserError` with the remedy if it cannot be read."""
     try:
         return {**source[index], "skipped": np.int32(0)}
     except UnreadableImage as error:
         raise UserError(
-            f"{error}; remove it, or set data.skip_unreadable=True to pass over it"
+            f"{error}; remove it, or set data.skip_unreadable=True to skip such images"
         ) from error
 
 
 def _read_or_skip(source: Source, index: int) -> Record:
-    """The first readable record at or after `index`, going round at the end of the source."""
+    """Read the first readable record at or after `index`, wrapping around at the end."""
     for skipped in range(len(source)):
         try:
             return {**source[(index + skipped) % len(source)], "skipped": np.int32(skipped)}
@@ -178,13 +180,14 @@ def _read_or_skip(source: Source, index: int) -> Record:
     raise UserError(f"none of the {len(source)} images can be read; check data.path")
 
 
-def _read_or_blank(source: Source, shape: tuple[int, int, int], index: int) -> Record:
-    """Record `index` of `source`, or a black image marked as skipped."""
+def _read_or_blank(source: Source, index: int) -> Record:
+    """Read record `index`, or return zeros marked as skipped."""
     try:
         return _read(source, index)
     except UserError as error:
         _warn_once(str(error.__cause__))
-        return {"image": np.zeros(shape, np.uint8), "label": np.int32(0), "skipped": np.int32(1)}
+        blank = {name: np.zeros(array.shape, array.dtype) for name, array in source.spec.items()}
+        return {**blank, "skipped": np.int32(1)}
 
 
 def _with_index(read: Callable[[int], Record], index: int) -> Record:
@@ -193,5 +196,5 @@ def _with_index(read: Callable[[int], Record], index: int) -> Record:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Logs a warning the first time this process gives it: a broken file comes round every epoch."""
+    """Log a warning the first time this process gives it: a broken file recurs in every epoch."""
     logging.getLogger(__name__).warning("skipped: %s", message)

@@ -1,58 +1,76 @@
-"""Data sources: data sets with a length, class names and random access, opened by name.
+"""Data sources: data sets with a length, class names, a record spec and random access.
 
-Record `i` is {"image": uint8 [h, w, c], "label": int32 scalar} and never changes; order, flips and batches belong to
-`pipeline`. Sources are picklable, because reader processes get a copy.
+Record `i` never changes. Order, mirroring and batches are the business of `pipeline`. Sources are
+picklable, because each reader process gets a copy.
 """
 
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from sit_jax.data import transforms
 from sit_jax.errors import UserError, check, unknown_name
+from sit_jax.record import ArraySpec, Record, RecordSpec
 from sit_jax.storage import is_remote
 
-Record = dict[str, np.ndarray]
-
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+Shape = tuple[int, int, int]
 
 
 class Source(Protocol):
-    """What `pipeline` asks of a data set; label `k` belongs to `class_names[k]`."""
+    """A data set as `pipeline` sees it. Label `k` belongs to `class_names[k]`."""
 
-    class_names: tuple[str, ...]
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label."""
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and type of each array of a record."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """The record at 0 <= index < len; `UnreadableImage` if its bytes are no image."""
+        """Return record 0 <= index < len. Raises `UnreadableImage` if it is broken."""
+
+    def mirror(self, record: Record) -> Record:
+        """Return the record of the same example mirrored left to right."""
 
 
 class UnreadableImage(UserError):
-    """One image is missing or broken. Its own type, so that a pipeline may pass over it, and it alone."""
+    """One image is missing or broken. A type of its own, so that a pipeline can skip only these."""
 
 
-def open_source(name: str, *, path: str, image_size: int, channels: int, split: str) -> Source:
-    """The source called `name` (`data.source`), its images [image_size, image_size, channels].
+class ImageRecords:
+    """What sources of images share: {"image": uint8 [h, w, c], "label": int32 scalar}."""
 
-    Raises `UserError` for an unknown name, and for a path, size, channel count or split that the source cannot give.
-    """
-    if name not in SOURCES:
-        raise unknown_name("data.source", name, SOURCES)
-    return SOURCES[name](path=path, image_size=image_size, channels=channels, split=split)
+    def mirror(self, record: Record) -> Record:
+        """Return the record with its image mirrored."""
+        return {**record, "image": transforms.mirror(record["image"])}
+
+
+def image_spec(image_shape: Shape) -> RecordSpec:
+    """Return the spec of a record that holds an image and its label."""
+    return {"image": ArraySpec(image_shape, np.uint8), "label": ArraySpec((), np.int32)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ArraySource:
+class ArraySource(ImageRecords):
     """Records held in memory: images uint8 [n, h, w, c], labels int32 [n]."""
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and type of each array of a record."""
+        height, width, channels = self.images.shape[1:]
+        return image_spec((height, width, channels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,13 +80,18 @@ class ArraySource:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FolderSource:
+class FolderSource(ImageRecords):
     """Image files, each cropped to [image_size, image_size, 3]; labels int32 [n]."""
 
     files: tuple[str, ...]
     labels: np.ndarray
     class_names: tuple[str, ...]
     image_size: int
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and type of each array of a record."""
+        return image_spec((self.image_size, self.image_size, 3))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -88,46 +111,50 @@ class FolderSource:
 _DIGITS_SPLITS = {"train": slice(0, None, 2), "test": slice(1, None, 2), "all": slice(None)}
 
 
-def _digits(*, path: str, image_size: int, channels: int, split: str) -> ArraySource:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey; needs no download.
+def _open_digits(path: str | None, image_shape: Shape, split: str) -> ArraySource:
+    """Open scikit-learn's 1,797 handwritten digits, 8x8 grey, which need no download.
 
-    Even records are "train", odd ones "test": fixed, with 86 to 93 of each class in both.
+    Even records are split "train", odd ones "test": fixed, with 86 to 93 of each class in both.
     """
-    from sklearn.datasets import (
-        load_digits,
-    )  # here, as it takes a second to import and serves this source alone
+    # Imported here because it takes a second and serves only this source.
+    from sklearn.datasets import load_digits
 
+    height, _, channels = image_shape
     check(
         not path,
-        f"data.path={path!r}, but the digits come with scikit-learn; leave it empty, or set data.source",
+        f"data.path={path!r}, but the digits come with scikit-learn; leave it empty, or set "
+        "data.source",
     )
-    check(image_size == 8, f"data.image_size={image_size}, but the digits are 8x8; set it to 8")
+    check(height == 8, f"data.image_size={height}, but the digits are 8x8; set it to 8")
     check(channels == 1, f"data.channels={channels}, but the digits are grey; set it to 1")
     if split not in _DIGITS_SPLITS:
         raise unknown_name("data.split", split, _DIGITS_SPLITS)
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = digits.target.astype(np.int32)
     rows = _DIGITS_SPLITS[split]
-    return ArraySource(
-        images[rows], digits.target.astype(np.int32)[rows], tuple(map(str, digits.target_names))
-    )
+    return ArraySource(images[rows], labels[rows], tuple(map(str, digits.target_names)))
 
 
-def _folder(*, path: str, image_size: int, channels: int, split: str) -> FolderSource:
-    """A folder with one sub-folder of JPEG, PNG or WebP images for each class, ordered as torchvision's ImageFolder.
+def _open_folder(path: str | None, image_shape: Shape, split: str) -> FolderSource:
+    """Open a folder with one sub-folder of JPEG, PNG or WebP images for each class.
 
-    The folder is the split: there is "all" of it and nothing else.
+    Classes and files are ordered as in torchvision's ImageFolder. The folder is one split, "all".
     """
-    check(
-        path, "data.path is empty, but data.source='folder' needs a folder of class folders; set it"
-    )
+    image_size, _, channels = image_shape
+    if not path:
+        raise UserError(
+            "data.path is empty, but data.source='folder' needs a folder of class folders; set it"
+        )
     check(
         not is_remote(path),
         f"data.path={path!r} is not on a local disk; copy it to one, or mount the bucket",
     )
     check(
         channels == 3,
-        f"data.channels={channels}, but images of a folder are read as RGB; set it to 3",
+        f"data.channels={channels}, but the folder source reads RGB images; set it to 3. Stored "
+        "latents cannot be read yet, as no command makes them: configs/imagenet.py encodes images "
+        "in the training step instead",
     )
     check(
         image_size > 0,
@@ -135,37 +162,50 @@ def _folder(*, path: str, image_size: int, channels: int, split: str) -> FolderS
     )
     check(
         split == "all",
-        f"data.split={split!r}, but a folder is one split; set it to 'all', and data.path to that split's folder",
+        f"data.split={split!r}, but a folder is one split; set it to 'all', and data.path to that "
+        "split's folder",
     )
     check(
         os.path.isdir(path),
-        f"data.path={path!r} is no folder; give a folder with a sub-folder for each class",
+        f"data.path={path!r} is not a folder; give a folder with a sub-folder for each class",
     )
     class_names = tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
     check(
         class_names,
-        f"data.path={path!r} has no sub-folders; put the images of each class into a sub-folder of it",
+        f"data.path={path!r} has no sub-folders; put the images of each class into a sub-folder "
+        "of it",
     )
-    by_class = [list(_image_files(os.path.join(path, name))) for name in class_names]
-    empty = [name for name, files in zip(class_names, by_class) if not files]
+    files_by_class = [list(_image_files(os.path.join(path, name))) for name in class_names]
+    counts = [len(files) for files in files_by_class]
+    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
     check(
         not empty,
-        f"data.path={path!r} has {len(empty)} class folders without images ({', '.join(IMAGE_EXTENSIONS)}), "
-        f"the first is {empty[:1]}; fill or remove them",
+        f"data.path={path!r} has {len(empty)} class folders without images "
+        f"({', '.join(IMAGE_EXTENSIONS)}), the first is {empty[:1]}; fill or remove them",
     )
-    labels = np.repeat(
-        np.arange(len(class_names), dtype=np.int32), [len(files) for files in by_class]
-    )
-    return FolderSource(tuple(itertools.chain(*by_class)), labels, class_names, image_size)
+    labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
+    files = tuple(itertools.chain.from_iterable(files_by_class))
+    return FolderSource(files, labels, class_names, image_size)
 
 
 def _image_files(class_folder: str) -> Iterator[str]:
-    """Paths of the images at any depth below `class_folder`, in torchvision's order."""
-    # torchvision sorts whole folder paths as strings, so "a-b" comes before "a/c": another walk, another data order.
+    """Yield the images at any depth below `class_folder`, in torchvision's order."""
+    # torchvision sorts complete folder paths as strings, so "a-b" comes before "a/c". Any other
+    # order would be another data order.
     for folder, _, names in sorted(os.walk(class_folder, followlinks=True)):
         for name in sorted(names):
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 yield os.path.join(folder, name)
 
 
-SOURCES = {"digits": _digits, "folder": _folder}
+class SourceKind(NamedTuple):
+    """How to open a source, and its record spec, which must be known without any data."""
+
+    open: Callable[[str | None, Shape, str], Source]  # (data.path, image shape, data.split)
+    spec: Callable[[Shape], RecordSpec]  # of the image shape
+
+
+SOURCES = {
+    "digits": SourceKind(_open_digits, image_spec),
+    "folder": SourceKind(_open_folder, image_spec),
+}

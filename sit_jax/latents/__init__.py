@@ -1,13 +1,21 @@
-"""What the network sees of an image: its pixels, or the latents of Stable Diffusion's autoencoder."""
+"""Codecs: the network sees pixels, or latents of Stable Diffusion's autoencoder."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
-from sit_jax.latents.codec import PIXELS, Codec
-from sit_jax.latents.sd_vae import open_sd_vae
+from sit_jax.latents.codec import Codec
+from sit_jax.latents.pixels import open_pixels
+from sit_jax.latents.sd_vae import PerDevice, VaeOptions, open_sd_vae
 
-CODECS = ("pixels", "sd-vae")
+
+class CodecKind(NamedTuple):
+    """How to open a codec, and what is known of it before that."""
+
+    open: Callable[[VaeOptions, PerDevice], Codec]
+    quantised: bool  # as in Codec
 
 
-def open_codec(codec: str, **options: Any) -> Codec:
-    """A codec by its name in CODECS. `options` are `open_sd_vae`'s; pixels have none."""
-    return PIXELS if codec == "pixels" else open_sd_vae(**options)
+CODECS = {
+    "pixels": CodecKind(lambda options, per_device: open_pixels(), quantised=True),
+    "sd-vae": CodecKind(open_sd_vae, quantised=False),
+}

@@ -1,7 +1,9 @@
-"""The autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752, appendix G), as diffusers' AutoencoderKL.
+"""The autoencoder of latent diffusion, as diffusers' AutoencoderKL.
 
-Modules bear the names that diffusers gives them, `_0` for `.0`, so that a file's tensors find their places by name.
-Shape suffixes: b batch, h height, w width, c channels, t = h*w.
+Rombach et al., arXiv 2112.10752, appendix G. Modules have the names that diffusers gives them, with
+`_0` for `.0`, so that the tensors of a file are found by name.
+
+Shape suffixes: b batch, h height, w width, c channels, t and u cells of the image (h*w).
 """
 
 import dataclasses
@@ -16,8 +18,12 @@ from sit_jax.precision import precision
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
-    """The defaults are those of the published stabilityai/sd-vae-ft-ema and -mse: 83,653,863 parameters."""
+class VaeArchitecture:
+    """The shape of an autoencoder.
+
+    The defaults are those of the published stabilityai/sd-vae-ft-ema and -mse: 83,653,863
+    parameters.
+    """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # from the image inwards
     layers_per_block: int = 2
@@ -32,7 +38,7 @@ class Architecture:
 
 
 def _norm(groups: int, dtype: Any, name: str) -> nn.Module:
-    """GroupNorm with its statistics in float32 whatever the compute dtype."""
+    """Return a GroupNorm with its statistics in float32 whatever the compute dtype."""
     return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
 
 
@@ -45,6 +51,8 @@ def _conv(
 
 
 class Resnet(nn.Module):
+    """Two 3x3 convolutions around a skip connection."""
+
     channels: int
     groups: int
     dtype: Any
@@ -60,8 +68,11 @@ class Resnet(nn.Module):
         return x_bhwc + hidden
 
 
-class Attention(nn.Module):
-    """One head over all cells of the image, the softmax in float32."""
+class SpatialAttention(nn.Module):
+    """Self-attention of one head over all cells of the image, with the softmax in float32.
+
+    Not the `Attention` of the SiT, which has several heads and no norm of its own.
+    """
 
     groups: int
     dtype: Any
@@ -81,6 +92,8 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """The layers at the lowest resolution."""
+
     groups: int
     dtype: Any
 
@@ -88,21 +101,25 @@ class MidBlock(nn.Module):
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
         channels = x_bhwc.shape[-1]
         x_bhwc = Resnet(channels, self.groups, self.dtype, name="resnets_0")(x_bhwc)
-        x_bhwc = Attention(self.groups, self.dtype, name="attentions_0")(x_bhwc)
+        x_bhwc = SpatialAttention(self.groups, self.dtype, name="attentions_0")(x_bhwc)
         return Resnet(channels, self.groups, self.dtype, name="resnets_1")(x_bhwc)
 
 
 class Downsample(nn.Module):
+    """A convolution that halves both sides."""
+
     dtype: Any
 
     @nn.compact
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        # Zeros at the bottom and the right alone.
+        # Pad with zeros at the bottom and on the right only.
         padding = ((0, 1), (0, 1))
         return _conv(x_bhwc.shape[-1], 3, self.dtype, "conv", strides=2, padding=padding)(x_bhwc)
 
 
 class Upsample(nn.Module):
+    """Nearest-neighbour doubling of both sides, then a convolution."""
+
     dtype: Any
 
     @nn.compact
@@ -112,7 +129,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Resnets at one resolution, then the way to the next one."""
+    """Resnets at one resolution, then the step to the next resolution."""
 
     channels: int
     layers: int
@@ -131,7 +148,9 @@ class Stage(nn.Module):
 
 
 class Encoder(nn.Module):
-    architecture: Architecture
+    """Images -> moments of the posterior, before the last convolution."""
+
+    architecture: VaeArchitecture
     dtype: Any
 
     @nn.compact
@@ -155,7 +174,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    architecture: Architecture
+    """Latents, after the first convolution -> images."""
+
+    architecture: VaeArchitecture
     dtype: Any
 
     @nn.compact
@@ -175,37 +196,42 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Activations and matmuls in `dtype`; parameters, norms, softmax and what comes out in float32."""
+    """Encoder and decoder.
 
-    architecture: Architecture
+    Activations and matmuls are in `dtype`; parameters, norms, softmax and outputs in float32.
+    """
+
+    architecture: VaeArchitecture
     dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.encoder = Encoder(self.architecture, self.dtype)
         self.decoder = Decoder(self.architecture, self.dtype)
         self.quant_conv = _conv(2 * self.architecture.latent_channels, 1, self.dtype)
         self.post_quant_conv = _conv(self.architecture.latent_channels, 1, self.dtype)
 
     def encode(self, images_bhwc: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> mean and log variance of the posterior, one after the other along the channels."""
-        mean, logvar = jnp.split(
-            self.quant_conv(self.encoder(images_bhwc)).astype(jnp.float32), 2, axis=-1
-        )
+        """Return mean and log variance of the posterior of images in [-1, 1].
+
+        They are concatenated along the channels.
+        """
+        moments_bhwc = self.quant_conv(self.encoder(images_bhwc)).astype(jnp.float32)
+        mean, logvar = jnp.split(moments_bhwc, 2, axis=-1)
         return jnp.concatenate([mean, jnp.clip(logvar, -30.0, 20.0)], axis=-1)
 
     def decode(self, z_bhwc: jax.Array) -> jax.Array:
-        """Latents, unscaled -> images, about [-1, 1]."""
+        """Return images, about [-1, 1], of unscaled latents."""
         return self.decoder(self.post_quant_conv(z_bhwc)).astype(jnp.float32)
 
     def __call__(self, images_bhwc: jax.Array) -> jax.Array:
-        """Both halves in turn, which makes all parameters."""
+        """Encode and decode, which creates all parameters."""
         return self.decode(self.encode(images_bhwc)[..., : self.architecture.latent_channels])
 
 
 @functools.cache
-def abstract_params(architecture: Architecture) -> Any:
-    """Shapes and types of the parameters."""
-    image_bhwc = jnp.zeros(
-        (1, architecture.factor, architecture.factor, architecture.image_channels)
-    )
-    return jax.eval_shape(AutoencoderKL(architecture).init, jax.random.key(0), image_bhwc)["params"]
+def abstract_params(architecture: VaeArchitecture) -> Any:
+    """Return shapes and dtypes of the parameters."""
+    factor = architecture.factor
+    image_bhwc = jnp.zeros((1, factor, factor, architecture.image_channels))
+    init = AutoencoderKL(architecture).init
+    return jax.eval_shape(init, jax.random.key(0), image_bhwc)["params"]

@@ -1,39 +1,29 @@
-"""The seam between images and what the network sees."""
+"""The seam between records and the network's input."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from sit_jax.record import RecordSpec
+
 Shape = tuple[int, int, int]
+Records = Mapping[str, jax.Array]  # a batch of records
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """What the network sees of an image, and the way back. Functions of their arguments, fit for `jit`.
+    """Turns a batch of records into the network's input x, and x back into images.
 
-    Weights are arguments: inside a compiled program they would be constants of it.
+    `encode` and `decode` are pure functions, fit for `jit`. Weights are arguments: captured, they
+    would become constants of the compiled program.
     """
 
-    encode: Callable[
-        [Any, jax.Array, jax.Array], jax.Array
-    ]  # (params, keys_b, images_bhwc in [-1, 1]) -> x_bhwc
-    decode: Callable[[Any, jax.Array], jax.Array]  # (params, x_bhwc) -> images_bhwc
-    shape: Callable[
-        [Shape], Shape
-    ]  # of an image -> of x; `UserError` for an image that cannot be encoded
-    abstract_params: Any  # shapes and types of params
-    load: Callable[
-        [], Any
-    ]  # reads params, NumPy arrays; `UserError` if they are not there or are others
+    encode: Callable[[Any, jax.Array, Records], jax.Array]  # (params, keys_b, records) -> x_bhwc
+    decode: Callable[[Any, jax.Array], jax.Array]  # (params, x_bhwc) -> images_bhwc in [-1, 1]
+    shape: Callable[[RecordSpec], Shape]  # of x; raises UserError for records it cannot encode
+    abstract_params: Any  # shapes and types of params; {} if there are none
+    load: Callable[[], Any]  # reads params as NumPy arrays; raises UserError if it cannot
+    quantised: bool  # x takes the 256 levels of an 8-bit image, so its density needs dequantisation
     scale: float = 1.0  # x is in units of the encoder's output times this
-
-
-PIXELS = Codec(
-    encode=lambda params, keys_b, images_bhwc: images_bhwc,
-    decode=lambda params, x_bhwc: x_bhwc,
-    shape=lambda image: image,
-    abstract_params={},
-    load=dict,
-)

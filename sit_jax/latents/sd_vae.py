@@ -1,6 +1,8 @@
-"""Stable Diffusion's autoencoder as a codec: x is a draw from the posterior of an image's latents, times `scale`."""
+"""Stable Diffusion's autoencoder as a codec: x is `scale` times a draw from the posterior."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -8,57 +10,69 @@ import jax.numpy as jnp
 from sit_jax.errors import check
 from sit_jax.latents import files
 from sit_jax.latents.autoencoder import AutoencoderKL, abstract_params
-from sit_jax.latents.codec import Codec, Shape
+from sit_jax.latents.codec import Codec, Records, Shape
+from sit_jax.latents.pixels import normalise
+from sit_jax.record import RecordSpec
 
-Apply = Callable[[dict, jax.Array], jax.Array]  # (params, x_b) -> y_b, each row by itself
+Apply = Callable[[Any, jax.Array], jax.Array]  # (params, x_b) -> y_b, each row by itself
+PerDevice = Callable[[Apply], Apply]
 
 
-def open_sd_vae(
-    *,
-    path: str | None,
-    repo: str | None,
-    revision: str | None,
-    dtype: str,
-    scale: float,
-    batch: int,
-    per_device: Callable[[Apply], Apply] = lambda apply: apply,
-) -> Codec:
-    """The codec of the files in a folder or a repository (`files.Source`).
+@dataclasses.dataclass(frozen=True)
+class VaeOptions:
+    """Where the files are (see `files.VaeFiles`) and how the network runs."""
 
-    At most `batch` images go through the network at once on each device, so that memory does not grow with the batch;
-    `per_device` lets each device of a mesh do its rows. float32 is full float32 on every chip. Weights are read by
-    `load` alone.
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    scale: float = 0.18215
+    batch: int = 8
 
-    `UserError` for a file that is not there or describes another network.
+
+def open_sd_vae(options: VaeOptions, per_device: PerDevice = lambda apply: apply) -> Codec:
+    """Return the codec of the files in a folder or a repository.
+
+    At most `options.batch` images pass through the network at once on each device, so memory does
+    not grow with the batch. `per_device` lets each device of a mesh process its own rows. float32
+    means full float32 on every chip. Only `load` reads weights.
+
+    Raises `UserError` for a file that does not exist or that describes another network.
     """
-    source = files.Source(path, repo, revision)
-    architecture = files.read_architecture(source, scale)
-    vae = AutoencoderKL(architecture, jnp.dtype(dtype))
+    source = files.VaeFiles(options.path, options.repo, options.revision)
+    architecture = files.read_architecture(source, options.scale)
+    vae = AutoencoderKL(architecture, jnp.dtype(options.dtype))
+    scale = options.scale
 
     def applied(method: Callable) -> Apply:
-        def apply(params, x_bhwc):
+        def apply(params: Any, x_bhwc: jax.Array) -> jax.Array:
             with jax.default_matmul_precision("highest"):
-                return vae.apply({"params": params}, x_bhwc, method=method)
+                y_bhwc = vae.apply({"params": params}, x_bhwc, method=method)
+            return cast(jax.Array, y_bhwc)  # no mutable collections, so no tuple
 
-        return per_device(_in_batches(apply, batch))
+        return per_device(_in_batches(apply, options.batch))
 
-    moments_of, images_of = applied(AutoencoderKL.encode), applied(AutoencoderKL.decode)
+    moments_of = applied(AutoencoderKL.encode)
+    images_of = applied(AutoencoderKL.decode)
 
-    def encode(params, keys_b, images_bhwc):
-        mean, logvar = jnp.split(moments_of(params, images_bhwc), 2, axis=-1)
+    def encode(params: Any, keys_b: jax.Array, records: Records) -> jax.Array:
+        mean, logvar = jnp.split(moments_of(params, normalise(records["image"])), 2, axis=-1)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys_b)
         return scale * (mean + jnp.exp(logvar / 2) * noise)
 
-    def shape(image: Shape) -> Shape:
-        height, width, channels = image
-        factor, wanted = architecture.factor, architecture.image_channels
+    def shape(spec: RecordSpec) -> Shape:
+        height, width, channels = spec["image"].shape
+        factor = architecture.factor
+        image_channels = architecture.image_channels
         check(
-            channels == wanted,
-            f"data.channels is {channels}, but this VAE encodes {wanted}; set it to {wanted}",
+            channels == image_channels,
+            f"data.channels is {channels}, but this VAE encodes {image_channels}; set it to "
+            f"{image_channels}",
         )
         check(
             height % factor == 0 and width % factor == 0,
-            f"data.image_size is {height}, but one cell of this VAE is {factor} pixels; make it a multiple of {factor}",
+            f"data.image_size is {height}, but one cell of this VAE is {factor} pixels; make it a "
+            f"multiple of {factor}",
         )
         return height // factor, width // factor, architecture.latent_channels
 
@@ -69,18 +83,18 @@ def open_sd_vae(
         shape=shape,
         abstract_params=abstract,
         load=lambda: files.read_params(source, abstract),
+        quantised=False,
         scale=scale,
     )
 
 
 def _in_batches(apply: Apply, size: int) -> Apply:
-    """`apply` to equal parts of at most `size` rows, one after the other."""
+    """Apply to equal parts of at most `size` rows, one after the other."""
 
-    def run(params, x_b):
+    def run(params: Any, x_b: jax.Array) -> jax.Array:
         rows = max(n for n in range(1, min(size, len(x_b)) + 1) if len(x_b) % n == 0)
-        y_nb = jax.lax.map(
-            lambda part_b: apply(params, part_b), x_b.reshape(-1, rows, *x_b.shape[1:])
-        )
+        parts_nb = x_b.reshape(-1, rows, *x_b.shape[1:])
+        y_nb = jax.lax.map(lambda part_b: apply(params, part_b), parts_nb)
         return y_nb.reshape(len(x_b), *y_nb.shape[2:])
 
     return run

@@ -1,1 +1,1 @@
-"""How far samples are from data: functions of feature arrays [n, d], in float64 and NumPy."""
+"""Distances between samples and data: functions of features [n, d], in NumPy and float64."""

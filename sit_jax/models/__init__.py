@@ -1,4 +1,4 @@
 """The SiT backbone in flax linen.
 
-Parameters are one plain dict; mode and keys are arguments; no mesh axis is named here.
+Parameters are a plain dict; mode and keys are arguments; no mesh axis is named here.
 """

@@ -13,10 +13,11 @@ from sit_jax.precision import precision
 
 
 def einsum(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
-    """Softmax attention, the softmax in float32.
+    """Compute attention by two einsums, with the softmax in float32.
 
-    Heads come before tokens, as batched products want them, and the scale is applied to q, smaller than the logits: on
-    one CPU core 1.7x as fast as jax.nn.dot_product_attention forward, 1.15x forward and back.
+    Heads come before tokens, the layout of batched products, and the scale is applied to q, which
+    is smaller than the logits. On one CPU core this is 1.7x as fast as
+    jax.nn.dot_product_attention in the forward pass, and 1.15x in forward and backward together.
     """
     product = functools.partial(jnp.einsum, precision=precision(q_bsth.dtype))
     scale = q_bsth.shape[-1] ** -0.5
@@ -29,11 +30,11 @@ def einsum(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array
 def splash(
     q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """jax's Pallas kernel for TPUs, whose logits never reach the main memory. It has no forward-mode derivative.
+    """Compute attention by jax's Pallas kernel for TPUs, whose logits never reach main memory.
 
-    `interpret` computes what the kernel does on any device, slowly.
+    It has no forward-mode derivative. `interpret` emulates the kernel on any device, slowly.
     """
-    # Here, as Pallas takes long to import and serves TPUs alone.
+    # Imported here because Pallas takes long to import and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,
@@ -45,32 +46,39 @@ def splash(
     )
     block = next(size for size in (512, 256, 128) if tokens % size == 0)
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
-    )  # fmt: skip
-    one = splash_attention_kernel.make_splash_mha_single_device(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    attend = splash_attention_kernel.make_splash_mha_single_device(
         mask, block_sizes=sizes, interpret=interpret
     )
     with jax.default_matmul_precision("default"):  # the kernel refuses any other
-        return jax.vmap(one)(q_bsth * width**-0.5, k_bsth, v_bsth).astype(v_bsth.dtype)
+        return jax.vmap(attend)(q_bsth * width**-0.5, k_bsth, v_bsth).astype(v_bsth.dtype)
 
 
 def cudnn(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
-    """cuDNN's fused kernel for NVIDIA GPUs, which takes 16-bit types alone. It has no forward-mode derivative."""
+    """Compute attention by cuDNN's fused kernel for NVIDIA GPUs, which takes 16-bit types only.
+
+    It has no forward-mode derivative.
+    """
     q_btsh, k_btsh, v_btsh = (x.transpose(0, 2, 1, 3) for x in (q_bsth, k_bsth, v_bsth))
-    return jax.nn.dot_product_attention(q_btsh, k_btsh, v_btsh, implementation="cudnn").transpose(
-        0, 2, 1, 3
-    )
+    out_btsh = jax.nn.dot_product_attention(q_btsh, k_btsh, v_btsh, implementation="cudnn")
+    return out_btsh.transpose(0, 2, 1, 3)
 
 
 KERNELS: dict[str, Callable] = {"einsum": einsum, "splash": splash, "cudnn": cudnn}
 
 
 def choose(platform: str, dtype: str, tokens: int) -> str:
-    """The kernel that costs least there, by what the compilers say (tests/benchmarks/tpu_attention.py).
+    """Return the name of the kernel that costs least, according to the compilers.
 
-    At 256 tokens the TPU's compiler keeps the logits on the chip by itself, without the padding of a head to 128
-    channels that the kernel needs.
+    tests/benchmarks/tpu_attention.py asks them. At 256 tokens the TPU's compiler keeps the logits
+    on the chip by itself, without the padding of a head to 128 channels that splash needs.
     """
     if dtype != "bfloat16":
         return "einsum"

@@ -8,27 +8,27 @@ import numpy as np
 
 
 def time_features(t_b: jax.Array, dim: int = 256, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoids of t, float32 [b, dim]: dim//2 cosines, then the sines, frequencies max_period^(-k/(dim//2)).
+    """Return sinusoids of t, float32 [b, dim]: dim//2 cosines, then as many sines.
 
-    t enters as it is, in [0, 1]: the released weights were trained so. An odd dim ends with a zero.
+    Frequencies are max_period^(-k/(dim//2)). t enters unscaled, in [0, 1], as in the training of
+    the released weights. An odd dim ends with a zero.
     """
     half = dim // 2
     frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles_bk = t_b.astype(jnp.float32)[:, None] * frequencies
-    return jnp.pad(
-        jnp.concatenate([jnp.cos(angles_bk), jnp.sin(angles_bk)], axis=-1), ((0, 0), (0, dim % 2))
-    )
+    waves_bk = jnp.concatenate([jnp.cos(angles_bk), jnp.sin(angles_bk)], axis=-1)
+    return jnp.pad(waves_bk, ((0, 0), (0, dim % 2)))
 
 
 def position_embedding(width: int, grid: int) -> np.ndarray:
-    """Fixed 2-D sinusoids, float32 [grid*grid, width], tokens in row-major order, computed in float64.
+    """Return fixed 2-D sinusoids, float32 [grid*grid, width], computed in float64.
 
-    The first half of the channels encodes the column, the second the row; within each, sines then cosines.
+    Tokens are in row-major order. The first half of the channels encodes the column, the second
+    the row; within each, sines then cosines.
     """
     row, column = np.divmod(np.arange(grid * grid, dtype=np.float64), grid)
-    return np.concatenate([_sincos(width // 2, column), _sincos(width // 2, row)], axis=1).astype(
-        np.float32
-    )
+    halves = [_sincos(width // 2, column), _sincos(width // 2, row)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
 
 
 def _sincos(dim: int, position: np.ndarray) -> np.ndarray:
@@ -38,14 +38,17 @@ def _sincos(dim: int, position: np.ndarray) -> np.ndarray:
 
 
 def patchify(x_bhwc: jax.Array, patch: int) -> jax.Array:
-    """[b, h, w, c] -> tokens [b, t, patch*patch*c], features in the order (row, column, channel), channel fastest."""
+    """Cut images into patches: [b, h, w, c] -> tokens [b, t, patch*patch*c].
+
+    Features are in the order (row, column, channel), channel fastest.
+    """
     b, h, w, c = x_bhwc.shape
     x = x_bhwc.reshape(b, h // patch, patch, w // patch, patch, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
 
 
 def unpatchify(x_btf: jax.Array, patch: int, channels: int) -> jax.Array:
-    """The inverse of `patchify` for a square image: [b, t, patch*patch*c] -> [b, h, w, c]."""
+    """Invert `patchify` for a square image: [b, t, patch*patch*c] -> [b, h, w, c]."""
     b, t, _ = x_btf.shape
     grid = math.isqrt(t)
     x = x_btf.reshape(b, grid, grid, patch, patch, channels)

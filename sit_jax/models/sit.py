@@ -1,28 +1,45 @@
-"""SiT: a vision transformer whose blocks are modulated by time and label (adaLN-Zero; Peebles & Xie, arXiv 2212.09748).
+"""SiT: a vision transformer modulated by time and condition.
 
-Shape suffixes: b batch, t tokens, n = b*t, d width, s heads, h head width, f features of a patch. Layers are stacked
-on a leading axis and scanned, so compile time does not grow with depth. Tokens are flattened with the batch before
-every matmul: one large product instead of b small ones.
+The modulation is adaLN-Zero (Peebles & Xie, arXiv 2212.09748).
+
+Shape suffixes: b batch, t tokens, n = b*t, d width, s heads, h head width, f features of a patch,
+l layers. Layers are stacked on a leading axis and scanned, so compile time does not grow with
+depth. Tokens are flattened with the batch before every matmul: one large product instead of b small
+ones.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sit_jax.errors import unknown_name
+from sit_jax.errors import check, unknown_name
 from sit_jax.models.attention import einsum
+from sit_jax.models.conditioning import Condition
 from sit_jax.models.embeddings import patchify, position_embedding, time_features, unpatchify
 from sit_jax.models.linear import Linear
 from sit_jax.models.sizes import Size, tokens
 
+
+def _is_not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Save everything for the backward pass except weights that `gather` assembled over fsdp."""
+    # jax asks a policy about each primitive whether its outputs may be saved. `gather` of
+    # `sharding.model_hooks` is a custom_vjp, whose outputs are one layer's weights, each [i, o...]
+    # complete on every device. Saving them in the scan over layers would keep [depth, i, o...]: the
+    # memory of a model without fsdp. The backward pass gathers them again instead. (The only other
+    # custom_vjp is the `zero` of `linear.affine`, which costs nothing to recompute.)
+    return primitive.name != "custom_vjp_call"
+
+
+# The values saved for the backward pass; it computes the others again.
 REMAT_POLICIES = {
-    # Gathered weights are gathered again: kept whole for every layer, they would undo what fsdp saves.
-    "none": lambda primitive, *_, **__: primitive.name != "custom_vjp_call",
-    "dots": jax.checkpoint_policies.save_from_both_policies(  # keeps the outputs of the linear layers and of attention
+    "none": _is_not_gathered,
+    # Outputs of the linear layers and of attention. The linear layers' products have no batch
+    # axes, because tokens are flattened; those inside attention do, and are not saved.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("attention"),
     ),
@@ -33,19 +50,24 @@ _zeros = nn.initializers.zeros_init()
 
 
 def identity(x: Any) -> Any:
+    """Return x: the value of a hook that no mesh has filled in."""
     return x
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    """LayerNorm without affine, in float32 whatever the compute dtype."""
-    return nn.LayerNorm(
+    """Apply LayerNorm without affine, in float32 whatever the compute dtype."""
+    # Called inside a module's __call__, where flax would make the LayerNorm a submodule with a name
+    # in the parameter tree. It has no parameters, so it need not be one: parent=None keeps it
+    # outside, and apply({}, x) runs it as a plain function with an empty tree of variables.
+    norm = nn.LayerNorm(
         epsilon=1e-6,
         use_bias=False,
         use_scale=False,
         use_fast_variance=False,
         dtype=jnp.float32,
         parent=None,
-    ).apply({}, x)
+    )
+    return cast(jax.Array, norm.apply({}, x))
 
 
 def _modulate(x_btd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array, dtype: Any) -> jax.Array:
@@ -53,6 +75,8 @@ def _modulate(x_btd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array, dtype:
 
 
 class Attention(nn.Module):
+    """Self-attention over the tokens: [b, t, d] -> [b, t, d]."""
+
     heads: int
     qk_norm: bool
     dtype: Any
@@ -61,13 +85,14 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
-        # Heads are an axis of the kernel, so that a mesh can split them.
+        # The kernel is [d, 3, s, h]: heads are an axis of their own, so that a mesh can split them.
         qkv = Linear((3, self.heads, d // self.heads), self.dtype, name="qkv")
         parts_nsh = jnp.unstack(qkv(x_btd.reshape(b * t, d)), axis=1)
         q_bsth, k_bsth, v_bsth = (
             part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in parts_nsh
         )
-        if self.qk_norm:  # Dehghani et al. (arXiv 2302.05442): bounds the logits, which bfloat16 training may need
+        if self.qk_norm:
+            # Bound the logits: bfloat16 training may need it (Dehghani et al., arXiv 2302.05442).
             q_bsth, k_bsth = (
                 nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x).astype(self.dtype)
                 for x, name in ((q_bsth, "q_norm"), (k_bsth, "k_norm"))
@@ -79,6 +104,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them: [b, t, d] -> [b, t, d]."""
+
     ratio: int
     dtype: Any
 
@@ -91,7 +118,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the (carry, output) form that scan wants. condition_bd is the SiLU of time plus label embedding."""
+    """One layer, in scan's form: (carry, broadcast input) -> (carry, output).
+
+    embedding_bd is the SiLU of the sum of time and condition embedding. The output is None, or with
+    `keep_output` the carry.
+    """
 
     heads: int
     mlp_ratio: int
@@ -100,22 +131,31 @@ class Block(nn.Module):
     attend: Callable
     shard: Callable
     split: Callable
+    keep_output: bool = False
 
     @nn.compact
-    def __call__(self, x_btd: jax.Array, condition_bd: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x_btd: jax.Array, embedding_bd: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
         d = x_btd.shape[-1]
+        # Shift, scale and gate for each of the two branches. The gates start at 0: a fresh block is
+        # the identity.
         ada = Linear(6 * d, self.dtype, _zeros, name="adaLN_modulation")
-        ada_bd = self.split(ada(condition_bd))
+        ada_bd = self.split(ada(embedding_bd))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada_bd, 6, axis=-1)
         attention = Attention(self.heads, self.qk_norm, self.dtype, self.attend, name="attn")
         x_btd = x_btd + gate1[:, None] * attention(_modulate(x_btd, shift1, scale1, self.dtype))
         mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
         x_btd = x_btd + gate2[:, None] * mlp(_modulate(x_btd, shift2, scale2, self.dtype))
-        return self.shard(x_btd), None
+        x_btd = self.shard(x_btd)
+        return x_btd, x_btd if self.keep_output else None
 
 
 class TimeEmbedder(nn.Module):
-    """[b] -> float32 [b, width], in float32 whatever the compute dtype: t is small differences of one number."""
+    """The embedding of time: [b] -> float32 [b, width].
+
+    Always computed in float32: bfloat16 cannot tell neighbouring times apart.
+    """
 
     width: int
 
@@ -126,25 +166,33 @@ class TimeEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Modulated norm and projection to patches: [b, t, d] -> [b, t, features]."""
+
     features: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_btd: jax.Array, condition_bd: jax.Array) -> jax.Array:
+    def __call__(self, x_btd: jax.Array, embedding_bd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
-        ada = Linear(2 * d, self.dtype, _zeros, name="adaLN_modulation")(condition_bd)
-        x_btd = _modulate(x_btd, *jnp.split(ada, 2, axis=-1), self.dtype)
+        ada_bd = Linear(2 * d, self.dtype, _zeros, name="adaLN_modulation")(embedding_bd)
+        shift, scale = jnp.split(ada_bd, 2, axis=-1)
+        x_btd = _modulate(x_btd, shift, scale, self.dtype)
         out = Linear(self.features, self.dtype, _zeros, name="linear")(x_btd.reshape(b * t, d))
         return out.reshape(b, t, self.features)
 
 
 class SiT(nn.Module):
-    """(x_bhwc, t_b in [0, 1], y_b int32) -> float32 like x_bhwc: velocity, score or noise, as it was trained.
+    """(x_bhwc, t_b in [0, 1], condition) -> float32 like x_bhwc.
 
-    The null label is `classes`, the label table's last row. With learn_sigma the last layer has twice the channels
-    and only the first half is used, as in the published weights. `gather` maps the parameters of one layer before use,
-    `shard` the activations between layers; `replicate`, `broadcast` and `split` say where the condition lies, and what
-    the layers make of it. A mesh fills them in.
+    The output is the velocity, score or noise, as it was trained. The condition is an int32 label
+    for each image; the label `classes`, the table's last row, stands for no label. With learn_sigma
+    the last layer has twice the channels, of which only the first half is used, as in the published
+    weights.
+
+    Hooks place values on a mesh; `sharding.model_hooks` supplies them, and without a mesh they are
+    the identity. `gather` maps the parameters of one layer before their use, `shard` the
+    activations between layers. `replicate` and `broadcast` place the embedding of time and
+    condition, `split` each layer's adaLN output.
     """
 
     size: Size
@@ -164,35 +212,61 @@ class SiT(nn.Module):
     split: Callable = identity
 
     @nn.compact
-    def __call__(self, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
-        width, patch = self.size.width, self.size.patch
+    def __call__(
+        self, x_bhwc: jax.Array, t_b: jax.Array, condition: Condition, layers: Sequence[int] = ()
+    ) -> jax.Array | tuple[jax.Array, dict[int, jax.Array]]:
+        """Return the output; with `layers`, also {k: tokens_btd after the first k layers}.
+
+        Raises UserError for a layer outside 1 to depth.
+        """
+        for layer in layers:
+            check(
+                1 <= layer <= self.size.depth,
+                f"layer {layer} does not exist; expected 1 to {self.size.depth}, the model's depth",
+            )
+        x_btd = self._embed_patches(x_bhwc)
+        embedding_bd = self._embed_time_and_condition(t_b, condition)
+        # tokens_lbtd is None unless asked for: then the scan does not store it.
+        blocks = self._blocks(keep_outputs=bool(layers))
+        x_btd, tokens_lbtd = blocks(x_btd, embedding_bd)
+        out_bhwc = self._project(x_btd, embedding_bd)
+        if not layers:
+            return out_bhwc
+        return out_bhwc, {layer: tokens_lbtd[layer - 1] for layer in layers}
+
+    def _embed_patches(self, x_bhwc: jax.Array) -> jax.Array:
+        """Return the tokens [b, t, d] of the images, with their positions."""
+        width = self.size.width
+        patch = self.size.patch
         t = tokens(self.input_size, patch)
         patches_btf = patchify(x_bhwc, patch)
         embed = Linear(width, self.dtype, name="x_embedder")
         x_btd = embed(patches_btf.reshape(-1, patches_btf.shape[-1])).reshape(-1, t, width)
-        # A parameter because published files hold it; never trained.
+        # A parameter because published files hold it; it is never trained.
         position_td = self.param(
             "pos_embed", lambda _: jnp.asarray(position_embedding(width, self.input_size // patch))
         )
-        x_btd = self.shard(x_btd + jax.lax.stop_gradient(position_td).astype(self.dtype))
-        labels = nn.Embed(self.classes + 1, width, embedding_init=_normal, name="y_embedder")
-        t_b, y_b = self.replicate(t_b), self.replicate(y_b)
-        condition_bd = nn.silu(TimeEmbedder(width, name="t_embedder")(t_b) + labels(y_b)).astype(
-            self.dtype
-        )
-        condition_bd = self.broadcast(self.replicate(condition_bd))
-        x_btd, _ = self._blocks()(x_btd, condition_bd)
-        out_channels = self.channels * (2 if self.learn_sigma else 1)
-        out_btf = FinalLayer(patch**2 * out_channels, self.dtype, name="final_layer")(
-            x_btd, condition_bd
-        )
-        return unpatchify(out_btf, patch, out_channels)[..., : self.channels].astype(jnp.float32)
+        return self.shard(x_btd + jax.lax.stop_gradient(position_td).astype(self.dtype))
 
-    def _blocks(self) -> nn.Module:
+    def _embed_time_and_condition(self, t_b: jax.Array, condition: Condition) -> jax.Array:
+        """Return the embedding [b, d] that modulates every layer."""
+        width = self.size.width
+        # This embedder is the only place that knows a condition is a label.
+        embed_condition = nn.Embed(
+            self.classes + 1, width, embedding_init=_normal, name="y_embedder"
+        )
+        t_b = self.replicate(t_b)
+        condition = self.replicate(condition)
+        time_bd = TimeEmbedder(width, name="t_embedder")(t_b)
+        embedding_bd = nn.silu(time_bd + embed_condition(condition)).astype(self.dtype)
+        return self.broadcast(self.replicate(embedding_bd))
+
+    def _blocks(self, keep_outputs: bool) -> Callable:
+        """Return the layers as one function, a scan: (x_btd, embedding_bd) -> (x_btd, outputs)."""
         if self.remat not in REMAT_POLICIES:
             raise unknown_name("remat policy", self.remat, REMAT_POLICIES)
         block = Block
-        if not self.is_initializing():  # or the parameters would be stored as gather leaves them
+        if not self.is_initializing():  # init stores the parameters as they are before `gather`
             block = nn.map_variables(block, "params", trans_in_fn=self.gather)
         block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         stack = nn.scan(
@@ -202,7 +276,22 @@ class SiT(nn.Module):
             in_axes=nn.broadcast,
             length=self.size.depth,
         )
-        hooks = {"attend": self.attend, "shard": self.shard, "split": self.split}
         return stack(
-            self.size.heads, self.mlp_ratio, self.qk_norm, self.dtype, **hooks, name="blocks"
+            self.size.heads,
+            self.mlp_ratio,
+            self.qk_norm,
+            self.dtype,
+            attend=self.attend,
+            shard=self.shard,
+            split=self.split,
+            keep_output=keep_outputs,
+            name="blocks",
         )
+
+    def _project(self, x_btd: jax.Array, embedding_bd: jax.Array) -> jax.Array:
+        """Return the output [b, h, w, c] of the last tokens, float32."""
+        patch = self.size.patch
+        channels = self.channels * (2 if self.learn_sigma else 1)
+        layer = FinalLayer(patch**2 * channels, self.dtype, name="final_layer")
+        out_bhwc = unpatchify(layer(x_btd, embedding_bd), patch, channels)
+        return out_bhwc[..., : self.channels].astype(jnp.float32)

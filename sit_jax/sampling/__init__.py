@@ -1,1 +1,4 @@
-"""From noise to data: guidance and the probability-flow ODE, over one callable `predict(x_bhwc, t_b)`."""
+"""Sampling and densities: guidance, the probability-flow ODE, the reverse SDE and log p.
+
+Everything here sees the network as a callable `predict(x_bhwc, t_b)`.
+"""

@@ -1,13 +1,15 @@
-"""log p of data by the probability-flow ODE, run from data to noise (instantaneous change of variables).
+"""log p of data by the probability-flow ODE, run from data to noise.
 
-With dx/dt = v(x, t), d log p_t(x_t) / dt = -div v(x_t, t) along the path of x_t (Chen et al., arXiv 1806.07366, eq. 8),
-so log p(x_1) = log N(x_0; 0, I) + the integral of div v from t=1 to t=0. div v is the trace of dv/dx: exact, or
-Hutchinson's estimate eps . (dv/dx) eps with a probe of E[eps eps^T] = I (Grathwohl et al., arXiv 1810.01367, eq. 6).
-n counts probes.
+With dx/dt = v(x, t), d log p_t(x_t) / dt = -div v(x_t, t) along the path of x_t (the instantaneous
+change of variables; Chen et al., arXiv 1806.07366, eq. 8). So log p(x_1) = log N(x_0; 0, I) + the
+integral of div v from t=1 to t=0. div v is the trace of dv/dx: exact, or Hutchinson's estimate
+eps . (dv/dx) eps with a probe of E[eps eps^T] = I (Grathwohl et al., arXiv 1810.01367, eq. 6).
+
+Shape suffixes: n probes, d dimensions of a sample.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +19,24 @@ from sit_jax.sampling import ode
 from sit_jax.transport.interval import Interval
 from sit_jax.transport.prediction import Predict
 
-PROBES = {"rademacher": jax.random.rademacher, "gaussian": jax.random.normal}
-_DIRECTIONS = 16  # of the exact trace at a time: memory is that of so many forward passes
+# (key, shape) -> a probe
+PROBES: dict[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
+    "rademacher": jax.random.rademacher,
+    "gaussian": jax.random.normal,
+}
+# The exact trace takes so many directions at once; its memory is that of so many forward passes.
+_DIRECTIONS = 16
 
 
 def draw_probes(kind: str, keys_b: jax.Array, n: int, shape: tuple[int, ...]) -> jax.Array:
-    """n probes for each sample, [n, b, *shape]; probe k of sample i depends on keys_b[i] and k alone.
+    """Draw n probes for each sample, float32 [n, b, *shape].
 
-    `UserError` for an unknown kind.
+    Probe k of sample i depends only on keys_b[i] and k. Raises UserError for an unknown kind.
     """
     if kind not in PROBES:
         raise unknown_name("probe", kind, PROBES)
 
-    def draw(k, key):
+    def draw(k: jax.Array, key: jax.Array) -> jax.Array:
         return PROBES[kind](jax.random.fold_in(key, k), shape).astype(jnp.float32)
 
     return jax.vmap(lambda k: jax.vmap(lambda key: draw(k, key))(keys_b))(jnp.arange(n))
@@ -38,25 +45,28 @@ def draw_probes(kind: str, keys_b: jax.Array, n: int, shape: tuple[int, ...]) ->
 def divergence(
     velocity: Predict, x_bhwc: jax.Array, t_b: jax.Array, probes_nbhwc: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(v like x, div v [b]): the mean of Hutchinson's estimate over the probes, or exact where they are None.
+    """Return v like x, and div v [b].
 
-    The exact one differentiates along every dimension in turn.
+    div v is the mean of Hutchinson's estimate over the probes. Without probes it is exact, by a
+    derivative along every dimension.
     """
 
-    def along(direction):
+    def derivative(direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return v and (dv/dx) direction."""
         return jax.jvp(lambda x: velocity(x, t_b), (x_bhwc,), (direction,))
 
-    def dot(a, b):
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(a * b, axis=range(1, a.ndim))
 
     if probes_nbhwc is not None:
-        v, derivative = jax.vmap(along, out_axes=(None, 0))(probes_nbhwc)
-        return v, jnp.mean(jax.vmap(dot)(probes_nbhwc, derivative), axis=0)
+        v_bhwc, products_nbhwc = jax.vmap(derivative, out_axes=(None, 0))(probes_nbhwc)
+        return v_bhwc, jnp.mean(jax.vmap(dot)(probes_nbhwc, products_nbhwc), axis=0)
 
-    def diagonal(i):
+    def diagonal(i: jax.Array) -> jax.Array:
+        """Return the diagonal element dv_i/dx_i of each sample, [b]."""
         unit_hwc = jnp.zeros(x_bhwc[0].size, x_bhwc.dtype).at[i].set(1).reshape(x_bhwc.shape[1:])
         unit_bhwc = jnp.broadcast_to(unit_hwc, x_bhwc.shape)
-        return dot(unit_bhwc, along(unit_bhwc)[1])
+        return dot(unit_bhwc, derivative(unit_bhwc)[1])
 
     diagonal_db = jax.lax.map(diagonal, jnp.arange(x_bhwc[0].size), batch_size=_DIRECTIONS)
     return velocity(x_bhwc, t_b), jnp.sum(diagonal_db, axis=0)
@@ -67,23 +77,24 @@ def log_prob(
     x_bhwc: jax.Array,
     interval: Interval,
     probes_nbhwc: jax.Array | None,
-    **options: Any,
+    options: ode.OdeOptions,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log p [b] in nats, the noise like x that flows to x, evaluations) under the flow of N(0, I) over `interval`.
+    """Solve for log p of x under the flow of N(0, I) over `interval`.
 
-    The probes stay the same along a trajectory, so an adaptive solver meets a smooth function; None takes the exact
-    trace. An evaluation is one of the velocity with its divergence. `options` are those of `ode.solve`, whose steps
-    heed the errors of x and of log p alike. An interval that ends before t=1 takes x as that time's data.
+    Return log p [b] in nats, the noise like x that flows to x, and the number of evaluations of
+    the velocity with its divergence. x is data of the time at which the interval ends, be it t=1
+    or earlier. Without probes the trace is exact. The probes stay the same along a trajectory, so
+    that an adaptive solver meets a smooth function; its steps heed the errors of x and log p alike.
     """
 
-    def field(state, t_b):
+    def field(state: ode.State, t_b: jax.Array) -> ode.State:
         return divergence(velocity, state[0], t_b, probes_nbhwc)
 
-    backwards = interval[1], interval[0]
-    (noise_bhwc, change_b), evaluations = ode.solve(
-        field, (x_bhwc, jnp.zeros(len(x_bhwc))), backwards, **options
-    )
-    prior_b = jnp.sum(
-        -(noise_bhwc**2) / 2 - math.log(2 * math.pi) / 2, axis=range(1, noise_bhwc.ndim)
-    )
+    # Carry x from data to noise, and with it the integral of div v.
+    state = (x_bhwc, jnp.zeros(len(x_bhwc)))
+    backwards = (interval[1], interval[0])
+    (noise_bhwc, change_b), evaluations = ode.solve(field, state, backwards, options)
+    # The density of the noise under N(0, I).
+    log_normal = -(noise_bhwc**2) / 2 - math.log(2 * math.pi) / 2
+    prior_b = jnp.sum(log_normal, axis=range(1, noise_bhwc.ndim))
     return prior_b + change_b, noise_bhwc, evaluations

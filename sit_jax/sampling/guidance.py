@@ -8,41 +8,45 @@ from sit_jax.transport.prediction import Predict
 
 
 def check_scale(scale: float) -> None:
-    """`UserError` below 1."""
+    """Raise UserError for a scale below 1."""
     check(scale >= 1, f"cfg scale is {scale}; expected 1 (no guidance) or more")
 
 
-def guide(
+def with_guidance(
     conditional: Predict,
     unconditional: Predict,
     scale: float,
     channels: int | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Predict:
-    """u + scale (c - u) on the first `channels` channels (None: all) at times in `interval`; else conditional.
+    """Return the guided prediction u + scale (c - u) of c = conditional and u = unconditional.
 
-    Outside the interval (Kynkaanniemi et al., arXiv 2404.07724) the unconditional half is not computed.
-    The published numbers guide three of the four latent channels, which the reference inherited from GLIDE.
+    Only the first `channels` channels are guided (None: all); the published numbers guide three of
+    the four latent channels, which the reference inherited from GLIDE. At times outside `interval`
+    (Kynkaanniemi et al., arXiv 2404.07724) the prediction is c, and u is not computed. Raises
+    UserError for a scale below 1.
     """
     check_scale(scale)
     if scale == 1:
         return conditional
 
-    def mixed(x_bhwc, t_b, c):
+    def mixed(x_bhwc: jax.Array, t_b: jax.Array, c: jax.Array) -> jax.Array:
         u = unconditional(x_bhwc, t_b)
-        both = u + scale * (c - u)
-        return (
-            both
-            if channels is None
-            else jnp.concatenate([both[..., :channels], c[..., channels:]], axis=-1)
-        )
+        guided = u + scale * (c - u)
+        if channels is None:
+            return guided
+        return jnp.concatenate([guided[..., :channels], c[..., channels:]], axis=-1)
 
-    def guided(x_bhwc, t_b):
+    def unmixed(x_bhwc: jax.Array, t_b: jax.Array, c: jax.Array) -> jax.Array:
+        return c
+
+    def predict(x_bhwc: jax.Array, t_b: jax.Array) -> jax.Array:
         c = conditional(x_bhwc, t_b)
         if tuple(interval) == (0.0, 1.0):
             return mixed(x_bhwc, t_b, c)
+        # Adaptive steps can give each sample its own time: compute u if any sample needs it.
         inside_b = (t_b >= interval[0]) & (t_b <= interval[1])
-        some = jax.lax.cond(jnp.any(inside_b), mixed, lambda x_bhwc, t_b, c: c, x_bhwc, t_b, c)
-        return jnp.where(inside_b.reshape(-1, *[1] * (c.ndim - 1)), some, c)
+        guided = jax.lax.cond(jnp.any(inside_b), mixed, unmixed, x_bhwc, t_b, c)
+        return jnp.where(inside_b.reshape(-1, *[1] * (c.ndim - 1)), guided, c)
 
-    return guided
+    return predict

@@ -1,4 +1,6 @@
-"""The training objective: regression of the chosen prediction on its conditional target (paper eqs. 4, 7 and 8)."""
+"""The training objective: regression of a prediction on its target (paper eqs. 4, 7 and 8)."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +9,27 @@ from sit_jax.errors import check, unknown_name
 from sit_jax.transport.paths import Path, drift_variance, expand_time, interpolate, target_velocity
 from sit_jax.transport.prediction import Predict, check_prediction
 
-WEIGHTS = {
+# (path, t_b) -> weight of each example's loss
+WEIGHTS: dict[str, Callable[[Path, jax.Array], jax.Array]] = {
     "none": lambda path, t: jnp.ones_like(t),
-    "velocity": lambda path, t: (
-        (drift_variance(path, t) / path.sigma(t)) ** 2
-    ),  # makes it a velocity loss
-    "likelihood": lambda path, t: (
-        drift_variance(path, t) / path.sigma(t) ** 2
-    ),  # a bound on log p (Song et al. 2101.09258)
+    # Makes the loss of a score or noise prediction that of the velocity it implies.
+    "velocity": lambda path, t: (drift_variance(path, t) / path.sigma(t)) ** 2,
+    # Makes it a bound on log p (Song et al., arXiv 2101.09258).
+    "likelihood": lambda path, t: drift_variance(path, t) / path.sigma(t) ** 2,
 }
 
 
 def check_weight(weight: str, prediction: str) -> None:
-    """`UserError` for an unknown weight, or one with velocity prediction, which the reference silently ignores."""
+    """Raise UserError for an unknown weight, or for any weight with velocity prediction.
+
+    The reference silently ignores the latter.
+    """
     if weight not in WEIGHTS:
         raise unknown_name("loss weight", weight, WEIGHTS)
     check(
         weight == "none" or prediction != "velocity",
-        f"loss weight {weight!r} does nothing to a velocity prediction; use 'none', or prediction 'score' or 'noise'",
+        f"loss weight {weight!r} does nothing to a velocity prediction; use 'none', or prediction "
+        "'score' or 'noise'",
     )
 
 
@@ -37,9 +42,10 @@ def losses(
     x0: jax.Array,
     t_b: jax.Array,
 ) -> jax.Array:
-    """The loss of each example, float32 [b]: the mean over its elements of the weighted squared error.
+    """Return the loss of each example, float32 [b]: weight times mean squared error.
 
-    x1 is data and x0 noise [b, ...], t_b [b] inside `train_interval`. `UserError` for unknown names.
+    x1 is data and x0 noise [b, ...]; t_b [b] lies inside `train_interval`. Raises UserError for
+    unknown names.
     """
     check_prediction(prediction)
     check_weight(weight, prediction)
@@ -48,6 +54,7 @@ def losses(
         error = output - target_velocity(path, x1, x0, t_b)
     elif prediction == "noise":
         error = output - x0
-    else:  # sigma s + x0: the score's error times sigma, so that no target is divided by it
+    else:
+        # The score's error times sigma, so that no target is divided by sigma.
         error = path.sigma(expand_time(t_b, x0)) * output + x0
     return WEIGHTS[weight](path, t_b) * jnp.mean(error**2, axis=tuple(range(1, error.ndim)))

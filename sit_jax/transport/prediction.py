@@ -1,7 +1,8 @@
-"""What a network's output means, and the velocity and score that follow from it.
+"""The meaning of a network's output, and conversions between velocity, score and noise.
 
-With x = alpha x1 + sigma x0 and v = alpha' x1 + sigma' x0 (both conditional means given x), any one of velocity,
-score and noise gives the others by solving two linear equations (paper eqs. 6 and 7). The score is -noise/sigma.
+With x = alpha x1 + sigma x0 and v = alpha' x1 + sigma' x0 (both conditional means given x), any
+one of velocity, score and noise gives the others: solve two linear equations (paper eqs. 6 and 7).
+The score is -noise/sigma.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from sit_jax.transport.paths import Path, expand_time
 
 PREDICTIONS = ("velocity", "score", "noise")
 Predict = Callable[[jax.Array, jax.Array], jax.Array]  # (x [b, ...], t_b [b]) -> like x
+# (x [b, ...], t_b [b]) -> (velocity like x, score like x)
+VelocityAndScore = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def check_prediction(name: str) -> None:
-    """`UserError` unless it is velocity, score or noise."""
+    """Raise UserError unless the name is velocity, score or noise."""
     if name not in PREDICTIONS:
         raise unknown_name("prediction", name, PREDICTIONS)
 
@@ -24,14 +27,14 @@ def check_prediction(name: str) -> None:
 def to_noise(
     path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array
 ) -> jax.Array:
-    """E[x0 | x] from the network's output at (x, t)."""
+    """Return E[x0 | x], given the network's output at (x, t)."""
     check_prediction(prediction)
     t = expand_time(t_b, x)
     if prediction == "noise":
         return output
     if prediction == "score":
         return -path.sigma(t) * output
-    # Cramer's rule: never divides by alpha or sigma, so it holds at both ends of time.
+    # Cramer's rule: it never divides by alpha or sigma, so it holds at both ends of time.
     determinant = path.alpha(t) * path.d_sigma(t) - path.sigma(t) * path.d_alpha(t)
     return (path.alpha(t) * output - path.d_alpha(t) * x) / determinant
 
@@ -39,7 +42,10 @@ def to_noise(
 def to_score(
     path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array
 ) -> jax.Array:
-    """grad log p_t(x) from the network's output. Infinite where sigma=0, unless the network predicts it."""
+    """Return grad log p_t(x), given the network's output at (x, t).
+
+    It is infinite where sigma=0, unless the network predicts the score itself.
+    """
     if prediction == "score":
         return output
     return -to_noise(path, prediction, output, x, t_b) / path.sigma(expand_time(t_b, x))
@@ -48,9 +54,9 @@ def to_score(
 def to_velocity(
     path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array
 ) -> jax.Array:
-    """The drift of the probability-flow ODE from the network's output.
+    """Return the drift of the probability-flow ODE, given the network's output at (x, t).
 
-    Infinite where alpha=0, unless the network predicts it.
+    It is infinite where alpha=0, unless the network predicts the velocity itself.
     """
     if prediction == "velocity":
         return output
@@ -61,22 +67,22 @@ def to_velocity(
 
 
 def velocity_field(predict: Predict, path: Path, prediction: str) -> Predict:
-    """The network as a velocity: (x, t_b) -> drift of the probability-flow ODE."""
+    """Return the network as a velocity: (x, t_b) -> drift of the probability-flow ODE."""
     return lambda x, t_b: to_velocity(path, prediction, predict(x, t_b), x, t_b)
 
 
 def score_field(predict: Predict, path: Path, prediction: str) -> Predict:
-    """The network as a score: (x, t_b) -> grad log p_t(x)."""
+    """Return the network as a score: (x, t_b) -> grad log p_t(x)."""
     return lambda x, t_b: to_score(path, prediction, predict(x, t_b), x, t_b)
 
 
-def velocity_and_score(predict: Predict, path: Path, prediction: str) -> Callable:
-    """Both fields from one call of the network: (x, t_b) -> (velocity, score)."""
+def velocity_and_score(predict: Predict, path: Path, prediction: str) -> VelocityAndScore:
+    """Return both fields, computed from a single call of the network."""
 
-    def fields(x, t_b):
+    def fields(x: jax.Array, t_b: jax.Array) -> tuple[jax.Array, jax.Array]:
         output = predict(x, t_b)
-        return to_velocity(path, prediction, output, x, t_b), to_score(
-            path, prediction, output, x, t_b
-        )
+        velocity = to_velocity(path, prediction, output, x, t_b)
+        score = to_score(path, prediction, output, x, t_b)
+        return velocity, score
 
     return fields

@@ -10,7 +10,7 @@ DISTRIBUTIONS = ("uniform", "logit-normal")
 
 
 def rescale(interval: Interval, u: jax.Array) -> jax.Array:
-    """u in [0, 1] stretched onto [t0, t1]."""
+    """Map u in [0, 1] linearly to [t0, t1]."""
     t0, t1 = interval
     return u * (t1 - t0) + t0
 
@@ -23,15 +23,15 @@ def training_times(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> jax.Array:
-    """n times in [t0, t1], float32 [n]: uniform, or the sigmoid of a normal(mean, std) (Esser et al., arXiv
-    2403.03206, eq. 19).
+    """Draw n times in [t0, t1], float32 [n].
 
-    Here t=1 is data, so a positive mean trains more on nearly clean images. `UserError` for an unknown distribution.
+    "logit-normal" is the sigmoid of a normal(mean, std) (Esser et al., arXiv 2403.03206, eq. 19).
+    Here t=1 is data, so a positive mean trains more on nearly clean images. Raises UserError for
+    an unknown distribution.
     """
     if distribution == "uniform":
         return rescale(interval, jax.random.uniform(key, (n,)))
     if distribution == "logit-normal":
-        return rescale(
-            interval, jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,), jnp.float32))
-        )
+        logits = mean + std * jax.random.normal(key, (n,), jnp.float32)
+        return rescale(interval, jax.nn.sigmoid(logits))
     raise unknown_name("time distribution", distribution, DISTRIBUTIONS)

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, number), on any number of processes and however they are read."""
+"""Batches are a pure function of (seed, number), on any number of processes."""
 
 import contextlib
 import itertools
@@ -18,10 +18,11 @@ from sit_jax.data import pipeline, sources
 from sit_jax.errors import UserError
 
 
-class Counting:
-    """`size` records whose label is their index and whose image, 1x2, tells a flip; some may be broken."""
+class Counting(sources.ImageRecords):
+    """`size` records: the label is the index, the 1x2 image shows a flip. Some may be broken."""
 
     class_names = ("all",)
+    spec = sources.image_spec((1, 2, 1))
 
     def __init__(self, size, broken=()):
         self.size, self.broken = size, broken
@@ -79,7 +80,7 @@ def test_each_epoch_has_each_record_once_in_its_own_order():
 
 
 def test_seeds_share_no_epoch():
-    """Grain counts its shuffle seed up with the epoch: used raw, seed 1 would give seed 0's data an epoch late."""
+    """Grain adds the epoch to its shuffle seed: raw, seed 1 would be seed 0 an epoch late."""
     epochs = [
         tuple(epoch)
         for seed in range(5)
@@ -111,11 +112,19 @@ def test_flip_mirrors_about_half_and_anew_each_epoch():
     assert all((build(flip=False)[k]["image"][:, 0, 0, 0] == 0).all() for k in range(3))
 
 
+def test_a_row_is_mirrored_half_of_the_time():
+    source = Counting(1)
+    rng = np.random.default_rng(0)
+    images = [pipeline._flip(source, source[0], rng)["image"] for _ in range(1000)]
+    flipped = sum(int(image[0, 0, 0]) for image in images)
+    assert abs(flipped - 500) < 80  # five standard deviations
+
+
 @pytest.mark.parametrize("start", [0, 6])
 def test_iterating_from_a_start_continues_as_if_never_stopped(start):
     dataset = build()
     with contextlib.closing(pipeline.iterate(dataset, start, workers=0)) as iterator:
-        for k, batch in zip(range(start, start + 12), iterator):
+        for k, batch in zip(range(start, start + 12), iterator, strict=False):
             assert_same(batch, dataset[k])
 
 
@@ -133,7 +142,7 @@ def test_a_far_start_on_a_huge_source_is_immediate():
 
 def test_worker_processes_give_the_same_batches():
     flags.FLAGS.mark_as_parsed()
-    source = sources.open_source("digits", path="", image_size=8, channels=1, split="test")
+    source = sources.SOURCES["digits"].open(None, (8, 8, 1), "test")
     dataset = pipeline.batches(source, seed=3, batch_size=16, flip=True, skip_unreadable=False)
     with contextlib.closing(pipeline.iterate(dataset, 5, workers=2)) as iterator:
         ahead = pipeline.prefetch_to_device(itertools.islice(iterator, 6), jax.device_put)
@@ -150,7 +159,7 @@ from absl import flags
 from sit_jax.data import pipeline, sources
 
 flags.FLAGS.mark_as_parsed()
-source = sources.open_source("digits", path="", image_size=8, channels=1, split="test")
+source = sources.SOURCES["digits"].open(None, (8, 8, 1), "test")
 dataset = pipeline.batches(source, seed=0, batch_size=8, flip=False, skip_unreadable=False)
 batches = pipeline.iterate(dataset, 0, workers=2)
 next(batches), next(batches)
@@ -185,14 +194,16 @@ def test_readers_outlive_signals_but_not_their_parent():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_stops_the_run_with_one_line(workers):
     flags.FLAGS.mark_as_parsed()
-    with contextlib.closing(
-        pipeline.iterate(build(size=10, broken={3}), 0, workers=workers)
-    ) as iterator:
-        with pytest.raises(
+    with (
+        contextlib.closing(
+            pipeline.iterate(build(size=10, broken={3}), 0, workers=workers)
+        ) as iterator,
+        pytest.raises(
             UserError, match="'broken-10-3' cannot be read.*skip_unreadable=True"
-        ) as error:
-            for _ in range(4):  # an epoch and more
-                next(iterator)
+        ) as error,
+    ):
+        for _ in range(4):  # an epoch and more
+            next(iterator)
     assert type(error.value) is UserError and "\n" not in str(error.value)
 
 
@@ -223,7 +234,7 @@ def test_skipping_ends_when_nothing_can_be_read():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 0}, "data.batch_size=0"),
+        ({"batch_size": 0}, "train.batch=0"),
         ({"seed": -1}, "seed=-1.*0 or more"),
     ],
 )

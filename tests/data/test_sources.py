@@ -12,9 +12,13 @@ from sklearn.datasets import load_digits
 from sit_jax.data import sources
 from sit_jax.errors import UserError
 
-DIGITS = {"path": "", "image_size": 8, "channels": 1, "split": "train"}
+DIGITS = {"path": None, "image_size": 8, "channels": 1, "split": "train"}
 FOLDER = {"image_size": 16, "channels": 3, "split": "all"}
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+
+
+def open_source(name, *, path, image_size, channels, split):
+    return sources.SOURCES[name].open(path, (image_size, image_size, channels), split)
 
 
 def write_image(path, color=(10, 20, 30), mode="RGB"):
@@ -27,7 +31,7 @@ def write_image(path, color=(10, 20, 30), mode="RGB"):
 def test_digits_are_scaled_to_bytes_and_split_by_parity():
     raw = load_digits()
     splits = {
-        split: sources.open_source("digits", **{**DIGITS, "split": split})
+        split: open_source("digits", **{**DIGITS, "split": split})
         for split in ("train", "test", "all")
     }
     assert {split: len(source) for split, source in splits.items()} == {
@@ -44,7 +48,8 @@ def test_digits_are_scaled_to_bytes_and_split_by_parity():
     assert splits["train"].class_names == tuple("0123456789")
 
 
-# In torchvision's order: classes, then whole folder paths ("sub-b" before "sub/deep"), then names, sorted as strings.
+# In torchvision's order: classes, then complete folder paths ("sub-b" before "sub/deep"), then
+# names, each sorted as strings.
 FILES = [
     "Zebra/a.png",
     "ant/B.JPG",
@@ -68,7 +73,7 @@ def test_folder_lists_images_in_the_order_of_torchvision(tmp_path):
     (root / "ant" / "notes.txt").write_text("no image")
     (root / "top.png").write_bytes(b"files beside the class folders are not listed")
 
-    source = sources.open_source("folder", path=str(root), **FOLDER)
+    source = open_source("folder", path=str(root), **FOLDER)
     assert [os.path.relpath(file, root) for file in source.files] == FILES
     assert source.class_names == ("Zebra", "ant", "bee")
     assert [int(source[i]["label"]) for i in range(len(source))] == [0] + [1] * 7 + [2]
@@ -79,7 +84,7 @@ def test_folder_lists_images_in_the_order_of_torchvision(tmp_path):
 
 def test_folder_crops_and_drops_alpha(tmp_path):
     write_image(tmp_path / "a" / "x.png", (200, 100, 50, 0), "RGBA")
-    image = sources.open_source("folder", path=str(tmp_path), **FOLDER)[0]["image"]
+    image = open_source("folder", path=str(tmp_path), **FOLDER)[0]["image"]
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, np.broadcast_to(np.uint8([200, 100, 50]), (16, 16, 3)))
 
@@ -88,7 +93,7 @@ def test_folder_crops_and_drops_alpha(tmp_path):
 def test_unreadable_image_names_its_file(tmp_path, damage):
     path = tmp_path / "a" / "x.png"
     write_image(path)
-    source = sources.open_source("folder", path=str(tmp_path), **FOLDER)
+    source = open_source("folder", path=str(tmp_path), **FOLDER)
     if damage == "missing":
         path.unlink()
     else:
@@ -101,13 +106,16 @@ def test_unreadable_image_names_its_file(tmp_path, damage):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("digit", {}, "unknown data.source 'digit'; did you mean 'digits'"),
         ("digits", {"image_size": 32}, "data.image_size=32.*8x8; set it to 8"),
         ("digits", {"channels": 3}, "data.channels=3.*set it to 1"),
         ("digits", {"split": "tran"}, "unknown data.split 'tran'; did you mean 'train'"),
         ("digits", {"path": "/data"}, "data.path='/data'.*leave it empty"),
         ("folder", {"path": ""}, "data.path is empty.*set it"),
-        ("folder", {"path": "/no/such/folder"}, "data.path='/no/such/folder' is no folder; give"),
+        (
+            "folder",
+            {"path": "/no/such/folder"},
+            "data.path='/no/such/folder' is not a folder; give",
+        ),
         ("folder", {"path": "gs://bucket/x"}, "data.path='gs://bucket/x'.*mount the bucket"),
         ("folder", {"channels": 1}, "data.channels=1.*set it to 3"),
         ("folder", {"image_size": 0}, "data.image_size=0.*positive"),
@@ -118,15 +126,15 @@ def test_bad_options_are_one_line(tmp_path, name, change, message):
     write_image(tmp_path / "a" / "x.png")
     options = DIGITS if name != "folder" else {**FOLDER, "path": str(tmp_path)}
     with pytest.raises(UserError, match=message) as error:
-        sources.open_source(name, **{**options, **change})
+        open_source(name, **{**options, **change})
     assert "\n" not in str(error.value)
 
 
 def test_folder_without_classes_and_classes_without_images(tmp_path):
     with pytest.raises(UserError, match="no sub-folders"):
-        sources.open_source("folder", path=str(tmp_path), **FOLDER)
+        open_source("folder", path=str(tmp_path), **FOLDER)
     write_image(tmp_path / "full" / "x.png")
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow" / "x.bmp").write_bytes(b"")
     with pytest.raises(UserError, match="1 class folders without images.*'hollow'.*fill or remove"):
-        sources.open_source("folder", path=str(tmp_path), **FOLDER)
+        open_source("folder", path=str(tmp_path), **FOLDER)

@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' own, its codec, and every file that cannot be used."""
+"""The autoencoder against diffusers' own, its codec, and the refusal of unusable files."""
 
 import json
 import pathlib
@@ -12,21 +12,35 @@ import pytest
 import safetensors.numpy
 
 from sit_jax.errors import UserError
-from sit_jax.latents import files, open_codec
-from sit_jax.latents.autoencoder import Architecture, AutoencoderKL
+from sit_jax.latents import files
+from sit_jax.latents.autoencoder import AutoencoderKL, VaeArchitecture
+from sit_jax.latents.sd_vae import VaeOptions, open_sd_vae
+from sit_jax.record import ArraySpec
 from tests import goldens
 from tests.goldens import nhwc, relative_error
 
 SCALE = 0.18215
-OPTIONS = dict(path=None, repo=None, revision=None, dtype="float32", scale=SCALE, batch=8)
 LEGACY = goldens.FOLDER / "vae_legacy"
 each_case = pytest.mark.parametrize(
     "case", goldens.cases("vae", "vae"), ids=lambda case: case["name"]
 )
 
 
+def open_codec(**options):
+    return open_sd_vae(VaeOptions(**options))
+
+
+def spec(*image_shape):
+    return {"image": ArraySpec(image_shape, np.uint8)}
+
+
+def records(x_bhwc):
+    """Records whose images `normalise` maps to x."""
+    return {"image": (x_bhwc + 1) * 127.5}
+
+
 def sd_vae(folder=LEGACY, **changes):
-    return open_codec("sd-vae", **(OPTIONS | {"path": str(folder)} | changes))
+    return open_codec(path=str(folder), **changes)
 
 
 def arrays_of(case):
@@ -37,13 +51,13 @@ def arrays_of(case):
     }
 
 
-# Equal to diffusers
+# Equality with diffusers
 
 
 @each_case
 def test_posterior_and_decoder_equal_diffusers(case):
     folder, arrays = goldens.FOLDER / case["folder"], arrays_of(case)
-    architecture = files.read_architecture(files.Source(str(folder)), SCALE)
+    architecture = files.read_architecture(files.VaeFiles(str(folder)), SCALE)
     vae, params = AutoencoderKL(architecture), sd_vae(folder).load()
     mean, logvar = jnp.split(
         vae.apply({"params": params}, arrays["x"], method="encode"), 2, axis=-1
@@ -58,7 +72,7 @@ def test_posterior_and_decoder_equal_diffusers(case):
         < 1e-5
     )
     assert architecture.factor == case["downsampling"]
-    assert sd_vae(folder).shape(arrays["x"].shape[1:]) == arrays["mean"].shape[1:]
+    assert sd_vae(folder).shape(spec(*arrays["x"].shape[1:])) == arrays["mean"].shape[1:]
 
 
 @each_case
@@ -67,7 +81,7 @@ def test_the_codec_draws_scales_and_decodes_as_diffusers(case, monkeypatch):
     params = codec.load()
     with monkeypatch.context() as patch:
         patch.setattr(jax.random, "normal", lambda key, shape: key.reshape(shape))
-        x = codec.encode(params, arrays["noise"], arrays["x"])
+        x = codec.encode(params, arrays["noise"], records(arrays["x"]))
     assert relative_error(x, arrays["scaled_latent"]) < 1e-5
     assert relative_error(codec.decode(params, x), arrays["round_trip"]) < 1e-5
     assert codec.scale == SCALE
@@ -76,7 +90,7 @@ def test_the_codec_draws_scales_and_decodes_as_diffusers(case, monkeypatch):
 def test_the_log_variance_is_clamped():
     params = sd_vae().load()
     params["quant_conv"]["bias"] = np.repeat(np.float32([0, 1000, -1000]), [4, 2, 2])
-    vae = AutoencoderKL(files.read_architecture(files.Source(str(LEGACY)), SCALE))
+    vae = AutoencoderKL(files.read_architecture(files.VaeFiles(str(LEGACY)), SCALE))
     logvar = vae.apply({"params": params}, jnp.zeros((1, 12, 12, 3)), method="encode")[..., 4:]
     assert np.all(logvar[..., :2] == 20) and np.all(logvar[..., 2:] == -30)
 
@@ -109,8 +123,12 @@ def test_float32_is_full_precision_whatever_the_step_around_it_says():
 
 
 def test_the_published_vae_needs_no_file_for_its_shapes():
-    codec = open_codec("sd-vae", **OPTIONS)
-    assert codec.shape((256, 256, 3)) == (32, 32, 4) and codec.shape((512, 512, 3)) == (64, 64, 4)
+    codec = open_codec()
+    assert codec.shape(spec(256, 256, 3)) == (32, 32, 4) and codec.shape(spec(512, 512, 3)) == (
+        64,
+        64,
+        4,
+    )
     # What the published file holds: 334,643,276 bytes, 27,824 of them its header.
     assert (
         sum(leaf.size for leaf in jax.tree.leaves(codec.abstract_params))
@@ -132,7 +150,7 @@ def test_a_config_of_the_published_files_describes_the_default_architecture(tmp_
         "sample_size": 256,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert files.read_architecture(files.Source(str(tmp_path)), SCALE) == Architecture()
+    assert files.read_architecture(files.VaeFiles(str(tmp_path)), SCALE) == VaeArchitecture()
 
 
 # The codec
@@ -142,7 +160,7 @@ def test_a_draw_is_a_function_of_its_key():
     codec, images = sd_vae(), jnp.zeros((4, 12, 12, 3))
     encode = jax.jit(codec.encode)
     draws = [
-        encode(codec.load(), jax.random.split(jax.random.key(seed), 4), images)
+        encode(codec.load(), jax.random.split(jax.random.key(seed), 4), records(images))
         for seed in (0, 0, 1)
     ]
     np.testing.assert_array_equal(draws[0], draws[1])
@@ -154,7 +172,7 @@ def test_parts_change_nothing_but_the_memory(rows):
     x = jax.random.normal(jax.random.key(0), (rows, 8, 8, 4))
     whole, parts = sd_vae(batch=64), sd_vae(batch=2)
     params = whole.load()
-    # Other blocks of one convolution: rounding alone.
+    # Other blocks of the same convolution: only rounding differs.
     assert relative_error(parts.decode(params, x), whole.decode(params, x)) < 1e-5
 
 
@@ -174,7 +192,7 @@ def test_memory_is_bounded_by_the_parts():
     assert temporaries(2) < 0.25 * temporaries(64)
 
 
-# Files that cannot be used
+# Unusable files
 
 
 @pytest.fixture
@@ -270,9 +288,9 @@ def test_another_network_is_named(folder, change, words):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x80"])
-def test_a_config_that_is_none(folder, text):
+def test_a_file_that_is_not_a_config_is_named(folder, text):
     (folder / "config.json").write_bytes(text.encode("latin1"))
-    assert "config.json is no config.json of a VAE that can be used: " in refusal(folder)
+    assert "config.json is not a usable config.json of a VAE: " in refusal(folder)
 
 
 def test_the_folders_scale_is_taken_when_the_setting_is_the_same(folder):
@@ -286,7 +304,8 @@ def test_a_truncated_file_is_named(folder, share):
     file = folder / "diffusion_pytorch_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
-    assert "cannot be read (" in refusal(folder) and "bring a whole copy of it" in refusal(folder)
+    message = refusal(folder)
+    assert "cannot be read (" in message and "bring a complete copy of it" in message
 
 
 def test_numbers_that_are_not_read_are_named(folder):
@@ -330,12 +349,13 @@ def test_tensors_that_do_not_fit_are_named(folder):
 
 def test_images_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="data.channels is 1, but this VAE encodes 3; set it to 3"):
-        sd_vae().shape((12, 12, 1))
+        sd_vae().shape(spec(12, 12, 1))
     with pytest.raises(
         UserError,
-        match="data.image_size is 250, but one cell of this VAE is 8 pixels; make it a multiple of 8",
+        match="data.image_size is 250, but one cell of this VAE is 8 pixels; make it a multiple "
+        "of 8",
     ):
-        open_codec("sd-vae", **OPTIONS).shape((250, 250, 3))
+        open_codec().shape(spec(250, 250, 3))
 
 
 # From a repository
@@ -343,7 +363,7 @@ def test_images_that_do_not_fit_are_named():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A cache of Hugging Face that nothing is in, without a network."""
+    """An empty cache of Hugging Face, without a network."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
@@ -352,7 +372,7 @@ def hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", ["ema", "mse"])
 def test_without_a_network_the_error_says_what_to_bring_where(hub, kind):
     repo = f"stabilityai/sd-vae-ft-{kind}"
-    codec = open_codec("sd-vae", **(OPTIONS | {"repo": repo}))
+    codec = open_codec(repo=repo)
     with pytest.raises(UserError) as caught:
         codec.load()
     message, known = str(caught.value), files.PUBLISHED[repo]
@@ -362,26 +382,24 @@ def test_without_a_network_the_error_says_what_to_bring_where(hub, kind):
         "bring config.json and diffusion_pytorch_model.safetensors (334,643,276 bytes, sha256 "
         in message
     )
-    assert (
-        f"{known.weights_sha256}) from https://huggingface.co/{repo}/tree/{known.revision} into a folder"
-        in message
-    )
+    commit = f"https://huggingface.co/{repo}/tree/{known.revision}"
+    assert f"{known.weights_sha256}) from {commit} into a folder" in message
 
 
 def test_an_unknown_repository_needs_a_revision(hub):
     with pytest.raises(
         UserError, match="latents.repo 'me/mine' needs latents.revision, a commit of it"
     ):
-        open_codec("sd-vae", **(OPTIONS | {"repo": "me/mine"}))
+        open_codec(repo="me/mine")
     with pytest.raises(
         UserError,
         match="config.json of me/mine could not be fetched .*me/mine/tree/abc into a folder",
     ):
-        open_codec("sd-vae", **(OPTIONS | {"repo": "me/mine", "revision": "abc"}))
+        open_codec(repo="me/mine", revision="abc")
 
 
-def test_what_is_in_the_cache_is_used_without_a_network(hub):
+def test_files_in_the_cache_are_used_without_a_network(hub):
     commit = "0123456789" * 4
     shutil.copytree(LEGACY, hub / "models--me--mine" / "snapshots" / commit)
-    codec = open_codec("sd-vae", **(OPTIONS | {"repo": "me/mine", "revision": commit}))
+    codec = open_codec(repo="me/mine", revision=commit)
     assert same(codec.load(), sd_vae().load())

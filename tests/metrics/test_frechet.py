@@ -4,24 +4,25 @@ import numpy as np
 import pytest
 
 from sit_jax.errors import UserError
-from sit_jax.metrics.frechet import Moments, frechet_distance, moments
+from sit_jax.metrics.frechet import FeatureStatistics, feature_statistics, frechet_distance
 from tests import goldens
 
 
 @pytest.mark.parametrize("case", goldens.cases("metrics", "frechet"), ids=lambda c: c["name"])
 def test_equals_the_reference_evaluators(case):
     arrays = goldens.load("metrics")[1]
-    found = frechet_distance(moments(arrays[case["a"]]), moments(arrays[case["b"]]))
-    # pytorch-fid's means are float64, as ours; with fewer rows than dimensions it takes the root of a singular product.
-    assert found == pytest.approx(
-        case["pytorch_fid"], rel=1e-9 if case["name"] != "few" else 1e-6, abs=1e-9
-    )
+    a, b = (feature_statistics(arrays[case[side]]) for side in "ab")
+    # pytorch-fid's means are float64, as ours. With fewer rows than dimensions it takes the root of
+    # a singular product.
+    rel = 1e-9 if case["name"] != "few" else 1e-6
+    assert frechet_distance(a, b) == pytest.approx(case["pytorch_fid"], rel=rel, abs=1e-9)
 
 
 def test_statistics_are_the_reference_evaluators():
-    case, arrays = goldens.cases("metrics", "frechet")[0], goldens.load("metrics")[1]
+    case = goldens.cases("metrics", "frechet")[0]
+    arrays = goldens.load("metrics")[1]
     for side in "ab":
-        ours = moments(arrays[case[side]])
+        ours = feature_statistics(arrays[case[side]])
         np.testing.assert_allclose(ours.mean_d, arrays[case["statistics"][f"mu_{side}"]], rtol=1e-9)
         np.testing.assert_allclose(
             ours.covariance_dd, arrays[case["statistics"][f"sigma_{side}"]], atol=1e-12
@@ -29,12 +30,12 @@ def test_statistics_are_the_reference_evaluators():
 
 
 def test_closed_form_of_commuting_gaussians():
-    a = Moments(np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
-    b = Moments(np.array([0.0, 0.0]), np.diag([1.0, 0.0]))
+    a = FeatureStatistics(np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
+    b = FeatureStatistics(np.array([0.0, 0.0]), np.diag([1.0, 0.0]))
     assert frechet_distance(a, b) == pytest.approx(1 + 4 + (2 - 1) ** 2 + 3**2)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
 
 
 def test_one_feature_has_no_covariance():
     with pytest.raises(UserError, match="1 features have no covariance; expected 2 or more"):
-        moments(np.zeros((1, 3)))
+        feature_statistics(np.zeros((1, 3)))

@@ -1,4 +1,4 @@
-"""attention: the TPU kernel computes what the einsums do, and each platform gets its own."""
+"""The TPU kernel computes the same attention as the einsums, and each platform has its kernel."""
 
 import functools
 
@@ -22,7 +22,7 @@ from sit_jax.models import attention
         ("gpu", "float32", 256, "einsum"),
     ],
 )
-def test_the_choice(platform, dtype, tokens, kernel):
+def test_each_platform_gets_its_kernel(platform, dtype, tokens, kernel):
     assert attention.choose(platform, dtype, tokens) == kernel
 
 
@@ -34,7 +34,7 @@ def test_splash_is_attention():
         out, pull = jax.vjp(attend, q, k, v)
         return [np.asarray(x, np.float32) for x in (out, *pull(cotangent))]
 
-    found = both_ways(functools.partial(attention.splash, interpret=True))
-    for ours, theirs in zip(found, both_ways(attention.einsum), strict=True):
-        # bfloat16 has 8 bits; the two sum, and round in between, in other orders.
+    splash = functools.partial(attention.splash, interpret=True)
+    for ours, theirs in zip(both_ways(splash), both_ways(attention.einsum), strict=True):
+        # bfloat16 has 8 bits, and the two sum and round in different orders.
         assert np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()

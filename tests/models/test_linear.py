@@ -1,4 +1,4 @@
-"""The linear layer: flax's in one type, and gradients that keep float32 where the products are in bfloat16."""
+"""The linear layer is flax's in one dtype; with bfloat16 products its gradients stay float32."""
 
 import flax.linen as nn
 import jax
@@ -8,14 +8,18 @@ import pytest
 
 from sit_jax.models.linear import Linear, affine
 
-X, KEY = jax.random.normal(jax.random.key(1), (64, 16)), jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (64, 16))
+KEY = jax.random.key(0)
+XAVIER = nn.initializers.xavier_uniform()
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [(Linear(8), nn.Dense(8, kernel_init=nn.initializers.xavier_uniform())),
-     (Linear((3, 2, 4)), nn.DenseGeneral((3, 2, 4), kernel_init=nn.initializers.xavier_uniform()))],
-)  # fmt: skip
+    [
+        (Linear(8), nn.Dense(8, kernel_init=XAVIER)),
+        (Linear((3, 2, 4)), nn.DenseGeneral((3, 2, 4), kernel_init=XAVIER)),
+    ],
+)
 def test_in_float32_it_is_flaxs(ours, theirs):
     params = ours.init(KEY, X)
     for a, b in zip(*map(jax.tree.leaves, (params, theirs.init(KEY, X))), strict=True):
@@ -24,27 +28,26 @@ def test_in_float32_it_is_flaxs(ours, theirs):
 
 
 def test_gradients_of_float32_parameters_are_not_rounded_to_bfloat16():
-    """The operands are bfloat16 either way; what differs is the last rounding of their sum."""
-    kernel, bias, x = jax.random.normal(KEY, (16, 8)), jnp.ones(8), X.astype(jnp.bfloat16)
+    """The operands are bfloat16 either way; only the last rounding of their sum differs."""
+    kernel = jax.random.normal(KEY, (16, 8))
+    bias = jnp.ones(8)
+    x = X.astype(jnp.bfloat16)
     cotangent = jax.random.normal(jax.random.key(2), (64, 8)).astype(jnp.bfloat16)
     of_output, of_input = (np.asarray(a, np.float64) for a in (cotangent, x))
     exact = of_input.T @ of_output, of_output.sum(0)
-    for dtype, least, most in (
-        (jnp.float32, 0, 1e-6),
-        (jnp.bfloat16, 1e-3, 2e-2),
-    ):  # a unit is 2^-24, or 2^-8
+    # One unit in the last place is 2^-24 of a float32, 2^-8 of a bfloat16.
+    for dtype, least, most in ((jnp.float32, 0, 1e-6), (jnp.bfloat16, 1e-3, 2e-2)):
         _, pull = jax.vjp(lambda k, b: affine(x, k, b), kernel.astype(dtype), bias.astype(dtype))
-        for found, want in zip(pull(cotangent), exact, strict=True):
-            assert found.dtype == dtype
-            assert (
-                least
-                <= np.abs(np.asarray(found, np.float64) - want).max() / np.abs(want).max()
-                < most
-            )
+        for gradient, want in zip(pull(cotangent), exact, strict=True):
+            assert gradient.dtype == dtype
+            error = np.abs(np.asarray(gradient, np.float64) - want).max() / np.abs(want).max()
+            assert least <= error < most
 
 
 def test_it_is_differentiated_in_both_directions():
-    kernel, bias, x = jax.random.normal(KEY, (16, 8)), jnp.ones(8), X.astype(jnp.bfloat16)
+    kernel = jax.random.normal(KEY, (16, 8))
+    bias = jnp.ones(8)
+    x = X.astype(jnp.bfloat16)
     out, forwards = jax.jvp(lambda x: affine(x, kernel, bias), (x,), (x,))
     np.testing.assert_array_equal(forwards, affine(x, kernel, jnp.zeros(8)))
     np.testing.assert_array_equal(
@@ -52,14 +55,13 @@ def test_it_is_differentiated_in_both_directions():
     )
     of_x = jax.grad(lambda x: affine(x, kernel, bias).astype(jnp.float32).sum())(x)
     want = np.broadcast_to(kernel.astype(jnp.bfloat16).astype(np.float32).sum(1), x.shape)
-    np.testing.assert_allclose(
-        of_x.astype(np.float32), want, atol=0.05
-    )  # bfloat16: 8 bits of sums of 8
+    # bfloat16: 8 bits of sums of 8.
+    np.testing.assert_allclose(of_x.astype(np.float32), want, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_highest_is_left_to_float32(dtype):
-    """A TPU's compiler refuses bfloat16 operands with a precision that is theirs no more ("Bad lhs type")."""
+def test_only_float32_products_take_the_highest_precision(dtype):
+    """A TPU's compiler refuses it for bfloat16 operands ("Bad lhs type")."""
     layer = Linear(8, jnp.dtype(dtype))
     with jax.default_matmul_precision("highest"):
         lowered = jax.jit(jax.grad(lambda p, x: layer.apply(p, x).astype(jnp.float32).sum())).lower(

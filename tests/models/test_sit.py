@@ -1,29 +1,34 @@
 """The network against the PyTorch reference, its initial weights, and its sizes."""
 
+import re
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert.names import TABLE
+from sit_jax import sharding
 from sit_jax.errors import UserError
 from sit_jax.models import embeddings
-from sit_jax.models.label_dropout import drop_labels
-from sit_jax.models.sit import SiT
+from sit_jax.models.sit import REMAT_POLICIES, Block, SiT, identity
 from sit_jax.models.sizes import SIZES, Size, forward_flops, size_by_name, tokens
-from sit_jax.sampling.guidance import guide
+from sit_jax.sampling.guidance import with_guidance
 from tests import goldens
 from tests.goldens import nhwc, relative_error
 
-FLOAT32 = 3e-6  # what an independent float64 implementation differs by (tests/golden/README.md)
+# The difference from an independent float64 implementation (tests/golden/README.md).
+FLOAT32 = 3e-6
+X = np.random.default_rng(0).normal(size=(2, 8, 8, 4))
+T = jnp.array([0.2, 0.7])
+Y = jnp.array([1, 10])
 
 
 def golden_network(case):
     weights = goldens.load("model")[0]["weights"][case["weights"]]
-    model, params = (
-        goldens.model(weights["learn_sigma"]),
-        goldens.params(weights["file"], weights["entry"]),
-    )
+    model = goldens.model(weights["learn_sigma"])
+    params = goldens.params(weights["file"], weights["entry"])
     return jax.jit(lambda x, t, y: model.apply({"params": params}, x, t, y))
 
 
@@ -36,11 +41,19 @@ def test_forward_equals_reference(case):
 
 @pytest.mark.parametrize("case", goldens.cases("model", "forward_with_cfg"), ids=lambda c: c["out"])
 def test_guidance_equals_reference(case):
-    arrays, network = goldens.load("model")[1], golden_network(case)
+    arrays = goldens.load("model")[1]
+    network = golden_network(case)
     x, t, y = nhwc(arrays["x_cfg"]), arrays["t_cfg"], arrays["y_cfg"].astype(np.int32)
     half = len(x) // 2  # the reference doubles the batch and uses the first half of x twice
-    conditional, unconditional = (lambda x, t, y=y: network(x, t, y) for y in (y[:half], y[half:]))
-    out = guide(conditional, unconditional, case["cfg_scale"], channels=3)(x[:half], t[:half])
+
+    def conditional(x, t):
+        return network(x, t, y[:half])
+
+    def unconditional(x, t):
+        return network(x, t, y[half:])
+
+    guided = with_guidance(conditional, unconditional, case["cfg_scale"], channels=3)
+    out = guided(x[:half], t[:half])
     assert relative_error(out, nhwc(arrays[case["out"]])[:half]) < FLOAT32
 
 
@@ -49,47 +62,137 @@ def test_embeddings_equal_reference():
     for case in goldens.cases("model", "timestep_embedding"):
         t = arrays["timestep_embedding/t"]
         error = np.abs(embeddings.time_features(t, case["dim"]) - arrays[case["out"]])
-        # The angle t f is rounded to 2^-24 of itself on both sides, so large t (999 is one of them) shifts the
-        # sinusoid.
+        # The angle t f is rounded to 2^-24 of itself on both sides, which for a large t (there is a
+        # 999) shifts the sinusoid.
         assert (error <= 2**-23 * (1 + t[:, None])).all()
     for case in goldens.cases("model", "pos_embed"):
         ours = embeddings.position_embedding(case["dim"], case["grid"])
         np.testing.assert_allclose(ours, arrays[case["out"]].reshape(ours.shape), rtol=0, atol=1e-7)
 
 
+def record_outputs(model, params, x, t, y):
+    """The outputs of the modules outside the scan over layers, by name."""
+    outputs = {}
+
+    def record(call, args, kwargs, context):
+        output = call(*args, **kwargs)
+        if context.module.name in ("x_embedder", "t_embedder", "y_embedder", "final_layer"):
+            outputs[context.module.name] = output
+        return output
+
+    with nn.intercept_methods(record):
+        model.apply({"params": params}, x, t, y)
+    return outputs
+
+
+def run_layers(model, params, x, t, y, record=lambda layer, name, output: None):
+    """The tokens after each layer, by a Python loop over unstacked layers instead of the scan.
+
+    `record` is called with the output of each module inside a layer.
+    """
+    outputs = record_outputs(model, params, x, t, y)
+    x_btd = outputs["x_embedder"].reshape(len(x), -1, model.size.width) + params["pos_embed"]
+    embedding_bd = nn.silu(outputs["t_embedder"] + outputs["y_embedder"])
+    hooks = {"attend": model.attend, "shard": identity, "split": identity}
+    block = Block(model.size.heads, model.mlp_ratio, model.qk_norm, model.dtype, **hooks)
+    tokens_after = {}
+    for layer in range(1, model.size.depth + 1):
+        of_layer = jax.tree.map(lambda stacked, i=layer - 1: stacked[i], params["blocks"])
+
+        def intercept(call, args, kwargs, context, layer=layer):
+            output = call(*args, **kwargs)
+            record(layer, context.module.name, output)
+            return output
+
+        with nn.intercept_methods(intercept):
+            x_btd, _ = block.apply({"params": of_layer}, x_btd, embedding_bd)
+        tokens_after[layer] = x_btd
+    return tokens_after
+
+
 def test_activations_equal_reference():
-    """The parts of the network that are not visible in its output's size: embedders, attention, mlp, blocks."""
-    (case,), arrays = goldens.cases("model", "intermediates"), goldens.load("model")[1]
+    """The parts of the network that its output hides: embedders, attention, mlp, layers."""
+    (case,) = goldens.cases("model", "intermediates")
+    arrays = goldens.load("model")[1]
     model, params = goldens.bare()
     x, t, y = nhwc(arrays["x"]), arrays["t"], arrays["y"].astype(np.int32)
-    seen = []
-
-    def see(x_btd):  # the hook between layers, inside the scan
-        jax.debug.callback(seen.append, x_btd, ordered=True)
-        return x_btd
-
-    _, state = model.clone(shard=see).apply({"params": params}, x, t, y, capture_intermediates=True)
-    jax.effects_barrier()
-    inside = {
-        name: state["intermediates"][name]["__call__"][0]
-        for name in ("x_embedder", "t_embedder", "y_embedder")
+    outputs = record_outputs(model, params, x, t, y)
+    ours = {
+        "patch_embed": outputs["x_embedder"],
+        "t_embed": outputs["t_embedder"],
+        "y_embed": outputs["y_embedder"],
+        "final_layer": outputs["final_layer"],
     }
-    inside |= {"final_layer": state["intermediates"]["final_layer"]["__call__"][0]}
-    names = {
-        "x_embedder": "patch_embed",
-        "t_embedder": "t_embed",
-        "y_embedder": "y_embed",
-        "final_layer": "final_layer",
-    }
-    for ours, theirs in names.items():
-        want = arrays[case["out"][theirs]]
-        assert relative_error(inside[ours].reshape(want.shape), want) < FLOAT32, theirs
-    for i in range(3):
-        assert relative_error(seen[-3 + i], arrays[case["out"][f"block{i}"]]) < FLOAT32, i
+    _, tokens_after = model.apply({"params": params}, x, t, y, layers=(1, 2, 3))
+    ours |= {f"block{layer - 1}": tokens for layer, tokens in tokens_after.items()}
+
+    def record(layer, name, output):
+        if layer == 1 and name in ("attn", "mlp"):
+            ours[f"block0_{name}"] = output
+
+    run_layers(model, params, x, t, y, record)
+    assert set(ours) == set(case["out"])
+    for name, key in case["out"].items():
+        want = arrays[key]
+        assert relative_error(ours[name].reshape(want.shape), want) < FLOAT32, name
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_layers_are_the_tokens_after_them_and_change_no_output(remat):
+    model, params = goldens.bare()
+    model = model.clone(remat=remat)
+    apply = jax.jit(model.apply, static_argnames="layers")
+    out, tokens_after = apply({"params": params}, X, T, Y, layers=(1, 3))
+    np.testing.assert_array_equal(out, apply({"params": params}, X, T, Y))
+    looped = run_layers(model, params, X, T, Y)
+    assert set(tokens_after) == {1, 3}
+    for layer, tokens_btd in tokens_after.items():
+        assert relative_error(tokens_btd, looped[layer]) < FLOAT32, layer
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_a_loss_on_a_layer_has_no_gradient_beyond_it(remat):
+    model, params = goldens.bare()
+    model = model.clone(remat=remat)
+
+    def loss(params):
+        return (model.apply({"params": params}, X, T, Y, layers=(2,))[1][2] ** 2).mean()
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    kernel = gradients["blocks"]["mlp"]["fc1"]["kernel"]
+    assert (kernel[:2] != 0).any(axis=(1, 2)).all() and (kernel[2] == 0).all()
+    assert not jnp.any(gradients["final_layer"]["linear"]["kernel"])
+
+
+def test_layers_pass_through_the_hooks_of_a_mesh():
+    model, params = goldens.bare()
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    on_mesh = model.clone(**sharding.model_hooks(mesh, jnp.float32, jnp.float32)._asdict())
+    apply = jax.jit(on_mesh.apply, static_argnames="layers")
+    _, tokens_after = apply({"params": params}, X, T, Y, layers=(2,))
+    assert relative_error(tokens_after[2], run_layers(model, params, X, T, Y)[2]) < FLOAT32
+
+
+def test_the_program_stacks_no_tokens_unless_asked():
+    model, params = goldens.bare()
+
+    def stacked(layers):
+        lowered = jax.jit(lambda p, x: model.apply({"params": p}, x, T, Y, layers)).lower(params, X)
+        return "tensor<3x2x16x48xf32>" in lowered.as_text()  # [depth, b, t, d]
+
+    assert stacked((2,)) and not stacked(())
+
+
+@pytest.mark.parametrize("layer", [0, 4, -1])
+def test_a_layer_that_does_not_exist_is_named(layer):
+    model, params = goldens.bare()
+    message = f"layer {layer} does not exist; expected 1 to 3, the model's depth"
+    with pytest.raises(UserError, match=re.escape(message)):
+        model.apply({"params": params}, X, T, Y, layers=(1, layer))
 
 
 def test_fresh_weights_follow_the_reference():
-    wanted = goldens.load("model")[0]["fresh_init"]
+    expected = goldens.load("model")[0]["fresh_init"]
     model = goldens.model(True)
     x, one = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1)
     params = model.init(jax.random.key(0), x, one, one.astype(int))["params"]
@@ -99,10 +202,8 @@ def test_fresh_weights_follow_the_reference():
     }
     assert {path for path, _ in TABLE.values()} == set(flat)
     for name, (path, _) in TABLE.items():
-        want, value = (
-            wanted[name.replace(".N.", ".0.")],
-            flat[path][0] if ".N." in name else flat[path],
-        )
+        want = expected[name.replace(".N.", ".0.")]
+        value = flat[path][0] if ".N." in name else flat[path]
         assert value.size == np.prod(want["shape"]), name
         assert bool((value == 0).all()) == want["all_zero"], name
         # A spread estimated from n values is off by about 1/sqrt(2n) on either side; five of those.
@@ -150,32 +251,20 @@ def test_patches_round_trip():
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat):
     model, params = goldens.bare()
-    x, t, y = (
-        jax.random.normal(jax.random.key(0), (2, 8, 8, 4)),
-        jnp.array([0.2, 0.7]),
-        jnp.array([1, 10]),
-    )
 
     def gradient(model):
-        return jax.jit(jax.grad(lambda p: (model.apply({"params": p}, x, t, y) ** 2).sum()))(params)
+        return jax.jit(jax.grad(lambda p: (model.apply({"params": p}, X, T, Y) ** 2).sum()))(params)
 
-    for a, b in zip(
-        *map(jax.tree.leaves, (gradient(model), gradient(model.clone(remat=remat)))), strict=True
-    ):
-        assert np.abs(a - b).max() <= 1e-5 * max(
-            np.abs(a).max(), 1e-3
-        )  # recomputed sums may be ordered otherwise
+    gradients = gradient(model), gradient(model.clone(remat=remat))
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        # Recomputed sums may be in a different order.
+        assert np.abs(a - b).max() <= 1e-5 * max(np.abs(a).max(), 1e-3)
 
 
 def test_bfloat16_keeps_parameters_and_output_in_float32():
     model, params = goldens.bare()
-    x, t, y = (
-        jax.random.normal(jax.random.key(0), (2, 8, 8, 4)),
-        jnp.array([0.2, 0.7]),
-        jnp.array([1, 10]),
-    )
-    out = model.clone(dtype=jnp.bfloat16).apply({"params": params}, x, t, y)
-    exact = model.apply({"params": params}, x, t, y)
+    out = model.clone(dtype=jnp.bfloat16).apply({"params": params}, X, T, Y)
+    exact = model.apply({"params": params}, X, T, Y)
     assert out.dtype == jnp.float32
     assert 1e-5 < relative_error(out, exact) < 0.05  # eight bits of mantissa, through three layers
 
@@ -188,18 +277,6 @@ def test_compile_size_does_not_grow_with_depth():
         return jax.jit(model.apply).lower(params, x, t, t.astype(int)).as_text()
 
     assert len(text(24)) < 1.02 * len(text(2))
-
-
-def test_label_dropout_is_a_function_of_its_key():
-    labels = jnp.arange(10_000) % 10
-    dropped = drop_labels(jax.random.key(1), labels, 0.1, null_label=10)
-    np.testing.assert_array_equal(
-        dropped, drop_labels(jax.random.key(1), labels, 0.1, null_label=10)
-    )
-    assert ((dropped == labels) | (dropped == 10)).all()
-    assert abs((dropped == 10).mean() - 0.1) < 4 * np.sqrt(0.09 / 10_000)
-    np.testing.assert_array_equal(drop_labels(jax.random.key(1), labels, 0.0, 10), labels)
-    assert (drop_labels(jax.random.key(1), labels, 1.0, 10) == 10).all()
 
 
 @pytest.mark.parametrize(
@@ -219,27 +296,20 @@ def test_bad_sizes(call, words):
 
 def test_qk_norm_bounds_the_logits_and_adds_two_scales():
     model = goldens.model(True).clone(qk_norm=True)
-    x, t, y = (
-        jax.random.normal(jax.random.key(0), (2, 8, 8, 4)),
-        jnp.array([0.2, 0.7]),
-        jnp.array([1, 10]),
-    )
-    params = model.init(jax.random.key(1), x, t, y)["params"]
+    params = model.init(jax.random.key(1), X, T, Y)["params"]
     extra = {name: params["blocks"]["attn"].pop(name) for name in ("q_norm", "k_norm")}
-    assert {name: scale["scale"].shape for name, scale in extra.items()} == {
-        "q_norm": (3, 12),
-        "k_norm": (3, 12),
-    }
+    shapes = {name: scale["scale"].shape for name, scale in extra.items()}
+    assert shapes == {"q_norm": (3, 12), "k_norm": (3, 12)}
 
-    def output(factor):  # the size of queries and keys no longer matters
+    def output(factor):
+        """The output with queries and keys scaled by a factor, which no longer matters."""
         params = jax.tree.map(jnp.asarray, goldens.params("sit_bare.pt", None))
         attention = params["blocks"]["attn"]
         attention["qkv"] = jax.tree.map(
             lambda w: w.at[..., :2, :, :].multiply(factor), attention["qkv"]
         )
         attention |= extra
-        return model.apply({"params": params}, x, t, y)
+        return model.apply({"params": params}, X, T, Y)
 
-    np.testing.assert_allclose(
-        output(100.0), output(1.0), rtol=0, atol=2e-3
-    )  # but for the norm's epsilon
+    # Equal up to the norm's epsilon.
+    np.testing.assert_allclose(output(100.0), output(1.0), rtol=0, atol=2e-3)

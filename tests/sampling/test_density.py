@@ -1,4 +1,4 @@
-"""log p: against the PyTorch reference, against densities in closed form, and by the laws of Hutchinson's trace."""
+"""log p against the PyTorch reference and closed forms, and the laws of Hutchinson's trace."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from jax.scipy.stats import multivariate_normal
 
 from sit_jax.errors import UserError
-from sit_jax.sampling import density
+from sit_jax.sampling import density, ode
 from sit_jax.transport import interval, paths, prediction
 from tests import goldens
 from tests.goldens import nhwc
@@ -16,19 +16,21 @@ SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}  # torchdiffeq
 
 
 def golden(case):
-    """The case's velocity, x, the probe [1, b, h, w, c], and the interval in our direction of time."""
-    arrays, path = goldens.load("likelihood")[1], paths.path_by_name(case["path_type"])
-    velocity = prediction.velocity_field(
-        goldens.labelled(tuple(arrays["y"])), path, case["prediction"]
-    )
+    """The case's velocity, x, probe [1, b, h, w, c], and interval in our direction of time."""
+    arrays = goldens.load("likelihood")[1]
+    path = paths.path_by_name(case["path_type"])
+    network = goldens.labelled(tuple(arrays["y"]))
+    velocity = prediction.velocity_field(network, path, case["prediction"])
     x, probe = (jnp.asarray(nhwc(arrays[name])) for name in ("x", "eps"))
-    # The reference's solver counts s = 1 - t; with VP it starts at t=1, so this is its interval, not ours.
+    # The reference's solver counts s = 1 - t; with VP it starts at t=1, so this is its interval,
+    # not ours.
     low_high = tuple(1 - s for s in case["interval"][::-1]) if "interval" in case else None
     return velocity, x, probe[None], low_high
 
 
 def log_prob(velocity, x, low_high, probes, **options):
-    return jax.jit(lambda x: density.log_prob(velocity, x, low_high, probes, **options))(x)
+    options = ode.OdeOptions(**options)
+    return jax.jit(lambda x: density.log_prob(velocity, x, low_high, probes, options))(x)
 
 
 HUTCHINSON = [c for c in goldens.cases("likelihood", "hutchinson") if c.get("finite")]
@@ -43,19 +45,16 @@ def test_fixed_steps_equal_reference(case):
         velocity, x, low_high, probe, solver=SOLVERS[case["method"]], steps=8
     )
     arrays = goldens.load("likelihood")[1]
-    tolerance = (
-        3e-6 if case["prediction"] == "velocity" else 1e-4
-    )  # a drift with 1/t magnifies the rounding of t
+    # A drift with 1/t magnifies the rounding of t.
+    tolerance = 3e-6 if case["prediction"] == "velocity" else 1e-4
     assert goldens.relative_error(ours, arrays[case["logp"]]) < tolerance
     assert goldens.relative_error(noise, nhwc(arrays[case["latent"]])) < tolerance
-    assert (
-        evaluations * 2 == case["nfe"]
-    )  # the reference calls its model twice, for the drift and for its derivative
+    # The reference calls its model twice, for the drift and for its derivative.
+    assert evaluations * 2 == case["nfe"]
 
 
-ADAPTIVE = [
-    c for c in HUTCHINSON if c["method"] == "dopri5" and c["path_type"] == "Linear"
-]  # others: the same field
+# Only Linear: the other cases have the same field.
+ADAPTIVE = [c for c in HUTCHINSON if c["method"] == "dopri5" and c["path_type"] == "Linear"]
 
 
 @pytest.mark.parametrize("case", ADAPTIVE, ids=lambda c: c["name"])
@@ -85,10 +84,8 @@ def test_the_exact_trace_gives_the_float64_answer(case):
 def test_divergence_at_a_point(case):
     velocity, x, probe, _ = golden(case)
     arrays, t_b = goldens.load("likelihood")[1], jnp.full(len(x), case["t"])
-    assert (
-        goldens.relative_error(density.divergence(velocity, x, t_b, None)[1], arrays[case["exact"]])
-        < 1e-6
-    )
+    _, exact = density.divergence(velocity, x, t_b, None)
+    assert goldens.relative_error(exact, arrays[case["exact"]]) < 1e-6
     v, hutchinson = density.divergence(velocity, x, t_b, probe)
     assert goldens.relative_error(hutchinson, arrays[case["hutchinson"]]) < 1e-6
     np.testing.assert_allclose(v, velocity(x, t_b), atol=1e-6)
@@ -117,12 +114,8 @@ def gaussian_field(path):
 
     def velocity(x_bhwc, t_b):
         t = t_b[:, None]
-        alpha, sigma, d_alpha, d_sigma = (
-            path.alpha(t),
-            path.sigma(t),
-            path.d_alpha(t),
-            path.d_sigma(t),
-        )
+        alpha, d_alpha = path.alpha(t), path.d_alpha(t)
+        sigma, d_sigma = path.sigma(t), path.d_sigma(t)
         rotated = (x_bhwc.reshape(-1, 4) - alpha * MEAN) @ ROTATION
         gain = (d_alpha * alpha * SPREAD**2 + d_sigma * sigma) / (alpha**2 * SPREAD**2 + sigma**2)
         return (d_alpha * MEAN + (gain * rotated) @ ROTATION.T).reshape(x_bhwc.shape)
@@ -131,7 +124,10 @@ def gaussian_field(path):
 
 
 def exact_log_prob(path, low_high, x_bhwc):
-    """Of the flow of N(0, I) over the interval: that is linear, so its result is Gaussian. float64."""
+    """log p under the flow of N(0, I) over the interval, float64.
+
+    The flow is linear, so it carries a Gaussian to a Gaussian.
+    """
 
     def moments(t):
         alpha, sigma = float(path.alpha(jnp.float32(t))), float(path.sigma(jnp.float32(t)))
@@ -139,12 +135,9 @@ def exact_log_prob(path, low_high, x_bhwc):
 
     (mean0, scale0), (mean1, scale1) = map(moments, low_high)
     flow = ROTATION @ np.diag(scale1 / scale0) @ ROTATION.T
+    x = np.asarray(x_bhwc).reshape(-1, 4)
     with jax.enable_x64(True):
-        return np.asarray(
-            multivariate_normal.logpdf(
-                np.asarray(x_bhwc).reshape(-1, 4), mean1 - flow @ mean0, flow @ flow.T
-            )
-        )
+        return np.asarray(multivariate_normal.logpdf(x, mean1 - flow @ mean0, flow @ flow.T))
 
 
 @pytest.mark.parametrize("name", paths.PATHS)
@@ -153,22 +146,21 @@ def test_a_gaussian_has_its_exact_density(name, trace):
     path = paths.path_by_name(name)
     low_high = interval.ode_interval(path, "velocity", 1e-5 if name == "VP" else None)
     rng = np.random.default_rng(1)
-    x = jnp.asarray(
-        (MEAN + (rng.normal(size=(8, 4)) * SPREAD) @ ROTATION.T).reshape(-1, *SHAPE), jnp.float32
-    )
+    data = MEAN + (rng.normal(size=(8, 4)) * SPREAD) @ ROTATION.T
+    x = jnp.asarray(data.reshape(-1, *SHAPE), jnp.float32)
     probes = None
-    if (
-        trace == "hutchinson"
-    ):  # all 16 sign vectors: their mean is the trace, with nothing left to chance
+    if trace == "hutchinson":
+        # All 16 sign vectors: their mean is the trace exactly, with no randomness.
         signs = np.stack(np.meshgrid(*[[-1.0, 1.0]] * 4, indexing="ij"), -1).reshape(16, 1, *SHAPE)
         probes = jnp.broadcast_to(jnp.asarray(signs, jnp.float32), (16, *x.shape))
     ours, *_ = log_prob(
         gaussian_field(path), x, low_high, probes, solver="dopri5", atol=1e-6, rtol=1e-6
     )
     np.testing.assert_allclose(ours, exact_log_prob(path, low_high, x), atol=2e-4)
-    # The data's own density, which VP misses by what its interval leaves of the mean at t=0: alpha = 0.0066.
-    data = exact_log_prob(paths.path_by_name("Linear"), (0.0, 1.0), x)
-    np.testing.assert_allclose(ours, data, atol=0.05 if name == "VP" else 2e-4)
+    # The data's own density. VP misses it, because at t=0 its interval leaves some of the mean:
+    # alpha = 0.0066.
+    of_data = exact_log_prob(paths.path_by_name("Linear"), (0.0, 1.0), x)
+    np.testing.assert_allclose(ours, of_data, atol=0.05 if name == "VP" else 2e-4)
 
 
 @pytest.mark.parametrize("kind", density.PROBES)
@@ -179,7 +171,7 @@ def test_hutchinson_is_unbiased(kind):
     one_each = jax.vmap(lambda probe: density.divergence(field, x, t_b, probe[None])[1][0])(probes)
     exact = float(density.divergence(field, x, t_b, None)[1][0])
     error = float(one_each.std()) / 4000**0.5
-    assert error > 0.001  # the field is not diagonal, so that there is a variance to average
+    assert error > 0.001  # the field is not diagonal, so the estimates have a variance
     assert abs(float(one_each.mean()) - exact) < 4 * error
     np.testing.assert_allclose(
         density.divergence(field, x, t_b, probes)[1][0], one_each.mean(), rtol=1e-4
@@ -190,18 +182,10 @@ def test_probes_are_keyed_by_sample_and_number():
     keys = jax.vmap(jax.random.key)(jnp.arange(5))
     probes = density.draw_probes("rademacher", keys, 3, SHAPE)
     assert probes.shape == (3, 5, *SHAPE) and set(np.unique(probes)) == {-1.0, 1.0}
-    np.testing.assert_array_equal(
-        density.draw_probes("rademacher", keys[3:4], 2, SHAPE)[:, 0], probes[:2, 3]
-    )
-    assert (
-        len(
-            {
-                p.tobytes()
-                for p in np.asarray(density.draw_probes("gaussian", keys, 3, SHAPE)).reshape(15, -1)
-            }
-        )
-        == 15
-    )
+    single = density.draw_probes("rademacher", keys[3:4], 2, SHAPE)
+    np.testing.assert_array_equal(single[:, 0], probes[:2, 3])
+    gaussian = np.asarray(density.draw_probes("gaussian", keys, 3, SHAPE)).reshape(15, -1)
+    assert len({probe.tobytes() for probe in gaussian}) == 15
     with pytest.raises(UserError, match="unknown probe 'rademacker'; did you mean 'rademacher'"):
         density.draw_probes("rademacker", keys, 1, SHAPE)
 
@@ -215,18 +199,14 @@ def test_log_prob_does_not_depend_on_the_neighbours(options):
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, *SHAPE)), jnp.float32)
     probes = density.draw_probes("gaussian", jax.random.split(jax.random.key(1), 4), 2, SHAPE)
-    together, *_ = log_prob(field, x, (0.0, 0.3), probes, **options)
-    alone, *_ = log_prob(field, x[2:3], (0.0, 0.3), probes[:, 2:3], **options)
-    np.testing.assert_allclose(alone[0], together[2], rtol=1e-6)
+    batch, *_ = log_prob(field, x, (0.0, 0.3), probes, **options)
+    single, *_ = log_prob(field, x[2:3], (0.0, 0.3), probes[:, 2:3], **options)
+    np.testing.assert_allclose(single[0], batch[2], rtol=1e-6)
 
 
-def test_the_exact_trace_holds_where_dimensions_are_no_multiple_of_what_is_done_at_once():
-    x = jnp.asarray(
-        np.random.default_rng(0).normal(size=(2, 3, 7, 1)), jnp.float32
-    )  # 21 dimensions
-    _, trace = density.divergence(
-        lambda x, t_b: x**2 * t_b.reshape(-1, 1, 1, 1), x, jnp.array([0.5, 2.0]), None
-    )
-    np.testing.assert_allclose(
-        trace, np.array([0.5, 2.0]) * 2 * np.asarray(x).sum((1, 2, 3)), rtol=1e-5
-    )
+def test_the_exact_trace_holds_for_dimensions_that_its_batches_do_not_divide():
+    # 21 dimensions, in batches of 16.
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 7, 1)), jnp.float32)
+    t_b = jnp.array([0.5, 2.0])
+    _, trace = density.divergence(lambda x, t_b: x**2 * t_b.reshape(-1, 1, 1, 1), x, t_b, None)
+    np.testing.assert_allclose(trace, t_b * 2 * np.asarray(x).sum((1, 2, 3)), rtol=1e-5)

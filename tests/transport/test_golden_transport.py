@@ -9,7 +9,8 @@ from sit_jax.transport.diffusion import diffusion
 from tests import goldens
 from tests.goldens import nhwc, relative_error
 
-FLOAT32 = 3e-6  # what an independent float64 implementation differs by (tests/golden/README.md)
+# The difference from an independent float64 implementation (tests/golden/README.md).
+FLOAT32 = 3e-6
 
 
 def golden_predict():
@@ -31,24 +32,23 @@ def test_path_functions(case):
     for name in ("alpha", "d_alpha", "sigma", "d_sigma"):
         ours, theirs = getattr(path, name)(t), arrays[case["out"][name]].reshape(t.shape)
         if path.name == "VP" and "sigma" in name:
-            # 1 - exp(2 log alpha) cancels near t=1: theirs is off by 2^-24/sigma^2 relative, so compare with the
-            # truth there.
+            # 1 - exp(2 log alpha) cancels near t=1, where the reference's relative error is
+            # 2^-24/sigma^2, so compare with the truth, too.
             truth = vp_float64(np.asarray(t, np.float64))[name]
+            cancellation = 2**-23 / path.sigma(t) ** 2
             assert (np.abs(ours - truth) <= FLOAT32 * np.abs(truth)).all()
-            assert (
-                np.abs(ours - theirs) <= (FLOAT32 + 2**-23 / path.sigma(t) ** 2) * np.abs(truth)
-            ).all()
+            assert (np.abs(ours - theirs) <= (FLOAT32 + cancellation) * np.abs(truth)).all()
         else:
             np.testing.assert_allclose(ours, theirs, rtol=FLOAT32, atol=1e-7)
     if path.name != "VP":
         variance = paths.drift_variance(path, t)
-        np.testing.assert_allclose(
-            variance, arrays[case["out"]["drift_var"]].reshape(t.shape), rtol=FLOAT32, atol=1e-7
-        )
+        theirs = arrays[case["out"]["drift_var"]].reshape(t.shape)
+        np.testing.assert_allclose(variance, theirs, rtol=FLOAT32, atol=1e-7)
 
 
 def vp_float64(t):
-    log_alpha, slope = -((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.05, (1 - t) * 19.9 / 2 + 0.05
+    log_alpha = -((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.05
+    slope = (1 - t) * 19.9 / 2 + 0.05
     sigma = np.sqrt(-np.expm1(2 * log_alpha))
     return {"sigma": sigma, "d_sigma": -np.exp(2 * log_alpha) * slope / sigma}
 
@@ -92,8 +92,8 @@ def test_training_times(case):
 def test_intervals(case):
     path, kind = paths.path_by_name(case["path_type"]), case["prediction"]
     train_eps, sample_eps = case["given_train_eps"], case["given_sample_eps"]
-    # The reference drops a given eps for Linear and GVP velocity, and a sample_eps when train_eps is missing (and the
-    # other way round it fails). Where it listens, the intervals are equal.
+    # The reference drops a given eps for Linear and GVP velocity, and a sample_eps without a
+    # train_eps (a train_eps without a sample_eps makes it fail). Elsewhere the intervals are equal.
     ignores = kind == "velocity" and path.name != "VP" and (train_eps or sample_eps)
     if not ignores:
         assert interval.train_interval(path, kind, train_eps) == pytest.approx(
@@ -116,7 +116,7 @@ def test_intervals(case):
 @pytest.mark.parametrize("path", paths.PATHS.values(), ids=lambda p: p.name)
 @pytest.mark.parametrize("kind", prediction.PREDICTIONS)
 def test_given_eps_is_honoured(path, kind):
-    """The reference's bugs: an eps ignored for velocity, and each of the two deciding over the other."""
+    """The reference ignores an eps for velocity, and one eps there changes the other's effect."""
     start = 0 if path.name == "VP" else 0.01
     assert interval.train_interval(path, kind, 0.01) == (start, 0.99)
     assert interval.ode_interval(path, kind, 0.01) == (start, 0.99)
@@ -128,8 +128,7 @@ def test_diffusion_forms(case):
     t = jnp.asarray(arrays["inside/t"])
     ours = diffusion(path, case["form"], t, case["norm"])
     assert ours.shape == t.shape  # "constant" too, which is a Python float in the reference
-    # sigma of VP: theirs cancels near t=1, see test_path_functions.
-    rtol = FLOAT32 + (
-        2**-23 / path.sigma(t) ** 2 if (path.name, case["form"]) == ("VP", "sigma") else 0
-    )
+    rtol = FLOAT32
+    if (path.name, case["form"]) == ("VP", "sigma"):
+        rtol += 2**-23 / path.sigma(t) ** 2  # theirs cancels near t=1, see test_path_functions
     assert (np.abs(ours - arrays[case["out"]]) <= rtol * np.abs(arrays[case["out"]]) + 1e-7).all()

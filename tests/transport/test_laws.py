@@ -1,7 +1,7 @@
-"""What holds for any path and prediction, whoever computed it: derivatives, round trips, and the Gaussian closed form.
+"""Laws of every path and prediction: derivatives, round trips, and the Gaussian closed form.
 
-For data N(m, s^2) the marginal at t is N(alpha m, alpha^2 s^2 + sigma^2), so score, noise and velocity are known
-exactly.
+For data N(m, s^2) the marginal at t is N(alpha m, alpha^2 s^2 + sigma^2), so score, noise and
+velocity are known exactly.
 """
 
 import jax
@@ -19,7 +19,7 @@ each_prediction = pytest.mark.parametrize("kind", prediction.PREDICTIONS)
 
 
 def exact(path, kind):
-    """The best prediction there is for Gaussian data, from the score of its marginal."""
+    """The optimal prediction for Gaussian data, from the score of its marginal."""
 
     def predict(x, t_b):
         t = expand_time(t_b, x)
@@ -27,14 +27,10 @@ def exact(path, kind):
         variance = alpha**2 * STD**2 + sigma**2
         score = -(x - alpha * MEAN) / variance
         noise = -sigma * score
-        data = MEAN + alpha * STD**2 / variance * (
-            x - alpha * MEAN
-        )  # E[x1 | x], without dividing by alpha
-        return {
-            "score": score,
-            "noise": noise,
-            "velocity": path.d_alpha(t) * data + path.d_sigma(t) * noise,
-        }[kind]
+        # E[x1 | x], without dividing by alpha.
+        data = MEAN + alpha * STD**2 / variance * (x - alpha * MEAN)
+        velocity = path.d_alpha(t) * data + path.d_sigma(t) * noise
+        return {"score": score, "noise": noise, "velocity": velocity}[kind]
 
     return predict
 
@@ -55,6 +51,13 @@ def test_noise_at_0_and_data_at_1(path):
 
 
 @each_path
+def test_the_velocity_is_bounded_where_the_path_says_so(path):
+    ends = jnp.array([0.0, 1.0])
+    bounded = jnp.isfinite(path.d_alpha(ends)).all() and jnp.isfinite(path.d_sigma(ends)).all()
+    assert path.velocity_is_bounded == bool(bounded)
+
+
+@each_path
 @each_prediction
 def test_every_prediction_tells_the_same_velocity_score_and_noise(path, kind):
     t = jnp.linspace(0.05, 0.95, 16)
@@ -66,7 +69,8 @@ def test_every_prediction_tells_the_same_velocity_score_and_noise(path, kind):
         (prediction.to_noise, "noise"),
     ):
         want = exact(path, name)(x, t)
-        # Near the ends the conversions divide by alpha or sigma, which magnifies rounding by up to 1/0.05^2.
+        # Near the ends the conversions divide by alpha or sigma, which magnifies rounding by up to
+        # 1/0.05^2.
         np.testing.assert_allclose(convert(path, kind, output, x, t), want, rtol=1e-3, atol=1e-4)
 
 
@@ -75,20 +79,17 @@ def test_velocity_to_score_to_velocity(path):
     t = jnp.linspace(0.05, 0.95, 16)
     x, v = jax.random.normal(jax.random.key(1), (2, 16, 5))
     score = prediction.to_score(path, "velocity", v, x, t)
-    np.testing.assert_allclose(
-        prediction.to_velocity(path, "score", score, x, t), v, rtol=1e-3, atol=1e-3
-    )
+    velocity = prediction.to_velocity(path, "score", score, x, t)
+    np.testing.assert_allclose(velocity, v, rtol=1e-3, atol=1e-3)
 
 
 def test_velocity_gives_a_finite_score_at_t0_and_noise_at_both_ends():
     x, v = jnp.full((2, 3), 0.5), jnp.full((2, 3), 0.25)
     for path in (paths.PATHS["Linear"], paths.PATHS["GVP"]):
-        np.testing.assert_allclose(
-            prediction.to_score(path, "velocity", v, x, jnp.zeros(2)), -x, rtol=1e-6
-        )
-        assert jnp.isfinite(
-            prediction.to_noise(path, "velocity", v, x, jnp.array([0.0, 1.0]))
-        ).all()
+        score = prediction.to_score(path, "velocity", v, x, jnp.zeros(2))
+        np.testing.assert_allclose(score, -x, rtol=1e-6)
+        noise = prediction.to_noise(path, "velocity", v, x, jnp.array([0.0, 1.0]))
+        assert jnp.isfinite(noise).all()
 
 
 @each_path
@@ -109,26 +110,24 @@ def test_exact_field_reaches_the_analytic_minimum_loss(path, kind, weight):
             f(t) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
         )
         variance = alpha**2 * STD**2 + sigma**2
-        minimum = (
-            alpha**2 * STD**2 / variance
-        )  # variance of x0 given x; sigma s + x0 and eps - x0 are the same error
-        if (
-            kind == "velocity"
-        ):  # u = d_alpha x1 + d_sigma x0 and x1 = (x - sigma x0)/alpha, so its variance given x is
+        # The variance of x0 given x; sigma s + x0 and eps - x0 are the same error.
+        minimum = alpha**2 * STD**2 / variance
+        if kind == "velocity":
+            # u = d_alpha x1 + d_sigma x0 with x1 = (x - sigma x0)/alpha is a multiple of x0 plus a
+            # function of x.
             minimum *= (d_sigma - d_alpha * sigma / alpha) ** 2
         minimum *= losses.WEIGHTS[weight](path, t)
-        found = losses.losses(exact(path, kind), path, kind, weight, x1, x0, t_b)
-        # The mean of n squared Gaussian errors has a relative standard error of sqrt(2/n): four of those.
-        assert abs(found.mean() / minimum - 1) < 4 * np.sqrt(2 / n)
+        least = losses.losses(exact(path, kind), path, kind, weight, x1, x0, t_b)
+        # The mean of n squared Gaussian errors has a relative standard error of sqrt(2/n); the
+        # tolerance is four of those.
+        assert abs(least.mean() / minimum - 1) < 4 * np.sqrt(2 / n)
 
         def off(x, t_b):
-            return (
-                exact(path, kind)(x, t_b)
-                + 0.1 / path.sigma(expand_time(t_b, x)) * (kind == "score")
-                + 0.1 * (kind != "score")
-            )
+            """A prediction that is wrong by 0.1; a score's error counts times sigma."""
+            error = 0.1 / path.sigma(expand_time(t_b, x)) if kind == "score" else 0.1
+            return exact(path, kind)(x, t_b) + error
 
-        excess = losses.losses(off, path, kind, weight, x1, x0, t_b).mean() - found.mean()
+        excess = losses.losses(off, path, kind, weight, x1, x0, t_b).mean() - least.mean()
         assert excess == pytest.approx(0.01 * float(losses.WEIGHTS[weight](path, t)), rel=0.1)
 
 
@@ -138,19 +137,16 @@ def test_logit_normal_times():
     )
     assert t.dtype == jnp.float32 and t.min() > 0.1 and t.max() < 0.9
     logit = jnp.log((t - 0.1) / (0.9 - t))
-    assert abs(logit.mean() - 0.5) < 4 * 0.8 / np.sqrt(1e5) and abs(
-        logit.std() - 0.8
-    ) < 4 * 0.8 / np.sqrt(2e5)
+    # Four standard errors of 100,000 draws.
+    assert abs(logit.mean() - 0.5) < 4 * 0.8 / np.sqrt(1e5)
+    assert abs(logit.std() - 0.8) < 4 * 0.8 / np.sqrt(2e5)
     uniform = times.training_times(jax.random.key(0), 100_000, (0.1, 0.9))
-    assert (
-        abs(uniform.mean() - 0.5) < 4 * 0.8 / np.sqrt(12e5)
-        and uniform.min() >= 0.1
-        and uniform.max() <= 0.9
-    )
+    assert abs(uniform.mean() - 0.5) < 4 * 0.8 / np.sqrt(12e5)
+    assert uniform.min() >= 0.1 and uniform.max() <= 0.9
 
 
 def test_sbdm_is_the_kl_optimal_coefficient():
-    """The paper's w^KL / 2 = sigma (d_alpha sigma / alpha - d_sigma), which for Linear is (1 - t) / t."""
+    """The paper's w^KL / 2 = sigma (d_alpha sigma / alpha - d_sigma); Linear: (1 - t) / t."""
     t = jnp.linspace(0.1, 0.9, 9)
     np.testing.assert_allclose(
         diffusion.diffusion(paths.PATHS["Linear"], "SBDM", t), (1 - t) / t, rtol=1e-5

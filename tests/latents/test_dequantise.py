@@ -9,8 +9,8 @@ import pytest
 from jax.scipy.special import logsumexp
 from jax.scipy.stats import norm
 
-from sit_jax.data import dequantise
-from sit_jax.data.transforms import BIN, normalise
+from sit_jax.latents import dequantise
+from sit_jax.latents.pixels import BIN, normalise
 
 N = 4000
 KEYS = jax.vmap(jax.random.key)(jnp.arange(N))
@@ -48,7 +48,7 @@ def noisy_log_density(z, alpha, sigma):
 
 @pytest.mark.parametrize("index", range(len(LEVELS)))
 def test_gaussian_noise_gives_the_probability_of_discrete_data(index):
-    """With noise that keeps the levels apart the bound is tight: uniform noise on such data has no density at all."""
+    """With noise that keeps the levels apart, the bound is tight."""
     alpha, sigma = 0.998, BIN / 8
     z, correction = dequantise.gaussian(KEYS, images_of(LEVELS[index]), alpha, sigma)
     found = np.asarray(noisy_log_density(z, alpha, sigma) + correction)
@@ -76,7 +76,7 @@ def test_an_image_does_not_depend_on_its_neighbours(kind):
 
 
 def test_gaussian_noise_costs_a_smooth_density_as_much_as_one_that_knows_the_levels():
-    """log P is the log of a smooth density times the bin, and 0 of data with one level; what is missing is lost."""
+    """log P is that of a smooth density times the bin, and 0 for data of one level."""
     z, correction = dequantise.gaussian(KEYS, images_of(100), 1.0, dequantise.GAUSSIAN_NOISE)
     smooth = math.log(BIN) - correction
     known = -(
