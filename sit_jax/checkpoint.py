@@ -1,9 +1,10 @@
-"""Checkpoints of a run that can be trusted: by Orbax, each with a manifest that is checked before a restore.
+"""Checkpoints by Orbax, each with a manifest that is checked before the checkpoint is used.
 
-A step's folder holds named items (params, ema, opt_state), so weights restore alone, a JSON note, and manifest.json
-with the size and SHA-256 of every file. Orbax commits a step by a rename; the manifest is written after that, so a
-step without one is unfinished, and one whose files disagree with it is damaged. Neither is ever used, and neither is
-deleted before a newer step is whole.
+The folder of a step holds named items (params, ema, opt_state), so that weights can be restored by
+themselves, a JSON note, and manifest.json with the size and SHA-256 of every file. Orbax commits a
+step by a rename, and the manifest is written after that. So a step without a manifest is
+unfinished, and one whose files disagree with its manifest is damaged. Neither is ever used, and
+neither is deleted before a newer step is complete.
 """
 
 import contextlib
@@ -25,17 +26,18 @@ from sit_jax import hosts, storage
 from sit_jax.errors import UserError
 
 _MANIFEST = "manifest.json"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix, until it renames
-_DAMAGED = ".damaged"  # ours, for a folder whose step is saved again
+_UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder until it renames it
+_DAMAGED = ".damaged"  # our suffix for the old folder of a step that is saved again
 _CHUNK = 2**24  # bytes
 
 
-# What goes wrong is told here, once and in a line; Orbax logs it as pages of tracebacks, and its own clearing up.
+# Errors are reported here, once and in one line. Orbax also logs them, as pages of tracebacks, and
+# logs its own cleaning up.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 class Checkpoints:
-    """The checkpoints in a folder. Use as a context manager: leaving waits until the last save is whole."""
+    """The checkpoints in a folder, as a context manager: leaving it waits for the last save."""
 
     def __init__(
         self,
@@ -44,13 +46,14 @@ class Checkpoints:
         keep_last: int | None = None,
         keep_every: int | None = None,
     ):
-        """`items` name what a step holds. With `keep_last`, older steps go, but for multiples of `keep_every`."""
-        self._folder, self._keep_last, self._keep_every = (
-            epath.Path(folder).resolve(),
-            keep_last,
-            keep_every,
-        )
+        """Open a folder of checkpoints whose steps hold the named `items`.
+
+        With `keep_last`, older steps are deleted, except multiples of `keep_every`.
+        """
+        self._folder = epath.Path(folder).resolve()
         self._items = tuple(items)
+        self._keep_last = keep_last
+        self._keep_every = keep_every
         self._manager = self._open()
         self._finishing: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
@@ -58,38 +61,42 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in self._items}
         handlers["note"] = ocp.JsonCheckpointHandler()
-        # Orbax's own retention would remove the last whole step as soon as a newer one is committed, manifest or not.
+        # Orbax's own retention would delete the last complete step as soon as a newer one is
+        # committed, that is before its manifest is written.
         options = ocp.CheckpointManagerOptions(max_to_keep=None)
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        if kind and hosts.is_multiprocess() and not issubclass(kind, UserError):
-            return  # a host may be dead: a save would wait for its part; main ends the process
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error and hosts.is_multiprocess() and not issubclass(error, UserError):
+            return  # a host may be dead: a save would wait for its shards; main ends the process
         try:
-            if kind is None:
+            if error is None:
                 self.wait()
-            else:  # another error is on its way: that one matters, and may be of this process alone
+            else:  # wait() is collective, and this error may have been raised in one process only
                 self._join()
         finally:
             self._manager.close()
 
     def newest_complete(self) -> tuple[int | None, list[str]]:
-        """The newest step whose files are as its manifest says, or None; and a line on each newer one that is not."""
+        """Return the newest step whose files agree with its manifest, or None.
+
+        Returns also one line about each newer step, saying why it is not used.
+        """
         self._manager.reload()
-        step, problems = hosts.broadcast_from_first(
-            self._newest_whole
-        )  # one decides: what is read anew may be another thing
+        # Process 0 decides: another process might read a different state of the disk.
+        step, problems = hosts.broadcast_from_first(self._find_newest_complete)
         if step is not None:
             hosts.check_all_see(self._folder / str(step) / _MANIFEST)
         return step, problems
 
-    def _newest_whole(self) -> tuple[int | None, list[str]]:
-        problems = []
-        found = [(step, self._folder / str(step)) for step in self._steps()]
-        for step, folder in sorted(found + self._set_aside(_UNFINISHED), reverse=True):
+    def _find_newest_complete(self) -> tuple[int | None, list[str]]:
+        problems: list[str] = []
+        committed = [(step, self._folder / str(step)) for step in self._steps()]
+        folders = committed + self._folders_with_suffix(_UNFINISHED)
+        for step, folder in sorted(folders, reverse=True):
             problem = _damage(folder)
             if problem is None:
                 return step, problems
@@ -97,47 +104,52 @@ class Checkpoints:
         return None, problems
 
     def save(self, step: int, items: Mapping[str, Any], note: Mapping[str, Any]) -> None:
-        """Starts saving trees of arrays, and a note; both are copied before it returns: the caller may donate them.
+        """Start to save trees of arrays and a note.
 
-        Waits for the save before it, and raises `UserError` if that one failed. A failure of this one (disk full, no
-        permission) is raised by the next call, by `wait`, or on leaving.
+        Both are copied before it returns, so the caller may donate the arrays. Waits for the save
+        before this one, and raises UserError if that failed. If this one fails (disk full, no
+        permission), the next call, `wait` or leaving the context raises UserError.
         """
         self.wait()
         folder = self._folder / str(step)
-        if hosts.broadcast_from_first(lambda: self._put_aside(folder)):
+        if hosts.broadcast_from_first(lambda: self._move_aside(folder)):
             self._manager.reload()
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        args["note"] = ocp.args.JsonSave(
-            copy.deepcopy(dict(note))
-        )  # written in the background: a log's rows go on
+        # A copy, because it is written in the background while the caller's rows grow.
+        args["note"] = ocp.args.JsonSave(copy.deepcopy(dict(note)))
         try:
-            # Forced, as Orbax skips a step below its newest, which may be one that is damaged.
+            # Forced, as Orbax skips a step below its newest one, which may be damaged.
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
-        except OSError as error:  # what goes wrong later, in the background, is kept for wait() too
-            self._failure = step, error
+        except OSError as error:
+            self._failure = step, error  # for wait(), like an error in the background
             return
         self._finishing = threading.Thread(target=self._finish, args=(step,))
         self._finishing.start()
 
-    def _put_aside(self, folder: epath.Path) -> bool:
-        """Renames the folder of a step, which is damaged or unfinished, if there is one: it stays until a newer is."""
+    def _move_aside(self, folder: epath.Path) -> bool:
+        """Rename the folder of a step that is saved again; return False if it does not exist.
+
+        Such a folder is damaged or unfinished. It is deleted once the step or a newer one is
+        complete.
+        """
         if not folder.exists():
             return False
         names = (f"{folder.name}.{number}{_DAMAGED}" for number in itertools.count(1))
-        folder.rename(
-            next(self._folder / name for name in names if not (self._folder / name).exists())
-        )
+        targets = (self._folder / name for name in names)
+        folder.rename(next(target for target in targets if not target.exists()))
         return True
 
     def wait(self) -> None:
-        """Returns when everything saved so far is whole, in all processes; `UserError` if the last failed in any."""
+        """Return once everything saved so far is complete in all processes.
+
+        Raises UserError if the last save failed in any of them.
+        """
         self._join()
         try:
             hosts.run_on_all(self._raise_failure)
         except UserError:
-            with contextlib.suppress(
-                Exception
-            ):  # a manager raises what failed a save again, whatever it is asked
+            # After a failed save the manager raises that error at every call: open a new one.
+            with contextlib.suppress(Exception):
                 self._manager.close()
             self._manager = self._open()
             raise
@@ -148,89 +160,96 @@ class Checkpoints:
             self._finishing = None
 
     def _raise_failure(self) -> None:
-        if self._failure:
-            (step, error), self._failure = self._failure, None
-            reason = " ".join(str(error).split())
-            reason = (
-                reason if len(reason) <= 200 else f"... {reason[-180:]}"
-            )  # the cause comes last
-            raise UserError(
-                f"checkpoint {step} could not be saved in {self._folder} ({type(error).__name__}: {reason}); "
-                "make room or mend the folder: the checkpoints before it are untouched"
-            ) from error
+        if self._failure is None:
+            return
+        step, error = self._failure
+        self._failure = None
+        reason = " ".join(str(error).split())
+        if len(reason) > 200:
+            reason = f"... {reason[-180:]}"  # the cause is at the end
+        raise UserError(
+            f"checkpoint {step} could not be saved in {self._folder} "
+            f"({type(error).__name__}: {reason}); free some space or repair the folder: "
+            "the checkpoints before it are untouched"
+        ) from error
 
     def stored(self, step: int) -> set[str]:
-        """Which of the named items a step holds."""
+        """Return the names of the items that a step holds."""
         return set(self._manager.item_metadata(step).keys()) & set(self._items)
 
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """The named items of a step, laid out as the abstract trees say. `UserError` if they are another model's."""
+        """Restore the named items of a step, sharded as the abstract trees in `targets`.
+
+        Raises UserError if the shapes are those of another model.
+        """
         stored = self._manager.item_metadata(step)
         for name, target in targets.items():
-            _check_same_arrays(f"checkpoint {step}: {name}", stored[name], target)
+            _check_same_shapes(f"checkpoint {step}: {name}", stored[name], target)
         args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: restored[name] for name in targets}
 
     def note(self, step: int) -> dict[str, Any]:
-        """The note of a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))[
-            "note"
-        ]
+        """Return the note of a step."""
+        args = ocp.args.Composite(note=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["note"]
 
     def _finish(self, step: int) -> None:
-        """In the background: once Orbax has committed the step, writes its manifest, then lets older ones go."""
+        """Write the manifest once Orbax has committed the step, then delete older steps.
+
+        Runs in the background.
+        """
         try:
-            self._manager.wait_until_finished()  # for the shards of all processes: Orbax commits when they are there
+            # Orbax commits once the shards of all processes are stored.
+            self._manager.wait_until_finished()
             if not hosts.is_first():
                 return
             folder = self._folder / str(step)
             storage.write_text(folder / _MANIFEST, json.dumps(_digests(folder), indent=1))
-            self._remove_old(step)
-        except BaseException as error:  # a thread has nobody to raise to; wait() does
+            self._delete_old(step)
+        except BaseException as error:  # nobody catches what a thread raises; wait() raises it
             self._failure = step, error
 
-    def _remove_old(self, newest: int) -> None:
-        """Removes what `newest`, which has just become whole, makes needless.
+    def _delete_old(self, newest: int) -> None:
+        """Delete the steps that `newest`, now complete, supersedes.
 
-        Steps beyond it stay and count for nothing: they are damaged, or it would not have been made.
+        Later steps are damaged, or else `newest` would not have been saved, and are left alone.
         """
         steps = sorted(step for step in self._steps() if step <= newest)
         finished = [step for step in steps if (self._folder / str(step) / _MANIFEST).exists()]
         oldest_kept = finished[-self._keep_last :][0] if self._keep_last else 0
-        for (
-            step
-        ) in steps:  # also one without a manifest, which a kill while it was removed may leave
+        # All steps, not only those with a manifest: a kill during a deletion leaves some without.
+        for step in steps:
             if step < oldest_kept and not (self._keep_every and step % self._keep_every == 0):
-                (
-                    self._folder / str(step)
-                ).rmtree()  # Orbax's own way waits for all processes, from this thread
-        for step, folder in self._set_aside(_UNFINISHED) + self._set_aside(_DAMAGED):
-            if step <= newest:
-                folder.rmtree()
+                # Not by Orbax: its deletion waits for all processes, and only process 0 is here.
+                (self._folder / str(step)).rmtree()
+        for suffix in (_UNFINISHED, _DAMAGED):
+            for step, folder in self._folders_with_suffix(suffix):
+                if step <= newest:
+                    folder.rmtree()
 
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
 
-    def _set_aside(self, suffix: str) -> list[tuple[int, epath.Path]]:
-        """(step, folder) of those whose name is a step, with that suffix."""
-        found = [(path.name.partition(".")[0], path) for path in self._folder.glob(f"*{suffix}")]
-        return [(int(step), path) for step, path in found if step.isdigit()]
+    def _folders_with_suffix(self, suffix: str) -> list[tuple[int, epath.Path]]:
+        """Return (step, folder) for every folder named by a step and this suffix."""
+        folders = [(path.name.partition(".")[0], path) for path in self._folder.glob(f"*{suffix}")]
+        return [(int(name), path) for name, path in folders if name.isdigit()]
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
-    """Every file below a folder but the manifest, by its relative name."""
-    found = {}
+    """Return every file below a folder except the manifest, by its relative name."""
+    files: dict[str, epath.Path] = {}
     for path in folder.iterdir():
         if path.is_dir():
-            found |= {f"{path.name}/{name}": file for name, file in _files(path).items()}
+            files |= {f"{path.name}/{name}": file for name, file in _files(path).items()}
         elif path.name != _MANIFEST:
-            found[path.name] = path
-    return found
+            files[path.name] = path
+    return files
 
 
 def _digests(folder: epath.Path) -> dict[str, dict[str, Any]]:
-    """{relative name: {"bytes": size, "sha256": hex}}."""
+    """Return the manifest of a folder: {relative name: {"bytes": size, "sha256": hex}}."""
     return {
         name: {"bytes": path.stat().length, "sha256": _sha256(path)}
         for name, path in sorted(_files(folder).items())
@@ -246,35 +265,40 @@ def _sha256(path: epath.Path) -> str:
 
 
 def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with a step's folder, in a few words; None if it is as its manifest says."""
+    """Return in a few words why a step's folder cannot be used; None if it is complete."""
     try:
         entries = json.loads((folder / _MANIFEST).read_text())
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        manifest = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
     except FileNotFoundError:
         return "its manifest is missing, so the save did not finish"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"its manifest cannot be read ({type(error).__name__}: {error})"
-    if not wanted:
+    if not manifest:
         return "its manifest is empty"
     files = _files(folder)
-    for name, (size, _) in wanted.items():  # sizes first: they cost nothing
+    for name, (expected_size, _) in manifest.items():  # all sizes first: they cost nothing
         if name not in files:
             return f"{name} is missing"
-        if (found := files[name].stat().length) != size:
-            return f"{name} has {found} bytes instead of {size}"
-    for name, (_, digest) in wanted.items():
+        size = files[name].stat().length
+        if size != expected_size:
+            return f"{name} has {size} bytes instead of {expected_size}"
+    for name, (_, digest) in manifest.items():
         if _sha256(files[name]) != digest:
             return f"the content of {name} has changed"
     return None
 
 
-def _check_same_arrays(what: str, stored: Any, target: Any) -> None:
-    have, want = _shapes(stored), _shapes(target)
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
+def _check_same_shapes(item: str, stored: Any, target: Any) -> None:
+    stored_shapes = _shapes(stored)
+    target_shapes = _shapes(target)
+    for name in sorted(stored_shapes.keys() | target_shapes.keys()):
+        stored_shape = stored_shapes.get(name)
+        target_shape = target_shapes.get(name)
+        if stored_shape != target_shape:
             raise UserError(
-                f"{what} is of another model: {name} has shape {have.get(name)} there and {want.get(name)} in this "
-                "config; use the config it was trained with, or another --workdir"
+                f"{item} belongs to another model: {name} has shape {stored_shape} in the "
+                f"checkpoint and {target_shape} in this config; use the config it was trained "
+                "with, or another --workdir"
             )
 
 

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises: main prints it as a single line and exits with status 2."""
+"""The exception for a user's mistake; main prints it as one line and exits with status 2."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,27 +6,30 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_LONGEST_LISTED_TABLE = 20  # a longer one would fill several lines of a terminal
+
 
 class UserError(ValueError):
-    """Bad input. The message is one line: the value, what was expected, and what to do about it."""
+    """Bad input. The message is one line: the value, what was expected, and the remedy."""
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """A `UserError` for a name that is in no table; it names the nearest, and lists a short table."""
-    known = list(known)
-    nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
-    # A table longer than a few lines of a terminal helps nobody.
-    listed = (
-        f"known: {', '.join(map(repr, known))}"
-        if len(known) <= 20
-        else f"{len(known)} names are known"
-    )
-    return UserError(f"unknown {kind} {name!r}; {hint}{listed}")
+def unknown_name(kind: str, name: object, table: Iterable[str]) -> UserError:
+    """Return a `UserError` for a `name` that `table` lacks.
+
+    The message suggests the nearest names and lists the table if it is short.
+    """
+    names = list(table)
+    nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    suggestion = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
+    if len(names) <= _LONGEST_LISTED_TABLE:
+        listed = f"known: {', '.join(map(repr, names))}"
+    else:
+        listed = f"{len(names)} names are known"
+    return UserError(f"unknown {kind} {name!r}; {suggestion}{listed}")
 
 
 def check(condition: object, message: str) -> None:
-    """Raises `UserError(message)` unless the condition holds."""
+    """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
 

@@ -1,7 +1,8 @@
-"""Several processes, one run: how they find each other, speak with one voice, and agree on what only some can see.
+"""Several processes as one run: how they join, communicate and end.
 
-Every process runs the same program; process 0 alone writes and prints. What every function here but `join`, `is_multiprocess`
-and `is_first` does is collective: all processes must call it, in the same order. In one process all of it is free.
+Every process runs the same program; only process 0 writes and prints. Functions here are collective
+unless marked "Not collective": every process must call them, in the same order. With one process
+they cost nothing.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
@@ -21,150 +22,170 @@ from jax.experimental import multihost_utils
 
 from sit_jax.errors import UserError, check
 
-# After so long without a sign of life a process counts as dead, and the others end. Not less: pinning a host's memory
-# can keep a healthy process silent for most of a minute.
+T = TypeVar("T")
+
+# A process that sends no heartbeat for this long counts as dead, and the others end. Not less:
+# pinning a host's memory can keep a healthy process silent for most of a minute.
 HEARTBEAT_TIMEOUT_S = 100
-# So long an ending process waits for the others to end too, which is no wait at all unless one of them failed.
+# How long an exiting process waits for the others; they normally exit together.
 _SHUTDOWN_TIMEOUT_S = 30
-_LAST_S = 2
-_PATIENCE_S = 20
-_WAITING = (
-    "waiting for the other processes of this run, which all hosts must start with the same command; "
-    "--no-distributed runs on this host alone"
+_FIRST_EXIT_DELAY_S = 2  # how much later than the others process 0 exits after an error
+_JOIN_NOTICE_AFTER_S = 20
+_JOIN_NOTICE = (
+    "waiting for the other processes of this run, which all hosts must start with the same "
+    "command; --no-distributed runs on this host only"
 )
-_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_CLUSTER_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def join(distributed: bool | None, *, preemptible: bool) -> None:
-    """Makes this process one of a run's, where there are several. Before anything of jax that looks for devices.
+    """Connect this process to the others of its run, if there are any.
 
-    They are found by $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and $JAX_PROCESS_ID together, or else by jax itself:
-    on TPU VMs, under SLURM, Open MPI and Kubernetes. With JAX_PLATFORMS=cpu only the former counts, so that a test or a
-    look on one host of a cluster stays alone. `distributed` True demands that others are found, False ignores them.
-    With `preemptible`, SIGTERM becomes the notice that `multihost_utils.reached_preemption_sync_point` tells of.
+    Call it before anything that makes jax look for devices. The others are found by the three
+    variables $JAX_COORDINATOR_ADDRESS, $JAX_NUM_PROCESSES and $JAX_PROCESS_ID, or else by jax
+    itself: on TPU VMs, under SLURM, Open MPI and Kubernetes. With JAX_PLATFORMS=cpu only the
+    variables count, so that a test, or a quick look on one host of a cluster, runs by itself.
+    `distributed` True requires that others are found, False ignores them. With `preemptible`,
+    SIGTERM becomes the notice that `multihost_utils.reached_preemption_sync_point` reports.
 
-    `UserError` if the variables are incomplete or no cluster is found. If the others do not come, jax ends the process
-    after 300 s; a line says so long before.
+    Raises UserError if the variables are incomplete or a required cluster is not found. If the
+    others do not come, jax ends the process after 300 s; a notice is printed after 20 s.
     """
     if distributed is False or jax.distributed.is_initialized():
         return
-    given = {name: os.environ[name] for name in _EXPLICIT if os.environ.get(name)}
+    variables = {name: os.environ[name] for name in _CLUSTER_VARIABLES if os.environ.get(name)}
     check(
-        len(given) in (0, len(_EXPLICIT)),
-        f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} set; expected all of {', '.join(_EXPLICIT)}, or "
-        "none to let jax find the cluster",
+        len(variables) in (0, len(_CLUSTER_VARIABLES)),
+        f"{' and '.join(variables)} {'is' if len(variables) == 1 else 'are'} set; expected all of "
+        f"{', '.join(_CLUSTER_VARIABLES)}, or none to let jax find the cluster",
     )
-    if not given and not distributed and os.environ.get("JAX_PLATFORMS") == "cpu":
+    if not variables and not distributed and os.environ.get("JAX_PLATFORMS") == "cpu":
         return
-    options = _explicit(given) if given else {}
-    jax.config.update(
-        "jax_enable_preemption_service", preemptible
-    )  # it takes SIGTERM, which ends other jobs
-    waiting = threading.Timer(_PATIENCE_S, print, [_WAITING], {"file": sys.stderr, "flush": True})
-    waiting.start()
+    cluster = _cluster(variables) if variables else {}
+    # Only if preemptible: the service takes SIGTERM over, which should end other jobs.
+    jax.config.update("jax_enable_preemption_service", preemptible)
+    notice = threading.Timer(
+        _JOIN_NOTICE_AFTER_S, print, [_JOIN_NOTICE], {"file": sys.stderr, "flush": True}
+    )
+    notice.start()
     try:
         jax.distributed.initialize(
-            **options,
+            **cluster,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
         )
-    except ValueError as error:  # jax's way to say that it knows of no cluster
+    except ValueError as error:  # raised if jax finds no cluster
         check(
             not distributed,
-            f"--distributed, but no cluster is found ({error}); set {', '.join(_EXPLICIT)}, or leave it out",
+            f"--distributed, but no cluster is found ({error}); set "
+            f"{', '.join(_CLUSTER_VARIABLES)}, or omit the flag",
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the processes of this run do not come together ({reason}); start one on every host, with the same "
-            "command, or give --no-distributed to run on this host alone"
+            f"the processes of this run cannot connect to each other ({reason}); start one on "
+            "every host, with the same command, or give --no-distributed to run on this host only"
         ) from error
     finally:
-        waiting.cancel()
+        notice.cancel()
 
 
-def _explicit(given: dict[str, str]) -> dict[str, Any]:
-    count, number = given["JAX_NUM_PROCESSES"], given["JAX_PROCESS_ID"]
+def _cluster(variables: dict[str, str]) -> dict[str, Any]:
+    """Return the arguments of `jax.distributed.initialize`. Raises UserError for bad variables."""
+    count = variables["JAX_NUM_PROCESSES"]
+    number = variables["JAX_PROCESS_ID"]
     check(
         count.isdigit() and number.isdigit() and int(number) < int(count),
-        f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={number}; expected a count, and a number from 0 to count - 1",
+        f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={number}; expected a count, and a number "
+        "from 0 to count - 1",
     )
-    address = given["JAX_COORDINATOR_ADDRESS"]
+    address = variables["JAX_COORDINATOR_ADDRESS"]
     check(
         address.rpartition(":")[2].isdigit(),
-        f"JAX_COORDINATOR_ADDRESS={address}; expected HOST:PORT of process 0, such as 10.0.0.1:8476",
+        f"JAX_COORDINATOR_ADDRESS={address}; expected HOST:PORT of process 0, such as "
+        "10.0.0.1:8476",
     )
     return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
 
 
 def is_multiprocess() -> bool:
-    """Whether the run has more than one process; looks for devices only once `join` has found others."""
+    """Return True if the run has more than one process. Not collective.
+
+    Makes jax look for devices only if `join` has found other processes.
+    """
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that writes and prints."""
+    """Return True in process 0, the one that writes and prints. Not collective."""
     return not is_multiprocess() or jax.process_index() == 0
 
 
 def tqdm_disabled() -> bool | None:
-    """tqdm's `disable`: a bar is shown by process 0 alone, and only where stderr is a terminal."""
+    """Return tqdm's `disable`. Not collective.
+
+    Only process 0 shows a bar, and only if stderr is a terminal (which None means).
+    """
     return None if is_first() else True
 
 
 @contextlib.contextmanager
 def only_first_prints() -> Iterator[None]:
-    """What other processes print to stdout is dropped; errors and warnings are not."""
+    """Drop stdout of all processes but process 0; stderr stays. Not collective."""
     with contextlib.ExitStack() as stack:
         if not is_first():
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
         yield
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process gives, by its number: anything JSON holds."""
+    """Return the values of all processes in order; each is anything that JSON holds."""
     if not is_multiprocess():
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(text)))
-    room = (
-        2 ** int(max(sizes) - 1).bit_length()
-    )  # a power of two: another size is another compilation
-    rows = multihost_utils.process_allgather(np.pad(text, (0, room - len(text))))
+    # Padded to a power of two, because each further size is compiled once more.
+    padded_size = 2 ** int(max(sizes) - 1).bit_length()
+    rows = multihost_utils.process_allgather(np.pad(text, (0, padded_size - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def run_on_all(function: Callable[[], Any]) -> Any:
-    """`function()` in every process, which must not communicate in it; a `UserError` of any is raised in all."""
+def run_on_all(function: Callable[[], T]) -> T:
+    """Call `function`, which must not communicate, in every process, and return its result.
+
+    Raises UserError in all processes if the function does in any.
+    """
     if not is_multiprocess():
         return function()
-    result, error = None, None
+    result = None
+    error = None
     try:
         result = function()
-    except UserError as mistake:
-        error = mistake
-    errors = gather(str(error) if error else None)
-    failed = [number for number, message in enumerate(errors) if message]
+    except UserError as user_error:
+        error = user_error
+    messages = gather(str(error) if error else None)
+    failed = [number for number, message in enumerate(messages) if message]
     if failed:
-        where = (
-            ""
-            if len(failed) == len(errors)
-            else f"on process {', '.join(map(str, failed))} of {len(errors)}: "
-        )
-        raise UserError(where + errors[failed[0]]) from error
-    return result
+        numbers = ", ".join(map(str, failed))
+        everywhere = len(failed) == len(messages)
+        place = "" if everywhere else f"on process {numbers} of {len(messages)}: "
+        raise UserError(place + messages[failed[0]]) from error
+    return cast(T, result)
 
 
-def broadcast_from_first(function: Callable[[], Any]) -> Any:
-    """`function()` in process 0 alone: its result, anything JSON holds, or its `UserError`, in all."""
+def broadcast_from_first(function: Callable[[], T]) -> T:
+    """Call `function` in process 0 and return its result, anything that JSON holds, in all.
+
+    Raises its UserError in all.
+    """
     if not is_multiprocess():
         return function()
     return gather(run_on_all(lambda: function() if is_first() else None))[0]
 
 
 def to_host(tree: Any) -> Any:
-    """A tree of global arrays as NumPy arrays, whole in every process."""
+    """Return a tree of global arrays as complete NumPy arrays in every process."""
     if not is_multiprocess():
         return jax.device_get(tree)
     return jax.tree.map(
@@ -177,76 +198,81 @@ def to_host(tree: Any) -> Any:
     )
 
 
-def check_same(what: str, values: dict[str, Any]) -> None:
-    """`UserError` that names what differs between the processes' {name: value}, one per name."""
+def check_same(kind: str, values: dict[str, Any]) -> None:
+    """Raise UserError unless {name: value} is the same in all processes; `kind` says of what.
+
+    The message lists up to eight names that differ, with both values.
+    """
     first, *others = gather(values)
     for number, other in enumerate(others, 1):
         names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         listed = ", ".join(
-            f"{n} is {first.get(n)!r} on process 0 and {other.get(n)!r} there" for n in names[:8]
+            f"{name} is {first.get(name)!r} on process 0 and {other.get(name)!r} on process "
+            f"{number}"
+            for name in names[:8]
         )
         check(
             not names,
-            f"process {number} has another {what}: {listed}; start all with the same command and the same files",
+            f"process {number} has a different {kind}: {listed}; start all with the same command "
+            "and the same files",
         )
 
 
 def check_shared(folder: epath.PathLike) -> None:
-    """`UserError` unless what process 0 writes into the folder is there for all of them."""
+    """Raise UserError unless all processes see a file that process 0 writes into the folder."""
     if not is_multiprocess():
         return
     folder = epath.Path(folder)
     probe = folder / f".shared.{gather(uuid.uuid4().hex[:8])[0]}"
     if is_first():
         probe.write_bytes(b"")
-    gather(None)
+    gather(None)  # all wait until it is written
     seen = gather(probe.exists())
     if is_first():
         probe.unlink()
-    blind = _numbers([not there for there in seen])
     check(
-        not blind,
-        f"{os.fspath(folder)!r} is another folder on process {blind} of {len(seen)} than on process 0; put the workdir "
-        "on storage that all hosts share, such as NFS or gs://",
+        all(seen),
+        f"{os.fspath(folder)!r} is a different folder on process {_without(seen)} of {len(seen)} "
+        "than on process 0; put the workdir on storage that all hosts share, such as NFS or gs://",
     )
 
 
 def check_all_see(path: epath.PathLike) -> None:
-    """`UserError` unless the file is there for all processes."""
+    """Raise UserError unless the file exists for all processes."""
     seen = gather(epath.Path(path).exists())
-    blind = _numbers([not there for there in seen])
     check(
-        not blind,
-        f"{os.fspath(path)!r} is seen by process 0 and not by process {blind} of {len(seen)}; put the workdir on "
-        "storage that all hosts share, such as NFS or gs://",
+        all(seen),
+        f"{os.fspath(path)!r} exists for process 0 but not for process {_without(seen)} of "
+        f"{len(seen)}; put the workdir on storage that all hosts share, such as NFS or gs://",
     )
 
 
-def _numbers(flags: Sequence[bool]) -> str:
-    return ", ".join(str(number) for number, flag in enumerate(flags) if flag)
+def _without(seen: Sequence[bool]) -> str:
+    """Return the numbers of the processes that did not see a file."""
+    return ", ".join(str(number) for number, sees in enumerate(seen) if not sees)
 
 
 def exit_message(error: Exception) -> str:
-    """The last line of a process of several: who it was, and what that means for the run."""
-    lost = isinstance(error, jax.errors.JaxRuntimeError)
-    why = (
-        "it lost another process (see what that one said), or its own device failed"
-        if lost
-        else str(error)
-    )
+    """Return the last line of a process that an error ends, in a run of several. Not collective."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        reason = "it lost another process (see that one's output), or its own device failed"
+    else:
+        reason = str(error)
     return (
-        f"error: process {jax.process_index()} of {jax.process_count()} ends: {type(error).__name__}: {why}; "
-        "the same command on all hosts continues from the newest whole checkpoint"
+        f"error: process {jax.process_index()} of {jax.process_count()} ends: "
+        f"{type(error).__name__}: {reason}; the same command on all hosts continues from the "
+        "newest complete checkpoint"
     )
 
 
-def exit_now(status: int) -> None:
-    """Ends a process of several: after an error the usual end would wait for others that wait for this one.
+def exit_now(status: int) -> NoReturn:
+    """Exit without the usual barrier, which after an error would deadlock. Not collective.
 
-    Process 0 goes last, for without it the others are ended before they can speak.
+    Process 0 exits last: it is the coordinator, and once it is gone jax ends the others, before
+    they can print why they failed.
     """
     if is_first():
-        time.sleep(_LAST_S)
+        time.sleep(_FIRST_EXIT_DELAY_S)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,6 +1,6 @@
-"""Pictures at the edge: model range to uint8, PNG files, and grids for people to look at.
+"""Images as output: model range to uint8, PNG files, and sheets of many images.
 
-Shapes: b images, h height, w width, c channels (1 or 3). Arrays are numpy; nothing here runs on a device.
+Shapes: b images, h height, w width, c channels (1 or 3). All arrays are NumPy arrays, on the host.
 """
 
 import io
@@ -13,15 +13,15 @@ from sit_jax import storage
 
 
 def to_uint8(x_bhwc: np.ndarray) -> np.ndarray:
-    """Floats in [-1, 1] -> uint8, `clamp(127.5 x + 128, 0, 255)` truncated: the rule of the reference's sample_ddp.
+    """Convert floats in [-1, 1], of any shape, to uint8: `clamp(127.5 x + 128, 0, 255)`, truncated.
 
-    Any shape is taken; values outside the range end at 0 or 255.
+    This is the rule of the reference's sample_ddp. Values outside the range become 0 or 255.
     """
     return np.clip(127.5 * np.asarray(x_bhwc, np.float32) + 128, 0, 255).astype(np.uint8)
 
 
 def encode_png(image_hwc: np.ndarray) -> bytes:
-    """uint8 (h, w, 1) or (h, w, 3) -> the bytes of a PNG file; `ValueError` for any other array."""
+    """Encode a uint8 image (h, w, 1) or (h, w, 3) as PNG. Raises ValueError for any other array."""
     if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[-1] not in (1, 3):
         raise ValueError(
             f"got {image_hwc.dtype} of shape {image_hwc.shape}; a PNG takes uint8 (h, w, 1 or 3)"
@@ -32,9 +32,10 @@ def encode_png(image_hwc: np.ndarray) -> bytes:
 
 
 def sheet(images_bhwc: np.ndarray, columns: int, *, scale: int = 1, pad: int = 2) -> np.ndarray:
-    """uint8 images -> one uint8 (H, W, c) grid, filled row by row; cells of the last row without an image stay white.
+    """Arrange uint8 images row by row in one uint8 image (H, W, c); empty cells are white.
 
-    Each pixel becomes `scale` x `scale` (nearest: tiny images stay sharp); `pad` white pixels lie around every image.
+    Each pixel is repeated `scale` x `scale` times, which keeps tiny images sharp. Every image has a
+    border of `pad` white pixels.
     """
     images_bhwc = np.repeat(np.repeat(images_bhwc, scale, axis=1), scale, axis=2)
     b, h, w, c = images_bhwc.shape
@@ -47,9 +48,9 @@ def sheet(images_bhwc: np.ndarray, columns: int, *, scale: int = 1, pad: int = 2
 
 
 class ImageWriter:
-    """One PNG per index in `folder` (local or gs://, made if need be): `000123.png`, longer names past 999,999.
+    """Writes one PNG per index to `folder` (local or gs://): `000123.png`, longer past 999,999.
 
-    A file that is there is whole, so a job that was killed asks what is `missing` and makes only that.
+    Every file in it is complete, so a job that was killed only needs to write the `missing` ones.
     """
 
     def __init__(self, folder: epath.PathLike):
@@ -57,18 +58,18 @@ class ImageWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, index: int, image_hwc: np.ndarray) -> None:
-        """Writes a uint8 image (c = 1 or 3) under its index, over whatever was there."""
+        """Write a uint8 image (c = 1 or 3) as the file of its index, replacing an older one."""
         storage.write_bytes(self.folder / _file_name(index), encode_png(image_hwc))
 
     def read(self, index: int) -> np.ndarray:
-        """The uint8 image (h, w, c) that was written under the index."""
+        """Return the uint8 image (h, w, c) that was written for the index."""
         image = np.asarray(Image.open(io.BytesIO((self.folder / _file_name(index)).read_bytes())))
         return image[..., None] if image.ndim == 2 else image
 
     def missing(self, n: int) -> list[int]:
-        """The indices of range(n) that have no file yet, in order."""
-        there = {path.name for path in self.folder.iterdir()}
-        return [index for index in range(n) if _file_name(index) not in there]
+        """Return the indices in range(n) without a file, in ascending order."""
+        names = {path.name for path in self.folder.iterdir()}
+        return [index for index in range(n) if _file_name(index) not in names]
 
 
 def _file_name(index: int) -> str:

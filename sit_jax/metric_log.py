@@ -1,6 +1,7 @@
-"""Where a run's numbers go: JSONL, TensorBoard event files, Weights & Biases; and the line and bar people watch.
+"""Logs of a run: JSONL, TensorBoard event files, Weights & Biases, and the line and bar to watch.
 
-All of it is silent but in process 0. Steps count finished training steps; `start_step` is the one a run resumes from.
+Only process 0 logs. A step number counts finished training steps; `start_step` is the one from
+which a run resumes.
 """
 
 import concurrent.futures
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -25,14 +27,16 @@ _COPY_EVERY_S = 60.0
 
 
 class MetricLog(contextlib.AbstractContextManager):
-    """Sends a run's scalars and pictures to every sink that is on; `close` (or leaving the `with`) completes them.
+    """Sends a run's scalars and images to every sink; `close`, or leaving the `with`, flushes them.
 
-    Under `workdir` (which must exist): metrics.jsonl always; tensorboard/ if `tensorboard`; with a `wandb_project` also
-    a W&B run called `run_name` that shows `config`, its id kept in wandb_id.txt so that a resumed run is the same one.
-    Whatever an earlier run logged after `start_step` is dropped: a resumed run writes those steps again.
-    A remote workdir cannot be appended to: logs grow in a local temporary folder, copied every minute and on close.
+    The sinks, under `workdir`, which must exist: metrics.jsonl always, tensorboard/ if
+    `tensorboard`, and with a `wandb_project` a W&B run named `run_name` that shows `config`. The
+    id of that run is kept in wandb_id.txt, so that a resumed run continues it. Rows that an earlier
+    run logged after `start_step` are dropped, because a resumed run writes those steps again.
+    A remote workdir cannot be appended to: there the logs grow in a local temporary folder, which
+    is copied every minute and on close.
 
-    Raises `UserError` if W&B is asked for and is not installed or refuses.
+    Raises UserError if a W&B project is given and wandb is not installed or refuses.
     """
 
     def __init__(
@@ -46,18 +50,16 @@ class MetricLog(contextlib.AbstractContextManager):
         run_name: str,
     ):
         workdir = folder = epath.Path(workdir)
-        self._mirror = None
+        self._mirror: _Mirror | None = None
         self._sinks: list[_Sink] = []
-        with (
-            contextlib.ExitStack() as stack
-        ):  # closes what was opened, last first, also if a later sink fails
+        # Closes the sinks in reverse order, also if a later one cannot be opened.
+        with contextlib.ExitStack() as stack:
             if not hosts.is_first():
                 self._closing = stack.pop_all()
                 return
             if storage.is_remote(workdir):
-                folder = epath.Path(
-                    stack.enter_context(tempfile.TemporaryDirectory(prefix="sit_jax_log_"))
-                )
+                temporary = tempfile.TemporaryDirectory(prefix="sit_jax_log_")
+                folder = epath.Path(stack.enter_context(temporary))
                 self._mirror = _Mirror(folder, workdir)
                 stack.callback(self._mirror.close)
 
@@ -65,7 +67,7 @@ class MetricLog(contextlib.AbstractContextManager):
                 self._sinks.append(sink)
                 stack.callback(sink.close)
 
-            if wandb_project:  # first: the one that can refuse, before the others drop any row
+            if wandb_project:  # first, because it may refuse: until then no other has dropped a row
                 run_id = _wandb_id(workdir / "wandb_id.txt")
                 add(
                     _Wandb(
@@ -82,7 +84,7 @@ class MetricLog(contextlib.AbstractContextManager):
             self._closing = stack.pop_all()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Logs numbers of one step; anything `float` takes will do."""
+        """Log the named numbers of one step; anything that `float` accepts is one."""
         values = {name: float(value) for name, value in values.items()}
         for sink in self._sinks:
             sink.scalars(step, values)
@@ -90,15 +92,15 @@ class MetricLog(contextlib.AbstractContextManager):
             self._mirror.tick()
 
     def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
-        """Logs one uint8 picture (c = 1 or 3) where pictures can be shown: TensorBoard and W&B."""
+        """Log one uint8 image (c = 1 or 3) to TensorBoard and W&B."""
         for sink in self._sinks:
             sink.image(step, name, image_hwc)
 
     def close(self) -> None:
-        """Completes every sink, and the remote copy; a second call does nothing."""
+        """Flush and close every sink and the remote copy; a second call does nothing."""
         self._closing.close()
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -109,39 +111,43 @@ class _Sink(Protocol):
 
 
 class _Jsonl:
-    """One JSON object a line, flushed as it is written."""
+    """A file with one JSON object per line, flushed after each."""
 
     def __init__(self, path: epath.Path, start_step: int):
         if path.exists():
             storage.write_bytes(path, _rows_up_to(start_step, path.read_bytes()))
-        self._file = open(path, "a", buffering=1, encoding="utf-8")
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - close() does
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        # JSON knows no NaN: null keeps the row readable by every parser.
+        # JSON has no NaN: null keeps the row readable by every parser.
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
 
     def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
-        """A picture is no number."""
+        """Ignore images: the file holds only numbers."""
 
     def close(self) -> None:
         self._file.close()
 
 
 def _rows_up_to(step: int, log: bytes) -> bytes:
-    """The whole rows of a log up to `step`."""
+    """Return the complete rows of a log up to `step`."""
     return b"".join(
         line + b"\n" for line, row in storage.json_rows(log) if row.get("step", math.inf) <= step
     )
 
 
 class _TensorBoard:
-    """An event file per start of the run; purge_step hides what older files hold of the steps that are done again."""
+    """One event file per start of the run.
+
+    purge_step makes TensorBoard hide the steps of older files that this run logs again.
+    """
 
     def __init__(self, folder: epath.Path, start_step: int):
-        import tensorboardX  # here, as it imports torch where that is installed
+        import tensorboardX  # here, because it imports torch where that is installed
 
-        # By default two minutes of events wait in memory; a kill would lose them, and a resumed run does not redo them.
+        # By default two minutes of events stay in memory. A kill would lose them, and a resumed run
+        # does not log the steps before its checkpoint again.
         self._writer = tensorboardX.SummaryWriter(
             str(folder), purge_step=start_step + 1, flush_secs=1
         )
@@ -158,17 +164,17 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A W&B run. It ignores steps below its newest: what a resumed run logs again is not doubled there either."""
+    """A W&B run. W&B ignores steps below its newest, so steps logged again do not appear twice."""
 
     def __init__(
         self, folder: epath.Path, *, project: str, run_id: str, run_name: str, config: dict
     ):
         try:
-            import wandb  # not in the base installation, and never imported unless asked for
+            import wandb  # an optional dependency, imported only if a project is given
         except ImportError as error:
             raise UserError(
-                f"Weights & Biases project {project!r} is set, but the package wandb is not installed; "
-                'pip install -e ".[wandb]", or leave the project empty'
+                f"Weights & Biases project {project!r} is set, but the package wandb is not "
+                'installed; pip install -e ".[wandb]", or leave the project empty'
             ) from error
         self._wandb = wandb
         try:
@@ -198,48 +204,45 @@ class _Wandb:
 
 
 def _wandb_id(path: epath.Path) -> str:
-    """The id in that file, which is written if it is not there."""
+    """Return the run id in the file; write a new one if the file does not exist."""
     if not path.exists():
         storage.write_text(path, uuid.uuid4().hex[:8] + "\n")
     return path.read_text().strip()
 
 
 class _Mirror:
-    """Copies the logs of a local folder to a remote one, in the background so that training never waits for it."""
+    """Copies the logs in a local folder to a remote one, in a thread, so training never waits."""
 
     def __init__(self, local: epath.Path, remote: epath.Path):
-        self._local, self._remote = local, remote
+        self._local = local
+        self._remote = remote
         self._copied_sizes: dict[epath.Path, int] = {}
         self._last_s = time.monotonic()
         self._copy: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1)
-        if (remote / "metrics.jsonl").exists():  # a resumed run goes on with it
+        if (remote / "metrics.jsonl").exists():  # a resumed run appends to it
             storage.write_bytes(local / "metrics.jsonl", (remote / "metrics.jsonl").read_bytes())
 
     def tick(self) -> None:
-        """Starts a copy if a minute has passed and the last one is done; one that failed is tried again."""
-        if time.monotonic() - self._last_s < _COPY_EVERY_S or (
-            self._copy and not self._copy.done()
-        ):
+        """Start a copy if a minute has passed and the last one is done; retry one that failed."""
+        is_copying = self._copy is not None and not self._copy.done()
+        if is_copying or time.monotonic() - self._last_s < _COPY_EVERY_S:
             return
         if self._copy and (error := self._copy.exception()):
-            logging.warning(
-                "logs could not be copied to %s (%s); trying again", self._remote, error
-            )
+            logging.warning("logs could not be copied to %s (%s); retrying", self._remote, error)
         self._last_s = time.monotonic()
         self._copy = self._thread.submit(self._copy_changed)
 
     def close(self) -> None:
-        """Makes the last copy, after one that is under way; raises what fails it."""
+        """Make the last copy, after one that is running. Raises its error if it fails."""
         with self._thread:
             self._thread.submit(self._copy_changed).result()
 
     def _copy_changed(self) -> None:
         for path in [*self._local.glob("metrics.jsonl"), *self._local.glob("tensorboard/*")]:
             data = path.read_bytes()
-            if self._copied_sizes.get(path) != len(
-                data
-            ):  # these files only grow: an equal size is an equal file
+            # These files only grow: one of the same size has not changed.
+            if self._copied_sizes.get(path) != len(data):
                 target = self._remote / path.relative_to(self._local)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_bytes(target, data)
@@ -247,7 +250,7 @@ class _Mirror:
 
 
 class Progress(contextlib.AbstractContextManager):
-    """A progress bar on stderr when that is a terminal, nothing otherwise; `write` prints lines past it."""
+    """A progress bar on stderr if that is a terminal; `write` prints lines above it."""
 
     def __init__(self, start_step: int, total_steps: int, *, unit: str = "step"):
         self._step = start_step
@@ -260,24 +263,24 @@ class Progress(contextlib.AbstractContextManager):
         )
 
     def update(self, step: int) -> None:
-        """Moves the bar to `step`."""
+        """Advance the bar to `step`."""
         self._bar.update(step - self._step)
         self._step = step
 
     def write(self, line: str) -> None:
-        """Prints a line to stdout, at once also into a pipe, and redraws the bar below it."""
+        """Print a line to stdout, flushed, and redraw the bar below it."""
         with tqdm.tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stop updating the bar, and leave it on the screen."""
         self._bar.close()
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-_COLUMNS = {
+_COLUMNS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:7.4f}",
     "grad_norm": lambda value: f"grad_norm {value:7.3f}",
     "learning_rate": lambda value: f"lr {value:.2e}",
@@ -288,29 +291,30 @@ _COLUMNS = {
 
 
 def format_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
-    """One line for people, columns aligned from line to line.
+    """Return one line of text for a step, its columns aligned from line to line.
 
-    Known names come first: loss, grad_norm, learning_rate, images_per_s, flops_per_s (SI units), mfu (a fraction,
-    shown in %); others follow as `name value`; eta_s (seconds, shown h:mm:ss) comes last. Missing names are left out.
+    The first columns are loss, grad_norm, learning_rate, images_per_s, flops_per_s (with an SI
+    prefix) and mfu (a fraction, shown in %), as far as `metrics` has them. All other metrics follow
+    as `name value`, and eta_s (seconds, shown as h:mm:ss) is last.
     """
     width = len(str(total_steps))
-    others = [name for name in metrics if name not in _COLUMNS and name != "eta_s"]
     parts = [f"step {step:{width}d}/{total_steps}"]
     parts += [column(metrics[name]) for name, column in _COLUMNS.items() if name in metrics]
-    parts += [f"{name} {metrics[name]:.4g}" for name in others]
-    parts += [f"ETA {_duration(metrics['eta_s'])}"] if "eta_s" in metrics else []
+    for name, value in metrics.items():
+        if name not in _COLUMNS and name != "eta_s":
+            parts.append(f"{name} {value:.4g}")
+    if "eta_s" in metrics:
+        parts.append(f"ETA {_duration(metrics['eta_s'])}")
     return "  ".join(parts)
 
 
 def _si(value: float) -> str:
-    """Three significant digits and an SI prefix, ready for a unit: 1.234e12 -> `1.23 T`."""
-    for prefix in ["", "k", "M", "G", "T", "P"]:
-        if not abs(value) >= 999.5:  # so written that NaN stops here too
-            break
+    """Return three significant digits and an SI prefix for a unit: 1.234e12 -> `1.23 T`."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    while abs(value) >= 999.5 and len(prefixes) > 1:
         value /= 1000
-    else:
-        prefix = "E"
-    return f"{value:#.3g}".rstrip(".") + f" {prefix}"
+        prefixes.pop(0)
+    return f"{value:#.3g}".rstrip(".") + f" {prefixes[0]}"
 
 
 def _duration(seconds: float) -> str:

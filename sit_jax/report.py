@@ -1,4 +1,4 @@
-"""What a run says about the machine it is on: its devices, and an accelerator left unused."""
+"""Lines that a run prints about its machine: its devices, and an accelerator it does not use."""
 
 import collections
 import os
@@ -14,39 +14,46 @@ _CPU_INFO = "/proc/cpuinfo"
 
 
 def devices_line() -> str:
-    """All devices of the run: `devices: 1 x cpu (AMD EPYC 7B13)`, or `devices: 8 x TPU v5 lite, 2 processes`."""
+    """Return the run's devices in one line, such as `devices: 8 x TPU v5 lite, 2 processes`.
+
+    A CPU is named: `devices: 1 x cpu (AMD EPYC 7B13)`.
+    """
     counts = collections.Counter(device.device_kind for device in jax.devices())
-    kinds = [
-        f"{count} x {kind}" + (f" ({_cpu_name()})" if kind == "cpu" else "")
-        for kind, count in counts.items()
-    ]
-    processes = jax.process_count()
-    return "devices: " + ", ".join(kinds) + (f", {processes} processes" if processes > 1 else "")
+    parts = []
+    for kind, count in counts.items():
+        name = f" ({_cpu_name()})" if kind == "cpu" else ""
+        parts.append(f"{count} x {kind}{name}")
+    if jax.process_count() > 1:
+        parts.append(f"{jax.process_count()} processes")
+    return "devices: " + ", ".join(parts)
 
 
 def unused_accelerator_warning() -> str | None:
-    """One line that names the extra to install when jax runs on the CPU beside an accelerator; None when all is well.
+    """Return a warning if jax runs on the CPU of a machine with an accelerator, otherwise None.
 
-    A CPU that was asked for (JAX_PLATFORMS=cpu) is no mistake.
+    The line names the extra to install. JAX_PLATFORMS=cpu asks for the CPU, and gets no warning.
     """
-    if jax.default_backend() != "cpu" or jax.config.jax_platforms == "cpu":
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # defined at run time
+    if jax.default_backend() != "cpu" or platforms == "cpu":
         return None
     if _has_nvidia_gpu():
-        found, extra = "an NVIDIA GPU", "cuda12"
+        accelerator = "an NVIDIA GPU"
+        extra = "cuda12"
     elif any(map(os.path.exists, _TPU_DEVICES)):
-        found, extra = "a TPU", "tpu"
+        accelerator = "a TPU"
+        extra = "tpu"
     else:
         return None
     return (
-        f'warning: jax runs on the CPU although {found} seems to be here; pip install -e ".[{extra}]" '
-        "lets it use it (JAX_PLATFORMS=cpu silences this)"
+        f"warning: jax runs on the CPU although this machine seems to have {accelerator}; to use "
+        f'it, pip install -e ".[{extra}]"; to silence this, set JAX_PLATFORMS=cpu'
     )
 
 
 def _has_nvidia_gpu() -> bool:
     if os.path.exists(_NVIDIA_DEVICE):
         return True
-    # WSL has no device file, and an image may hold the tool without the card: ask the tool.
+    # WSL has no device file, and an image may hold nvidia-smi without a GPU: run it.
     if not shutil.which("nvidia-smi"):
         return False
     try:

@@ -1,15 +1,16 @@
-"""One mesh with axes (data, fsdp, tensor), and one table that says how every parameter lies on it.
+"""The device mesh with axes (data, fsdp, tensor), and the table that shards every parameter on it.
 
-Batches are split over data and fsdp together; parameters, EMA and both Adam moments by `RULES`.
+Batches are split over data and fsdp together; parameters, the EMA and both Adam moments by `RULES`.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sit_jax.errors import check
@@ -17,9 +18,9 @@ from sit_jax.errors import check
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# First match wins; matched anywhere in a leaf's path, so "params/..." , "ema/..." and ".../mu/..." all follow one
-# line. The leading axis of blocks/* counts the layers. tensor splits heads and the mlp's hidden features (Megatron,
-# 1909.08053).
+# The first match wins. A pattern is searched for anywhere in a leaf's path, so that "params/...",
+# "ema/..." and ".../mu/..." all follow the same line. The leading axis of blocks/* counts the
+# layers. tensor splits the heads and the MLP's hidden features (Megatron, arXiv 1909.08053).
 RULES = (
     (r"blocks/attn/qkv/kernel", PartitionSpec(None, "fsdp", None, "tensor", None)),
     (r"blocks/attn/qkv/bias", PartitionSpec(None, None, "tensor", None)),
@@ -35,12 +36,12 @@ RULES = (
 
 
 def check_axes(data: int, fsdp: int, tensor: int) -> None:
-    """`UserError` unless every size is positive, at most one of them -1."""
+    """Raise UserError unless every size is positive, or -1 for at most one of them."""
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     for axis, size in sizes.items():
         check(
             size == -1 or size >= 1,
-            f"mesh.{axis} is {size}; expected 1 or more, or -1 for the devices that are left",
+            f"mesh.{axis} is {size}; expected 1 or more, or -1 for all remaining devices",
         )
     check(
         list(sizes.values()).count(-1) <= 1,
@@ -51,37 +52,43 @@ def check_axes(data: int, fsdp: int, tensor: int) -> None:
 def make_mesh(
     data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh over `devices`, or all that jax has; -1 fills an axis with the devices that are left.
+    """Return the mesh over `devices`, by default all that jax has.
 
-    `UserError` if the sizes do not fit.
+    A size of -1 gives that axis all remaining devices. Raises UserError if the sizes do not
+    multiply to the number of devices.
     """
     check_axes(data, fsdp, tensor)
     devices = jax.devices() if devices is None else devices
-    count, sizes = len(devices), [data, fsdp, tensor]
+    count = len(devices)
+    sizes = (data, fsdp, tensor)
     fixed = math.prod(size for size in sizes if size != -1)
-    sizes = [count // fixed if size == -1 else size for size in sizes]
+    filled = tuple(count // fixed if size == -1 else size for size in sizes)
     check(
-        math.prod(sizes) == count,
+        math.prod(filled) == count,
         f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use {count} devices; "
-        f"their product must be {count}, with each of them one of {', '.join(map(str, divisors(count)))}",
+        f"their product must be {count}, with each of them one of "
+        f"{', '.join(map(str, divisors(count)))}",
     )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def divisors(n: int) -> list[int]:
+    """Return the divisors of `n` in ascending order."""
     return [size for size in range(1, n + 1) if n % size == 0]
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many devices a batch is split."""
+    """Return the number of devices over which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that splits the leading axis over data and fsdp."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding that puts a complete copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -90,58 +97,91 @@ def _name(path: tuple) -> str:
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The rule for a leaf. An axis that does not divide its dimension leaves that dimension whole."""
+    """Return the PartitionSpec of a leaf by `RULES`.
+
+    A dimension that the size of its axis does not divide stays unsplit.
+    """
     rule = next(rule for pattern, rule in RULES if re.search(pattern, name))
     if not shape:  # counters
         return PartitionSpec()
     return PartitionSpec(
-        *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(rule, shape, strict=False))
+        *(
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(rule, shape, strict=False)
+        )
     )
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A NamedSharding for every array of a tree of (abstract) arrays."""
+    """Return the NamedSharding of every leaf of a tree of (abstract) arrays."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec(_name(path), leaf.shape, mesh)), tree
     )
 
 
-def model_hooks(mesh: Mesh, dtype: Any, grad_dtype: Any) -> dict[str, Callable]:
-    """SiT's hooks: one layer's parameters made whole over fsdp, activations split over the batch, the condition whole.
+class ModelHooks(NamedTuple):
+    """Where SiT calls the mesh; `model_hooks` explains each."""
 
-    gather casts to `dtype` before it gathers, which moves half the bytes in bfloat16; what it gives has the type that
-    gradients are to be added up in, `grad_dtype`, without another bit in it. replicate and broadcast give the
-    layers the condition of the whole batch, and split makes the gradient [b, 6d] of what adaLN makes of it whole, from
-    which each device makes its own part of the matrix's gradient; otherwise [d, 6d] would be summed over all devices.
+    gather: Callable
+    shard: Callable
+    replicate: Callable
+    broadcast: Callable
+    split: Callable
+
+
+def model_hooks(mesh: Mesh, dtype: Any, grad_dtype: Any) -> ModelHooks:
+    """Return SiT's hooks, which place one layer's parameters and the activations on the mesh.
+
+    Shapes: b the global batch, d the width. `gather` takes the parameters of one layer; `shard`
+    takes activations [b, ...]; `replicate` and `broadcast` take the condition [b, d]; `split` takes
+    adaLN's output [b, 6d].
     """
+    # gather: a kernel [d, ...] that is split over fsdp becomes complete just before its layer runs.
+    # It is cast to `dtype` before, which halves the bytes sent if that is bfloat16, and afterwards
+    # to `grad_dtype`, which adds no precision: a gradient has the dtype of its value, so that is
+    # the dtype in which devices add up gradients.
+    #
+    # adaLN computes [b, d] @ [d, 6d] -> [b, 6d]. With both factors of the kernel's gradient split
+    # over the batch, each device would get a partial sum [d, 6d], to be added up over all devices.
+    # Instead every device holds the entire condition [b, d] (replicate, broadcast) and the entire
+    # gradient of the output [b, 6d] (split, backwards). From these each device computes its own
+    # slice of the kernel's gradient, and nothing that large is reduced. Forwards, split leaves
+    # [b, 6d] split over the batch; backwards, broadcast does that to the condition's gradient.
 
-    def gather(variables):
-        def leaf(path, value):
-            stacked = spec("blocks/" + _name(path).removeprefix("params/"), (1, *value.shape), mesh)
+    def gather(variables: Any) -> Any:
+        def gather_leaf(path: tuple, value: jax.Array) -> jax.Array:
+            # RULES are for stacked layers: add their axis to look the leaf up, then drop it.
+            name = "blocks/" + _name(path).removeprefix("params/")
+            stacked = spec(name, (1, *value.shape), mesh)
             return _gather(mesh, PartitionSpec(*stacked[1:]), dtype, grad_dtype, value)
 
-        return jax.tree_util.tree_map_with_path(leaf, variables)
+        return jax.tree_util.tree_map_with_path(gather_leaf, variables)
 
-    def shard(x):
+    def shard(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
-    def replicate(x):
+    def replicate(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, replicated(mesh))
 
-    return {
-        "gather": gather,
-        "shard": shard,
-        "replicate": replicate,
-        "broadcast": _conjugate(replicate, shard),
-        "split": _conjugate(shard, replicate),
-    }
+    return ModelHooks(
+        gather,
+        shard,
+        replicate,
+        broadcast=_conjugate(replicate, shard),
+        split=_conjugate(shard, replicate),
+    )
 
 
 def _conjugate(forward: Callable, backward: Callable) -> Callable:
-    """The identity, with one constraint on what goes in and another on the gradient that comes back."""
+    """Return the identity, with one constraint on its input and another on its gradient."""
+    # For x [b, ...] the value of `constrained` is x, placed on the mesh by `forward`; its gradient
+    # [b, ...] passes through unchanged, placed by `backward`. with_sharding_constraint by itself
+    # puts the same constraint on both, hence the custom_vjp. Its forward rule returns (value,
+    # residuals): none are needed, as the derivative is the identity. Its backward rule returns a
+    # tuple with one gradient per argument.
 
     @jax.custom_vjp
-    def constrained(x):
+    def constrained(x: jax.Array) -> jax.Array:
         return forward(x)
 
     constrained.defvjp(lambda x: (forward(x), None), lambda _, gradient: (backward(gradient),))
@@ -149,90 +189,110 @@ def _conjugate(forward: Callable, backward: Callable) -> Callable:
 
 
 def on_each_device(mesh: Mesh, attend: Callable) -> Callable:
-    """`attend` on the part of the batch and of the heads that a device has: the partitioner cannot split a kernel."""
+    """Return `attend` mapped over the devices, each with its own part of the batch and heads.
+
+    The partitioner cannot split a hand-written kernel by itself.
+    """
     part = PartitionSpec(("data", "fsdp"), "tensor")
     return jax.shard_map(attend, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False)
 
 
 def gather_ends(mesh: Mesh, params: Any) -> Any:
-    """The parameters with those outside the layers made whole over fsdp, in their own type: they are few.
+    """Gather the parameters outside the layers over fsdp, in their own dtype: they are few.
 
-    Left split, each product with them would move activations, or split the features that the first layer gets.
+    Left split, each product with them would move activations, or would split the features that the
+    first layer gets.
     """
 
-    def leaf(path, value):
-        name, own = _name(path), value.dtype
-        return (
-            value
-            if "blocks/" in name
-            else _gather(mesh, spec(name, value.shape, mesh), own, own, value)
-        )
+    def gather_leaf(path: tuple, value: jax.Array) -> jax.Array:
+        name = _name(path)
+        if "blocks/" in name:
+            return value
+        return _gather(mesh, spec(name, value.shape, mesh), value.dtype, value.dtype, value)
 
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return jax.tree_util.tree_map_with_path(gather_leaf, params)
 
 
 def _gather(
-    mesh: Mesh, own: PartitionSpec, dtype: Any, grad_dtype: Any, value: jax.Array
+    mesh: Mesh, partition: PartitionSpec, dtype: Any, grad_dtype: Any, value: jax.Array
 ) -> jax.Array:
-    whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in own))
+    # Forwards, `value` (float32, split by `partition`) becomes complete over fsdp: an all-gather of
+    # `dtype`. Backwards, its gradient should only be reduced and scattered, so that each device
+    # keeps the slice it owns. The transpose of a plain constraint would make the gradient complete
+    # over fsdp too, and so force an all-reduce of it. The custom_vjp constrains the gradient to
+    # `partition` instead, and returns it in float32, the dtype of the parameter.
+    complete = PartitionSpec(*(None if axis == "fsdp" else axis for axis in partition))
 
     @jax.custom_vjp
-    def gathered(value):
-        return jax.lax.with_sharding_constraint(
-            value.astype(dtype), NamedSharding(mesh, whole)
-        ).astype(grad_dtype)
+    def gathered(value: jax.Array) -> jax.Array:
+        cast = value.astype(dtype)
+        cast = jax.lax.with_sharding_constraint(cast, NamedSharding(mesh, complete))
+        return cast.astype(grad_dtype)
 
-    # The transpose of a plain constraint would constrain the gradient to `whole` too, and so force a full all-reduce.
-    def backward(_, gradient):
-        return (
-            jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, own)).astype(
-                jnp.float32
-            ),
-        )
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        gradient = jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, partition))
+        return (gradient.astype(jnp.float32),)
 
     gathered.defvjp(lambda value: (gathered(value), None), backward)
     return gathered(value)
 
 
+def _rows_of_devices(mesh: Mesh, size: int) -> dict[jax.Device, range]:
+    """Return the rows of a batch of `size` that each of this process's devices holds."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    return {device: range(size)[index[0]] for device, index in indices.items() if index}
+
+
 def own_rows(mesh: Mesh, size: int) -> list[int]:
-    """Which rows of a batch of `size` this process's devices hold, in order; not always neighbours, on a torus."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
-    return sorted({row for (rows,) in held for row in range(size)[rows]})
+    """Return the rows of a batch of `size` that this process's devices hold, in ascending order.
+
+    They are not always contiguous: on a torus the devices of a host may be apart in the mesh.
+    """
+    return sorted({row for rows in _rows_of_devices(mesh, size).values() for row in rows})
 
 
 def put_batch(mesh: Mesh, batch: Any, size: int) -> Any:
-    """This process's `own_rows` of a batch of `size` (numpy) -> the global batch, without waiting for the copy."""
-    own, sharding = own_rows(mesh, size), batch_sharding(mesh)
-    devices, starts = [], []
-    for device, (rows,) in sharding.addressable_devices_indices_map((size,)).items():
-        devices.append(device)
-        starts.append(own.index(rows.start or 0))
-    n = size // batch_shards(
-        mesh
-    )  # rows of a device: neighbours in the batch, and so among the process's own
+    """Return the global batch of `size` rows, given this process's `own_rows` of it (numpy).
 
-    def put(rows):
-        parts = jax.device_put([rows[start : start + n] for start in starts], devices)
+    Does not wait for the copy to the devices.
+    """
+    # A leaf of `batch` has shape [len(own), ...]: the rows of this process's devices, in ascending
+    # order. A device holds `count` contiguous rows of the global batch, which are therefore
+    # contiguous in the leaf as well, from `start` on. Devices along the tensor axis hold the same
+    # rows. One device_put of all slices starts every copy without waiting; the slices, once on
+    # their devices, are declared to be the shards of a global array [size, ...].
+    rows_of_devices = _rows_of_devices(mesh, size)
+    own = own_rows(mesh, size)
+    devices = list(rows_of_devices)
+    starts = [own.index(rows.start) for rows in rows_of_devices.values()]
+    count = size // batch_shards(mesh)
+    sharding = batch_sharding(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        parts = jax.device_put([rows[start : start + count] for start in starts], devices)
         return jax.make_array_from_single_device_arrays((size, *rows.shape[1:]), sharding, parts)
 
     return jax.tree.map(put, batch)
 
 
 def shard_global_batch(mesh: Mesh, batch: Any) -> Any:
-    """A whole batch (numpy), equal in every process -> the global batch on the mesh."""
+    """Return the global batch, given a complete one (numpy) that is equal in every process."""
     size = len(jax.tree.leaves(batch)[0])
     own = own_rows(mesh, size)
     return put_batch(mesh, jax.tree.map(lambda rows: rows[own], batch), size)
 
 
 def per_device(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """Turns `apply(params, x_b) -> y_b`, each row by itself, into the same done by every device for its own rows."""
+    """Return a map from `apply(params, x_b) -> y_b`, row by row, to its sharded version.
+
+    There every device applies it to its own rows; `params` are replicated.
+    """
     return lambda apply: jax.shard_map(
         apply, mesh=mesh, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH
     )
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
-    """A tree of NumPy arrays, equal in every process, whole on every device."""
+    """Put a tree of NumPy arrays, equal in every process, on every device."""
     sharding = replicated(mesh)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), tree)

@@ -1,7 +1,8 @@
-"""Where files go: every path is an `etils.epath.Path`, so a workdir may be local or gs://.
+"""How files are written: atomically, and to a local path or gs://, as an `etils.epath.Path`.
 
-A local file is written beside its target and renamed, so a reader sees the old file or the new one, never half of
-either. An object store writes an object whole anyway, and has no rename worth its price.
+A local file is written beside its target and then renamed, so a reader sees either the old file or
+the new one, never part of one. An object store writes each object atomically, and a rename there
+would copy the object.
 """
 
 import contextlib
@@ -16,24 +17,23 @@ from sit_jax.errors import UserError
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """True for `gs://...` and its like."""
+    """Return True for a path such as `gs://...`."""
     return "://" in os.fspath(path)
 
 
 @contextlib.contextmanager
 def beside(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a path next to the local `path`, for a file or a folder that takes its name when the block has ended.
+    """Yield a path next to the local `path` for a new file or folder, renamed to `path` at the end.
 
-    What was there before is kept until then. After an error the new one is removed.
+    The old file or folder stays until then. After an error the new one is removed instead.
     """
     path = epath.Path(path)
-    new, old = (
-        path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.{word}" for word in ("tmp", "old")
-    )
+    new = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
     try:
         yield new
         if path.is_dir():
-            path.rename(old)
+            path.rename(old)  # os.replace does not replace a folder that holds files
         os.replace(new, path)
     except BaseException:
         _remove(new)
@@ -51,7 +51,7 @@ def _remove(path: epath.Path) -> None:
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Writes `data` whole or not at all."""
+    """Write `data` to a file atomically."""
     path = epath.Path(path)
     if is_remote(path):
         path.write_bytes(data)
@@ -63,12 +63,15 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
+    """Write `text` to a file atomically, as UTF-8."""
     write_bytes(path, text.encode())
 
 
 def append_text(path: epath.PathLike, text: str) -> None:
-    """Adds UTF-8 to the end of a file. A kill may leave a part of it; an object store writes the whole object anew."""
+    """Append UTF-8 text to a file, not atomically: a kill may leave a part of it.
+
+    In an object store this writes the entire object again.
+    """
     if is_remote(path):
         path = epath.Path(path)
         path.write_text((path.read_text() if path.exists() else "") + text)
@@ -80,8 +83,11 @@ def append_text(path: epath.PathLike, text: str) -> None:
 
 
 def json_rows(text: bytes) -> Iterator[tuple[bytes, dict]]:
-    """(line, its object) of every whole line of JSONL, passing over what a kill or a full disk tore."""
-    for line in text.split(b"\n")[:-1]:  # what follows the last newline is torn, or empty
+    """Yield (line, object) for every complete line of JSONL.
+
+    Skips lines that a kill or a full disk has truncated.
+    """
+    for line in text.split(b"\n")[:-1]:  # after the last newline: nothing, or a truncated line
         try:
             row = json.loads(line)
         except ValueError:
@@ -91,7 +97,7 @@ def json_rows(text: bytes) -> Iterator[tuple[bytes, dict]]:
 
 
 def make_writable_folder(path: epath.PathLike) -> epath.Path:
-    """The folder, made if need be; `UserError` if it cannot be written."""
+    """Return the folder, created if it does not exist. Raises UserError if it is not writable."""
     path = epath.Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

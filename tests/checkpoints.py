@@ -1,4 +1,4 @@
-"""PyTorch SiT checkpoints of random numbers, made without torch."""
+"""PyTorch SiT checkpoints of random numbers, written without torch."""
 
 from typing import Any
 
@@ -23,8 +23,9 @@ ARGS = {
 def shapes(
     size: Size = TINY, side=8, channels=4, classes=10, learn_sigma=False
 ) -> dict[str, tuple[int, ...]]:
-    """name -> shape of the state dict of such a network."""
-    x, one = np.zeros((1, side, side, channels), np.float32), np.zeros((1,), np.float32)
+    """{name: shape} of the network's state dict."""
+    x = np.zeros((1, side, side, channels), np.float32)
+    one = np.zeros((1,), np.float32)
     model = SiT(size, side, channels, classes, learn_sigma=learn_sigma)
     init = jax.eval_shape(
         lambda: model.init(jax.random.key(0), x, one, one.astype(np.int32))["params"]
@@ -33,15 +34,16 @@ def shapes(
 
 
 def state_dict(seed: int = 0, size: Size = TINY, **network) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(seed)
+    """{name: array} of random numbers."""
+    generator = np.random.default_rng(seed)
     return {
-        n: 0.1 * draw.standard_normal(s).astype(np.float32)
-        for n, s in shapes(size, **network).items()
+        name: 0.1 * generator.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes(size, **network).items()
     }
 
 
 def training(size: Size = TINY, count: int = 5, **network) -> dict[str, Any]:
-    """{model, ema, opt, args} as the reference's train.py saves it, with AdamW `count` steps on."""
+    """{model, ema, opt, args} as the reference's train.py saves it after `count` steps of AdamW."""
     model, ema, average, square = (state_dict(seed, size, **network) for seed in range(4))
     state = {
         number: {
@@ -68,15 +70,15 @@ def training(size: Size = TINY, count: int = 5, **network) -> dict[str, Any]:
 
 
 def save(path, content: Any) -> str:
-    """Writes what torch.save would write, arrays being tensors."""
+    """Write the file that torch.save would write, with each array as a tensor."""
     with open(path, "wb") as file, TorchWriter(file) as writer:
-        writer.finish(_written(writer, content))
+        writer.finish(_with_tensors(writer, content))
     return str(path)
 
 
-def _written(writer: TorchWriter, content: Any) -> Any:
+def _with_tensors(writer: TorchWriter, content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _written(writer, value) for key, value in content.items()}
+        return {key: _with_tensors(writer, value) for key, value in content.items()}
     if isinstance(content, list):
-        return [_written(writer, value) for value in content]
+        return [_with_tensors(writer, value) for value in content]
     return writer.tensor(content) if isinstance(content, np.ndarray) else content

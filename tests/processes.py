@@ -1,4 +1,4 @@
-"""main as several real processes on this machine, each with fake devices."""
+"""Runs main in several real processes on this machine, each with fake devices."""
 
 import os
 import pathlib
@@ -13,15 +13,15 @@ from tests.commands import ROOT
 
 MAIN = ("-m", "sit_jax.main")
 _GLOO = re.compile(r"Gloo|peer ranks|^[\d\s]*$")
-TIMEOUT_S = 200  # for a run to end, on a busy machine
+TIMEOUT_S = 200  # enough for a run on a busy machine
 
 
 class Processes:
-    """`arguments` for main in `count` processes of `devices` devices each; of `program` instead of main, where given.
+    """main, or another `program`, with `arguments` in `count` processes of `devices` devices each.
 
-    What they print goes to folder/out.I and folder/err.I. With `folders`, process I runs in folders[I]; `own` are
-    further arguments of each. Unless `joined`, nothing tells them of each other. Each leads a process group, as it does
-    where a shell or SLURM started it.
+    Process I prints to folder/out.I and folder/err.I. With `folders` it runs in folders[I]; with
+    `extra_arguments` it gets extra_arguments[I] too. With `joined` False, no variable tells the
+    processes about each other. Each leads a process group, as if a shell or SLURM had started it.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Processes:
         devices: int = 4,
         program: Sequence[str] = MAIN,
         folders: Sequence[pathlib.Path] = (),
-        own: Sequence[Sequence[str]] = (),
+        extra_arguments: Sequence[Sequence[str]] = (),
         platforms: str = "cpu",
         joined: bool = True,
     ):
@@ -61,7 +61,7 @@ class Processes:
                 sys.executable,
                 *program,
                 *map(str, arguments),
-                *(own[number] if own else ()),
+                *(extra_arguments[number] if extra_arguments else ()),
             ]
             with (
                 open(folder / f"out.{number}", "wb") as out,
@@ -75,13 +75,13 @@ class Processes:
                 )
 
     def printed(self, number: int = 0, stream: str = "out") -> str:
-        """What a process wrote so far, without the lines of jax's CPU collectives."""
+        """Return what a process has written, without the lines of jax's CPU collectives."""
         text = (self.folder / f"{stream}.{number}").read_text()
-        # Its threads write the parts of their lines between each other's.
+        # Those come from several threads, which mix the parts of their lines.
         return "".join(line for line in text.splitlines(keepends=True) if not _GLOO.search(line))
 
     def wait(self) -> list[int]:
-        """The exit statuses; whatever runs too long is killed."""
+        """Return the exit statuses; kill processes that run too long."""
         end = time.monotonic() + TIMEOUT_S
         try:
             return [child.wait(max(end - time.monotonic(), 0)) for child in self.children]
@@ -90,7 +90,7 @@ class Processes:
                 child.kill()
 
     def succeed(self) -> str:
-        """What process 0 printed, after all have ended well and the others have printed nothing."""
+        """Return what process 0 printed, once all have succeeded and no other has printed."""
         statuses = self.wait()
         errors = [self.printed(number, "err")[-3000:] for number in range(len(statuses))]
         assert statuses == [0] * len(statuses), "\n".join(errors)

@@ -1,4 +1,4 @@
-"""Run by test_sampler.py in a process of its own: samples of fixed weights, 2 on each device at a time, as JSON."""
+"""Prints samples of fixed weights, 2 per device at a time, as JSON, for test_sampler.py."""
 
 import json
 
@@ -21,19 +21,23 @@ SOLVERS = {
     "dopri5": [("sample.steps", "none"), ("sample.rtol", "0.1"), ("sample.error_norm", "sample")],
     "shark": [("sample.steps", "4")],
 }
-COUNT, EACH = 16, 2
+COUNT = 16
+PER_DEVICE = 2
 
 
 def draw(solver: str, mesh: list) -> list[str]:
     """The float32 pixels of each sample, in hexadecimal."""
-    batch = EACH * jax.device_count()
+    batch = PER_DEVICE * jax.device_count()
     overrides = (
         TINY + mesh + SOLVERS[solver] + [("sample.solver", solver), ("sample.batch", str(batch))]
     )
     setup = set_up(config_lib.load("configs/digits.py", overrides))
-    # Fresh weights end in zeros, which would hide the network.
-    params = jax.jit(lambda: jax.tree.map(lambda leaf: leaf + 0.02 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape),
-                                          setup.init_params()))()  # fmt: skip
+
+    def disturb(leaf: jax.Array) -> jax.Array:
+        return leaf + 0.02 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)
+
+    # Fresh weights end in zeros: the images would not depend on the network.
+    params = jax.jit(lambda: jax.tree.map(disturb, setup.init_params()))()
     sampler = make_sampler(setup)
     parts = [np.arange(start, start + batch, dtype=np.int32) for start in range(0, COUNT, batch)]
     images = np.concatenate(
@@ -45,11 +49,7 @@ def draw(solver: str, mesh: list) -> list[str]:
 
 if __name__ == "__main__":
     meshes = {"data": []} | ({"fsdp": [("mesh.fsdp", "4")]} if jax.device_count() > 1 else {})
-    print(
-        json.dumps(
-            {
-                name: {solver: draw(solver, mesh) for solver in SOLVERS}
-                for name, mesh in meshes.items()
-            }
-        )
-    )
+    samples = {
+        name: {solver: draw(solver, mesh) for solver in SOLVERS} for name, mesh in meshes.items()
+    }
+    print(json.dumps(samples))

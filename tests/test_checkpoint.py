@@ -1,4 +1,4 @@
-"""Checkpoints restore what was saved, keep what they promise, and never trust, nor touch, what is damaged."""
+"""checkpoint: saved arrays are restored exactly, and damaged steps are neither used nor deleted."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ def tree(value, shape=(3, 2)):
 
 
 def save(checkpoints, *steps):
-    """Saves trees full of the step's number, and waits until each is whole."""
+    """Save trees filled with the step's number, and wait until each is complete."""
     for step in steps:
         checkpoints.save(
             step, {"params": tree(float(step)), "ema": tree(-float(step))}, {"step": step}
@@ -36,7 +36,7 @@ def save(checkpoints, *steps):
 
 
 def value_of(checkpoints, step):
-    """What `save` put into this step."""
+    """The number with which `save` filled this step."""
     restored = checkpoints.restore(step, {"params": jax.eval_shape(lambda: tree(0.0))})["params"]
     (value,) = set(restored["a"]["kernel"].ravel().tolist())
     return value
@@ -55,16 +55,13 @@ def snapshot(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Checkpoints 4, 8 and 12, all whole."""
+    """A folder with the complete checkpoints 4, 8 and 12."""
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
         save(checkpoints, 4, 8, 12)
     return tmp_path / "c"
 
 
-# What works
-
-
-def test_round_trip_one_item_alone_and_the_note(tmp_path):
+def test_all_items_one_item_and_the_note_round_trip(tmp_path):
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
         assert checkpoints.newest_complete() == (None, [])
         checkpoints.save(
@@ -73,11 +70,11 @@ def test_round_trip_one_item_alone_and_the_note(tmp_path):
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
         assert checkpoints.newest_complete() == (7, [])
         both = checkpoints.restore(7, {name: jax.eval_shape(lambda: tree(0.0)) for name in ITEMS})
-        alone = checkpoints.restore(7, {"ema": jax.eval_shape(lambda: tree(0.0))})
+        only_ema = checkpoints.restore(7, {"ema": jax.eval_shape(lambda: tree(0.0))})
         assert checkpoints.note(7) == {"seed": 3, "rows": [{"loss": 0.1}]}
-    assert alone.keys() == {"ema"}
+    assert only_ema.keys() == {"ema"}
     jax.tree.map(np.testing.assert_array_equal, both, {"params": tree(1.5), "ema": tree(2.5)})
-    jax.tree.map(np.testing.assert_array_equal, alone["ema"], tree(2.5))
+    jax.tree.map(np.testing.assert_array_equal, only_ema["ema"], tree(2.5))
 
 
 def test_the_manifest_lists_every_file(folder):
@@ -92,7 +89,7 @@ def test_the_manifest_lists_every_file(folder):
 
 
 @pytest.mark.parametrize(
-    ("keep", "left"),
+    ("keep", "steps"),
     [
         ({}, [1, 2, 3, 4, 5, 6, 7]),
         ({"keep_last": 1}, [7]),
@@ -102,18 +99,19 @@ def test_the_manifest_lists_every_file(folder):
         ({"keep_last": 1, "keep_every": 2}, [2, 4, 6, 7]),
     ],
 )
-def test_keeps_the_last_and_the_periodic(tmp_path, keep, left):
+def test_the_last_and_the_periodic_steps_are_kept(tmp_path, keep, steps):
     with Checkpoints(tmp_path / "c", ITEMS, **keep) as checkpoints:
         save(checkpoints, *range(1, 8))
-    assert names(tmp_path / "c") == [str(step) for step in left]
+    assert names(tmp_path / "c") == [str(step) for step in steps]
 
 
-def test_an_older_step_stays_until_the_newer_one_is_whole(tmp_path, monkeypatch):
-    write, seen = storage.write_text, []
+def test_an_older_step_stays_until_the_newer_one_is_complete(tmp_path, monkeypatch):
+    write_text = storage.write_text
+    seen = []
 
     def write_manifest(path, text):
         seen.append(names(tmp_path / "c"))
-        write(path, text)
+        write_text(path, text)
 
     monkeypatch.setattr(storage, "write_text", write_manifest)
     with Checkpoints(tmp_path / "c", ITEMS, keep_last=1) as checkpoints:
@@ -121,7 +119,7 @@ def test_an_older_step_stays_until_the_newer_one_is_whole(tmp_path, monkeypatch)
     assert seen == [["1"], ["1", "2"], ["2", "3"]]
 
 
-def test_a_donated_state_is_saved_as_it_was(tmp_path):
+def test_a_state_donated_after_the_save_is_saved_unchanged(tmp_path):
     double = jax.jit(lambda t: jax.tree.map(lambda x: 2 * x, t), donate_argnums=0)
     state = {
         name: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree(1.0, (512, 512)))
@@ -135,9 +133,10 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored["params"], tree(1.0, (512, 512)))
 
 
-def test_a_note_is_saved_as_it_was(tmp_path, monkeypatch):
-    """Orbax writes it in the background; it is held back here until the caller has changed it."""
-    go, save_json = threading.Event(), ocp.JsonCheckpointHandler._save_fn
+def test_a_note_changed_after_the_save_is_saved_unchanged(tmp_path, monkeypatch):
+    """Orbax writes it in the background; here that waits until the caller has changed it."""
+    go = threading.Event()
+    save_json = ocp.JsonCheckpointHandler._save_fn
 
     async def save_late(*arguments):
         await asyncio.to_thread(go.wait, 20)
@@ -154,8 +153,9 @@ def test_a_note_is_saved_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
-    write, go = storage.write_text, threading.Event()
-    monkeypatch.setattr(storage, "write_text", lambda *arguments: go.wait(20) and write(*arguments))
+    write_text = storage.write_text
+    go = threading.Event()
+    monkeypatch.setattr(storage, "write_text", lambda *args: go.wait(20) and write_text(*args))
     with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
         checkpoints.save(1, {"params": tree(1.0), "ema": tree(1.0)}, {})
         assert not (tmp_path / "c" / "1" / "manifest.json").exists()
@@ -167,16 +167,14 @@ def test_another_models_arrays_are_named_with_both_shapes(folder):
     with Checkpoints(folder, ITEMS) as checkpoints:
         with pytest.raises(
             UserError,
-            match=r"another model: a/kernel has shape \(3, 2\) there and \(5, 2\) in this config",
+            match=r"checkpoint 4: params belongs to another model: a/kernel has shape "
+            r"\(3, 2\) in the checkpoint and \(5, 2\) in this config",
         ):
             checkpoints.restore(4, {"params": jax.eval_shape(lambda: tree(0.0, (5, 2)))})
-        with pytest.raises(UserError, match="another model: c has shape None there"):
+        with pytest.raises(UserError, match="another model: c has shape None in the checkpoint"):
             checkpoints.restore(
                 4, {"params": jax.eval_shape(lambda: tree(0.0) | {"c": jnp.zeros(1)})}
             )
-
-
-# Damage
 
 
 def largest(step_folder):
@@ -200,7 +198,7 @@ def flip(step_folder):
 
 
 def unfinish(step_folder):
-    """As a kill inside the save leaves it."""
+    """Leave the folder as a kill during the save does."""
     (step_folder / "manifest.json").unlink()
     step_folder.rename(step_folder.parent / f"{step_folder.name}.orbax-checkpoint-tmp")
 
@@ -247,7 +245,7 @@ def cut_manifest(step_folder, size):
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_the_newest_whole_one_is_used_and_nothing_is_touched(folder, kind):
+def test_the_newest_complete_step_is_used_and_nothing_is_changed(folder, kind):
     damage, words = DAMAGE[kind]
     damage(folder / "12")
     before = snapshot(folder)
@@ -255,15 +253,15 @@ def test_the_newest_whole_one_is_used_and_nothing_is_touched(folder, kind):
         step, (problem,) = checkpoints.newest_complete()
         assert (step, value_of(checkpoints, 8)) == (8, 8.0)
     suffix = ".orbax-checkpoint-tmp" if kind == "unfinished" else ""
-    assert (
-        re.match(f"checkpoint {folder}/12{suffix} is not used: {words}", problem)
-        and "\n" not in problem
-    )
+    assert re.match(f"checkpoint {folder}/12{suffix} is not used: {words}", problem)
+    assert "\n" not in problem
     assert snapshot(folder) == before
 
 
-def test_without_a_whole_one_there_is_none_and_each_is_named(folder):
-    cut(folder / "12"), flip(folder / "8"), unfinish(folder / "4")
+def test_without_a_complete_step_there_is_none_and_each_is_named(folder):
+    cut(folder / "12")
+    flip(folder / "8")
+    unfinish(folder / "4")
     before = snapshot(folder)
     with Checkpoints(folder, ITEMS) as checkpoints:
         step, problems = checkpoints.newest_complete()
@@ -274,10 +272,11 @@ def test_without_a_whole_one_there_is_none_and_each_is_named(folder):
 
 
 def test_every_file_is_checked(folder):
-    """A byte of any file, changed, is found: also of the small ones."""
-    for path in [
-        path for path in (folder / "12").rglob("*") if path.is_file() and path.stat().st_size
-    ]:
+    """A changed byte is noticed in any file, however small."""
+    paths = list((folder / "12").rglob("*"))
+    for path in paths:
+        if not path.is_file() or not path.stat().st_size:
+            continue
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert checkpoint._damage(storage.epath.Path(folder / "12")), path
@@ -286,14 +285,15 @@ def test_every_file_is_checked(folder):
 
 
 @pytest.mark.parametrize("kind", ["cut", "flipped", "no manifest", "unfinished"])
-def test_a_damaged_folder_stays_until_its_step_is_whole_again(folder, monkeypatch, kind):
+def test_a_damaged_folder_stays_until_its_step_is_complete_again(folder, monkeypatch, kind):
     DAMAGE[kind][0](folder / "12")
     damaged = snapshot(folder / "12") if kind != "unfinished" else None
-    write, seen = storage.write_text, []
+    write_text = storage.write_text
+    seen = []
 
     def write_manifest(path, text):
-        seen.append([snapshot(aside) for aside in folder.glob("12.*damaged")])
-        write(path, text)
+        seen.append([snapshot(moved) for moved in folder.glob("12.*damaged")])
+        write_text(path, text)
 
     monkeypatch.setattr(storage, "write_text", write_manifest)
     with Checkpoints(folder, ITEMS, keep_last=2) as checkpoints:
@@ -304,8 +304,8 @@ def test_a_damaged_folder_stays_until_its_step_is_whole_again(folder, monkeypatc
     assert names(folder) == ["12", "8"]
 
 
-def test_a_step_may_be_damaged_again_and_again(folder):
-    """Each time the damaged folder is kept beside those before it, as long as no save of the step becomes whole."""
+def test_a_step_may_be_damaged_several_times(folder):
+    """All damaged folders are kept side by side until a save of the step is complete."""
     cut(folder / "12")
     (folder / "12.1.damaged").mkdir()
     with Checkpoints(folder, ITEMS) as checkpoints:
@@ -314,9 +314,10 @@ def test_a_step_may_be_damaged_again_and_again(folder):
     assert names(folder) == ["12", "4", "8"]
 
 
-def test_retention_never_counts_on_damaged_newer_ones(folder):
-    """4 is the last whole one; 8 and 12 are damaged. Saving a step below them works, and 4 stays until it is whole."""
-    flip(folder / "8"), flip(folder / "12")
+def test_retention_does_not_count_damaged_newer_steps(folder):
+    """4 is the last complete step; it stays until 6, saved below the damaged 8 and 12, is."""
+    flip(folder / "8")
+    flip(folder / "12")
     with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
         assert checkpoints.newest_complete()[0] == 4
         save(checkpoints, 6)
@@ -329,9 +330,9 @@ def test_retention_never_counts_on_damaged_newer_ones(folder):
     assert names(folder) == ["16"]
 
 
-def test_what_a_kill_left_of_an_old_save_goes_when_a_newer_one_is_whole(folder):
-    unfinish(folder / "8")  # killed inside a save
-    (folder / "4" / "manifest.json").unlink()  # killed while it was removed
+def test_remains_of_a_killed_save_are_deleted_when_a_newer_step_is_complete(folder):
+    unfinish(folder / "8")  # killed during a save
+    (folder / "4" / "manifest.json").unlink()  # killed during its deletion
     with Checkpoints(folder, ITEMS, keep_last=1) as checkpoints:
         assert names(folder) == ["12", "4", "8.orbax-checkpoint-tmp"]
         save(checkpoints, 16)
@@ -347,8 +348,6 @@ def test_foreign_files_are_left_alone(folder):
     assert names(folder) == ["16", "mine.damaged", "mine.orbax-checkpoint-tmp", "notes.txt"]
 
 
-# A save that fails
-
 _FULL_DISK = """
 import pathlib, resource, sys
 import jax.numpy as jnp, numpy as np
@@ -359,8 +358,10 @@ def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 def save(step):
-    noise = np.random.default_rng(step).normal(size=(300, 300)).astype(np.float32)  # it cannot be compressed
-    checkpoints.save(step, {"params": {"a": jnp.asarray(noise)}, "ema": {"a": jnp.asarray(noise)}}, {})
+    # Noise, which cannot be compressed.
+    noise = np.random.default_rng(step).normal(size=(300, 300)).astype(np.float32)
+    items = {name: {"a": jnp.asarray(noise)} for name in ("params", "ema")}
+    checkpoints.save(step, items, {})
 
 def contents():
     folder = pathlib.Path(sys.argv[1]) / "4"
@@ -387,8 +388,8 @@ with Checkpoints(sys.argv[1], ("params", "ema"), keep_last=1) as checkpoints:
 """
 
 
-def test_a_disk_that_is_full_in_the_middle_of_a_save(tmp_path):
-    """In a process of its own, where no file may grow beyond a size: as a full disk, it fails a write in the middle."""
+def test_a_disk_that_fills_up_during_a_save_fails_it_and_leaves_the_others(tmp_path):
+    """The limit on the size of a process's files fails a write as a full disk does."""
     done = subprocess.run(
         [sys.executable, "-c", _FULL_DISK, str(tmp_path / "c")],
         cwd=ROOT,
@@ -402,15 +403,12 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(tmp_path):
         f"checkpoint {step} could not be saved" for step in (8, 12)
     ]
     for line in lines:
-        assert (
-            "File too large" in line
-            and "the checkpoints before it are untouched" in line
-            and len(line) < 500
-        )
+        assert "File too large" in line and "the checkpoints before it are untouched" in line
+        assert len(line) < 500
     assert names(tmp_path / "c") == ["16"]
 
 
-def test_a_manifest_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
+def test_a_manifest_that_cannot_be_written_is_reported_once(tmp_path, monkeypatch):
     def fail(path, text):
         raise OSError(28, "No space left on device")
 
@@ -431,12 +429,15 @@ def test_a_manifest_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
         assert checkpoints.newest_complete() == (8, [])
 
 
-def test_leaving_tells_of_a_save_that_failed_but_hides_no_other_error(tmp_path, monkeypatch):
+def test_leaving_reports_a_failed_save_but_hides_no_other_error(tmp_path, monkeypatch):
+    def save_and_leave(step, error=None):
+        with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
+            checkpoints.save(step, {"params": tree(4.0), "ema": tree(4.0)}, {})
+            if error:
+                raise error
+
     monkeypatch.setattr(checkpoint, "_digests", lambda folder: 1 / 0)
     with pytest.raises(UserError, match="checkpoint 4 could not be saved"):
-        with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
-            checkpoints.save(4, {"params": tree(4.0), "ema": tree(4.0)}, {})
+        save_and_leave(4)
     with pytest.raises(KeyError):
-        with Checkpoints(tmp_path / "c", ITEMS) as checkpoints:
-            checkpoints.save(8, {"params": tree(4.0), "ema": tree(4.0)}, {})
-            raise KeyError
+        save_and_leave(8, KeyError())

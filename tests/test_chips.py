@@ -1,4 +1,4 @@
-"""chips: the table's figures by device kind."""
+"""chips: the peak of each device kind."""
 
 import pytest
 
@@ -21,12 +21,12 @@ from sit_jax.jobs.preflight import chips
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA A10G", None),
-        ("TPU7x", 1153.5e12),  # half a chip, as jax counts them
+        ("TPU7x", 1153.5e12),  # half a chip: jax counts two devices
         ("cpu", None),
         ("", None),
     ],
 )
-def test_the_peak_is_that_of_the_longest_matching_name(kind, peak):
+def test_the_chip_with_the_longest_matching_kind_gives_the_peak(kind, peak):
     chip = chips.chip_of(kind)
     assert (chip and chip.peak_flops) == peak
 

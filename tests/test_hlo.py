@@ -1,4 +1,4 @@
-"""hlo: FLOPs, memory traffic and collectives of compiled programs, by hand-made text and by a real compilation."""
+"""hlo: FLOPs, memory traffic and collectives of a hand-written and of a really compiled program."""
 
 import json
 import os
@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from sit_jax.jobs.preflight import hlo
+from sit_jax.jobs.preflight import hlo, hlo_text
 
-# In the TPU compiler's manner: a layer loop of 3 turns, in it a loop that counts to 8 in twos, an all-gather spread over
-# two fusions (one channel), a batched product as a dilated convolution, and arrays held on the chip, S(1).
+# As the TPU compiler writes it: a layer loop of 3 iterations and in it a loop that counts to 8 in
+# twos, one all-gather (one channel) in two fusions, a batched product as a dilated convolution, and
+# arrays that are held on the chip, S(1).
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, num_partitions=4
 
@@ -94,7 +95,7 @@ ENTRY %main (a: f32[3,16]) -> f32[3,16] {
   %y.1 = f32[] parameter(1)
   ROOT %added = f32[] add(%x.1, %y.1)
 }
-"""
+"""  # noqa: E501 - an instruction is one line
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,9 @@ def program():
     return hlo.Program(PROGRAM)
 
 
-def test_products_count_as_often_as_their_loops_turn(program):
-    dot, logits = 2 * 16 * 4 * 8, 2 * (2 * 6) * 256 * 256 * 64
+def test_products_count_once_per_iteration_of_their_loops(program):
+    dot = 2 * 16 * 4 * 8
+    logits = 2 * (2 * 6) * 256 * 256 * 64
     assert program.flops == program.bfloat16_flops == 3 * (dot + logits)
     assert not program.unknown_loops
 
@@ -118,10 +120,11 @@ def test_precise_float32_products_take_several_passes():
     assert program.bfloat16_flops - program.flops == 5 * 3 * 2 * 16 * 4 * 8
 
 
-def test_a_kernel_counts_what_it_says():
+def test_a_kernel_counts_the_flops_of_its_cost_estimate():
     text = PROGRAM.replace(
         "dot(%x, %gather-done), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
-        'custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000"}}}',
+        'custom-call(%x), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000"}}}',
     )
     assert hlo.Program(PROGRAM).flops - hlo.Program(text).flops == 3 * (2 * 16 * 4 * 8 - 1000)
 
@@ -130,18 +133,19 @@ def test_a_kernel_counts_what_it_says():
     ("kernel", "products"), [("splash_mha_dkv_no_residuals.1", 5), ("dot_product_attention_fwd", 2)]
 )
 def test_attention_kernels_count_their_products(kernel, products):
-    call = f'%{kernel} = (f32[2,6,256], bf16[2,6,256,64]) custom-call(%q), custom_call_target="tpu_custom_call"'
+    result = "(f32[2,6,256], bf16[2,6,256,64])"
+    call = f'%{kernel} = {result} custom-call(%q), custom_call_target="tpu_custom_call"'
     text = PROGRAM.replace("  ROOT %next =", f"  {call}\n  ROOT %next =")
-    assert (
-        hlo.Program(text).flops - hlo.Program(PROGRAM).flops
-        == 3 * products * 2 * (2 * 6 * 256 * 64) * 256
-    )
+    added = hlo.Program(text).flops - hlo.Program(PROGRAM).flops
+    assert added == 3 * products * 2 * (2 * 6 * 256 * 64) * 256
 
 
-def test_collectives_with_their_bytes(program):
-    found = {c.kind: c for c in program.collectives}
-    assert len(program.collectives) == 3  # two pieces of one gather are one
-    gather, permute, reduce = found["all-gather"], found["collective-permute"], found["all-reduce"]
+def test_collectives_have_their_bytes_and_counts(program):
+    by_kind = {c.kind: c for c in program.collectives}
+    assert len(program.collectives) == 3  # the two parts of the all-gather count as one
+    gather = by_kind["all-gather"]
+    permute = by_kind["collective-permute"]
+    reduce = by_kind["all-reduce"]
     assert (gather.times, gather.group, gather.sent, gather.in_background) == (3, 4, 3 * 16, True)
     assert (permute.times, permute.group, permute.sent, permute.in_background) == (
         3 * 4,
@@ -161,16 +165,15 @@ def test_collectives_with_their_bytes(program):
     assert table["all-reduce"] == {"in_loop": 0, "outside": 196, "count": 1}
 
 
-def test_traffic_is_what_kernels_read_and_write_in_main_memory(program):
-    moved = {}
-    for e in program.executions:
-        if not e.fused and (bytes_ := program._traffic(e)):
-            moved[e.instruction.name] = bytes_
-    assert (
-        moved["updated"] == 4 * 16 + 4
-    )  # the written row of f32[3,16], and its index; the new row was on the chip
-    assert moved["reduced"] == 2 * (3 * 16 * 4 + 4)
-    assert not {"dot", "logits", "gather-done", "layers"} & set(moved)
+def test_traffic_counts_the_hbm_that_kernels_read_and_write(program):
+    traffic = {}
+    for execution in program.executions:
+        if not execution.fused and (size := program._traffic(execution)):
+            traffic[execution.instruction.name] = size
+    # The row of f32[3,16] that is written, and its index; the new row was on the chip.
+    assert traffic["updated"] == 4 * 16 + 4
+    assert traffic["reduced"] == 2 * (3 * 16 * 4 + 4)
+    assert not {"dot", "logits", "gather-done", "layers"} & set(traffic)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +189,10 @@ def test_traffic_is_what_kernels_read_and_write_in_main_memory(program):
     ],
 )
 def test_group_sizes(groups, size):
-    assert hlo._group_size(f"(%x), channel_id=1, {groups}, dimensions={{0}}", 8) == size
+    assert hlo_text.group_size(f"(%x), channel_id=1, {groups}, dimensions={{0}}", 8) == size
 
 
-def test_a_loop_that_ends_when_the_data_says_so_counts_once():
+def test_a_loop_whose_length_depends_on_the_data_counts_once():
     text = PROGRAM.replace(
         "%eight = s32[] constant(8)", "%eight = s32[] get-tuple-element(%w), index=0"
     )
@@ -202,9 +205,9 @@ def test_a_loop_that_ends_when_the_data_says_so_counts_once():
     ("dtype", "size"),
     [("pred", 1), ("bf16", 2), ("f32", 4), ("s8", 1), ("f8e4m3fn", 1), ("u64", 8), ("c64", 8)],
 )
-def test_sizes_of_types(dtype, size):
-    assert hlo.Array(dtype, (3, 5)).bytes == 15 * size
-    assert hlo.Array(dtype, (), "T(128)S(1)").hbm_bytes == 0
+def test_sizes_of_dtypes(dtype, size):
+    assert hlo_text.Array(dtype, (3, 5)).bytes == 15 * size
+    assert hlo_text.Array(dtype, (), "T(128)S(1)").hbm_bytes == 0
 
 
 COMPILE = """
@@ -226,24 +229,25 @@ x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, row
 w = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=NamedSharding(mesh, stacked))
 text = jax.jit(mapped).lower(x, w).compile().as_text()
 program = hlo.Program(text)
-print(json.dumps({"flops": program.flops, "table": hlo.by_kind(program.collectives), "hbm": program.hbm_bytes}))
+table = hlo.by_kind(program.collectives)
+print(json.dumps({"flops": program.flops, "table": table, "hbm": program.hbm_bytes}))
 """
 
 
-def test_a_real_program_of_eight_devices():
+def test_a_compiled_program_of_eight_devices():
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."
-    }  # fmt: skip
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": ".",
+    }
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["flops"] == 5 * 2 * (64 // 8) * 32 * 32
+    costs = json.loads(done.stdout.splitlines()[-1])
+    assert costs["flops"] == 5 * 2 * (64 // 8) * 32 * 32
     shard = 32 * 32 * 4 // 4
-    assert found["table"]["all-gather"] == {"in_loop": 5 * 3 * shard, "outside": 0, "count": 5}
-    assert (
-        found["table"]["all-reduce"]["count"] == 1
-        and found["table"]["all-reduce"]["outside"] == 2 * 4 * 7 // 8
-    )
-    assert found["hbm"] > 5 * 32 * 32 * 4  # each layer's weights at least
+    assert costs["table"]["all-gather"] == {"in_loop": 5 * 3 * shard, "outside": 0, "count": 5}
+    reduce = costs["table"]["all-reduce"]
+    assert reduce["count"] == 1 and reduce["outside"] == 2 * 4 * 7 // 8
+    assert costs["hbm"] > 5 * 32 * 32 * 4  # at least the weights of each layer

@@ -1,4 +1,4 @@
-"""metric_log: a resumed run's streams hold every step once, a kill costs nothing, and each sink gets what it should."""
+"""metric_log: every sink gets its data, a kill loses none, a resumed run logs each step once."""
 
 import io
 import json
@@ -34,7 +34,10 @@ def _rows(workdir):
 
 
 def _events(folder):
-    """The events of a folder's files, oldest file first: records of length, checksum, message, checksum."""
+    """The events in a folder's files, oldest file first.
+
+    A record is: length, checksum, message, checksum.
+    """
     events = []
     for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
@@ -46,7 +49,7 @@ def _events(folder):
 
 
 def _age(folder):
-    """Gives the event files another name, as if they were older: it holds the second of their making."""
+    """Rename the event files, so that a run in the same second does not reuse their names."""
     for path in folder.iterdir():
         path.rename(path.with_name("older-" + path.name))
 
@@ -60,7 +63,7 @@ def _scalars(events):
     ]
 
 
-def test_rows_hold_plain_numbers_and_are_there_at_once(tmp_path):
+def test_rows_hold_plain_numbers_and_are_written_at_once(tmp_path):
     log = _log(tmp_path)
     log.scalars(1, {"loss": np.float32(0.5), "images_per_s": 3})
     log.scalars(2, {"loss": math.nan, "grad_norm": math.inf})
@@ -92,24 +95,38 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "torn", [b'{"step": 2, "lo', b'{"step": 2}', b"\0\0\0\0", b'\xff\n[1]\n{"loss": 1}\n7\n']
+    "rest", [b'{"step": 2, "lo', b'{"step": 2}', b"\0\0\0\0", b'\xff\n[1]\n{"loss": 1}\n7\n']
 )
-def test_what_a_kill_tore_is_dropped(tmp_path, torn):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + torn)
+def test_rows_that_a_kill_truncated_are_dropped(tmp_path, rest):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n' + rest)
     with _log(tmp_path, start_step=2) as log:
         log.scalars(3, {"loss": 3})
     assert _rows(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.0}]
 
 
-def test_tensorboard_has_scalars_before_close_and_pictures(tmp_path):
-    picture = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+def test_an_unknown_scalar_reaches_every_sink_and_the_line_by_its_name(tmp_path, wandb):
+    metrics = {"loss": 0.5, "align_loss": 0.25}
+    with _log(tmp_path, tensorboard=True, wandb_project="digits") as log:
+        log.scalars(3, metrics)
+    assert _rows(tmp_path) == [{"step": 3, "loss": 0.5, "align_loss": 0.25}]
+    assert _scalars(_events(tmp_path / "tensorboard")) == [
+        (3, "loss", 0.5),
+        (3, "align_loss", 0.25),
+    ]
+    assert wandb.logged == [(3, metrics)]
+    line = metric_log.format_line(3, 9, metrics)
+    assert line == "step 3/9  loss  0.5000  align_loss 0.25"
+
+
+def test_tensorboard_has_scalars_before_close_and_images(tmp_path):
+    expected = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     log = _log(tmp_path, tensorboard=True)
     log.scalars(1, {"loss": 0.5})
-    deadline = time.monotonic() + 20  # it takes about a second; left alone, tensorboardX takes 120
+    deadline = time.monotonic() + 20  # it takes about 1 s; by default tensorboardX takes 120 s
     while not _scalars(_events(tmp_path / "tensorboard")) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert _scalars(_events(tmp_path / "tensorboard")) == [(1, "loss", 0.5)]
-    log.image(2, "samples", picture)
+    log.image(2, "samples", expected)
     log.close()
     (image,) = [
         v.image
@@ -118,18 +135,18 @@ def test_tensorboard_has_scalars_before_close_and_pictures(tmp_path):
         if v.image.width
     ]
     np.testing.assert_array_equal(
-        np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), picture
+        np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), expected
     )
 
 
-def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path):
+def test_tensorboard_hides_steps_that_a_resumed_run_logs_again(tmp_path):
     with _log(tmp_path, tensorboard=True) as log:
         for step in (1, 2, 3, 4):
             log.scalars(step, {"loss": step})
     _age(tmp_path / "tensorboard")
     with _log(tmp_path, start_step=2, tensorboard=True) as log:
         log.scalars(3, {"loss": 30})
-    # TensorBoard's rule: a session that starts at step s purges every earlier event of step s or more.
+    # TensorBoard's rule: a session that starts at step s hides all earlier events of steps >= s.
     shown = []
     for event in _events(tmp_path / "tensorboard"):
         if event.session_log.status == event_pb2.SessionLog.START:
@@ -144,7 +161,7 @@ def test_without_tensorboard_there_is_no_folder(tmp_path):
 
 
 class _FakeWandb(types.ModuleType):
-    """Records what is asked of it."""
+    """A stand-in for wandb that records its calls."""
 
     class errors:
         Error = type("Error", (Exception,), {})
@@ -176,7 +193,7 @@ def wandb(monkeypatch):
     return module
 
 
-def test_a_resumed_run_is_the_same_wandb_run(tmp_path, wandb):
+def test_a_resumed_run_continues_its_wandb_run(tmp_path, wandb):
     config = {"train": {"steps": 4}}
     with _log(tmp_path, wandb_project="digits", config=config) as log:
         log.scalars(1, {"loss": 0.5})
@@ -195,16 +212,16 @@ def test_a_resumed_run_is_the_same_wandb_run(tmp_path, wandb):
     assert wandb.finished == 2
 
 
-def test_wandb_is_not_touched_unless_a_project_is_given(tmp_path, wandb, monkeypatch):
+def test_wandb_is_not_used_unless_a_project_is_given(tmp_path, wandb, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "from the environment")
     _log(tmp_path).close()
     assert not wandb.inits and os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
-def test_a_missing_wandb_is_one_line_and_changes_no_log(tmp_path, monkeypatch):
+def test_a_missing_wandb_is_a_one_line_error_and_changes_no_log(tmp_path, monkeypatch):
     with _log(tmp_path) as log:
         log.scalars(5, {"loss": 1})
-    monkeypatch.setitem(sys.modules, "wandb", None)  # what `import` takes for not there
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes `import wandb` fail
     with pytest.raises(
         UserError, match=r"'digits'.*not installed; pip install -e \"\.\[wandb\]\""
     ) as caught:
@@ -213,7 +230,7 @@ def test_a_missing_wandb_is_one_line_and_changes_no_log(tmp_path, monkeypatch):
     assert [row["step"] for row in _rows(tmp_path)] == [5]
 
 
-def test_a_wandb_that_refuses_is_one_line(tmp_path, wandb):
+def test_a_refusal_of_wandb_is_a_one_line_error(tmp_path, wandb):
     wandb.refusal = wandb.errors.Error("No API key\n  configured.")
     with pytest.raises(UserError, match=r"\(No API key configured\.\); run `wandb login`"):
         _log(tmp_path, wandb_project="digits")
@@ -221,7 +238,7 @@ def test_a_wandb_that_refuses_is_one_line(tmp_path, wandb):
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
-    """A folder that is taken for a bucket: every write goes through storage, whole."""
+    """A folder that storage takes for a bucket."""
     folder = tmp_path / "bucket"
     folder.mkdir()
     monkeypatch.setattr(storage, "is_remote", lambda path: os.fspath(path).startswith(str(folder)))
@@ -230,11 +247,11 @@ def remote(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_remote_log_is_copied_on_close_and_goes_on_when_resumed(remote, tmp_path):
+def test_a_remote_log_is_copied_on_close_and_continues_when_resumed(remote, tmp_path):
     with _log(remote, tensorboard=True) as log:
         for step in (1, 2, 3):
             log.scalars(step, {"loss": step})
-        assert os.listdir(remote) == []  # not a minute has passed
+        assert os.listdir(remote) == []  # less than a minute has passed
     with _log(remote, start_step=2, tensorboard=True) as log:
         log.scalars(3, {"loss": 30})
     assert [(row["step"], row["loss"]) for row in _rows(remote)] == [(1, 1), (2, 2), (3, 30)]
@@ -242,9 +259,7 @@ def test_a_remote_log_is_copied_on_close_and_goes_on_when_resumed(remote, tmp_pa
     assert os.listdir(tmp_path / "local") == []
 
 
-def test_a_remote_log_is_copied_while_it_grows_and_a_failed_copy_is_made_up_for(
-    remote, monkeypatch
-):
+def test_a_remote_log_is_copied_while_it_grows_and_a_failed_copy_is_retried(remote, monkeypatch):
     monkeypatch.setattr(metric_log, "_COPY_EVERY_S", 0.0)
     write, failures = storage.write_bytes, [OSError("network"), None, None]
 
@@ -264,7 +279,7 @@ def test_a_remote_log_is_copied_while_it_grows_and_a_failed_copy_is_made_up_for(
     assert [row["step"] for row in _rows(remote)] == [1, 2, 3, 4]
 
 
-def test_a_wandb_that_refuses_does_not_hide_behind_a_remote_log(remote, monkeypatch):
+def test_a_missing_wandb_is_reported_for_a_remote_log_too(remote, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="not installed"):
         _log(remote, wandb_project="digits")
@@ -275,7 +290,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_silent_but_for_its_lines_when_stderr_is_no_terminal(capsys):
+def test_progress_prints_only_its_lines_if_stderr_is_not_a_terminal(capsys):
     with metric_log.Progress(0, 10) as progress:
         progress.update(3)
         progress.write("a line")
@@ -283,29 +298,26 @@ def test_progress_is_silent_but_for_its_lines_when_stderr_is_no_terminal(capsys)
     assert (out, err) == ("a line\n", "")
 
 
-def test_progress_counts_from_the_step_it_resumes_at(monkeypatch, capsys):
+def test_progress_counts_from_the_step_at_which_the_run_resumes(monkeypatch, capsys):
     terminal = _Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with metric_log.Progress(5, 10, unit="image") as progress:
         progress.update(7)
         progress.update(10)
         progress.write("a line")
-    assert (
-        "5/10" in terminal.getvalue()
-        and "10/10" in terminal.getvalue()
-        and "image" in terminal.getvalue()
-    )
+    for text in ("5/10", "10/10", "image"):
+        assert text in terminal.getvalue()
     assert capsys.readouterr().out == "a line\n"
 
 
-def test_the_line_names_what_it_is_given_in_order_with_units():
+def test_the_line_has_its_metrics_in_order_with_units():
     metrics = {
-        "eta_s": 3725.4, "extra": 0.123456, "mfu": 0.4123, "flops_per_s": 1.2345e12, "images_per_s": 1234.56,
-        "learning_rate": 1e-4, "grad_norm": 0.4567, "loss": 0.83123,
+        "eta_s": 3725.4, "extra": 0.123456, "mfu": 0.4123, "flops_per_s": 1.2345e12,
+        "images_per_s": 1234.56, "learning_rate": 1e-4, "grad_norm": 0.4567, "loss": 0.83123,
     }  # fmt: skip
     assert metric_log.format_line(1200, 400_000, metrics) == (
-        "step   1200/400000  loss  0.8312  grad_norm   0.457  lr 1.00e-04   1,234.6 images/s  1.23 TFLOP/s  MFU 41.2 %"
-        "  extra 0.1235  ETA 1:02:05"
+        "step   1200/400000  loss  0.8312  grad_norm   0.457  lr 1.00e-04   1,234.6 images/s"
+        "  1.23 TFLOP/s  MFU 41.2 %  extra 0.1235  ETA 1:02:05"
     )
 
 

@@ -1,4 +1,4 @@
-"""report: the devices in one line, and an accelerator that jax does not use."""
+"""report: the devices in one line, and a warning if jax does not use the accelerator."""
 
 import collections
 
@@ -19,9 +19,8 @@ def test_the_devices_of_a_pod_are_counted_by_kind(monkeypatch):
 
 def test_a_cpu_is_named(monkeypatch, tmp_path):
     info = tmp_path / "cpuinfo"
-    info.write_text(
-        "processor\t: 0\nmodel name\t: AMD EPYC: 7B13\nprocessor\t: 1\nmodel name\t: AMD EPYC: 7B13\n"
-    )
+    cpus = [f"processor\t: {number}\nmodel name\t: AMD EPYC: 7B13\n" for number in range(2)]
+    info.write_text("".join(cpus))
     monkeypatch.setattr(report, "_CPU_INFO", str(info))
     monkeypatch.setattr(jax, "devices", lambda: [_Device("cpu")])
     assert report.devices_line() == "devices: 1 x cpu (AMD EPYC: 7B13)"
@@ -31,7 +30,7 @@ def test_a_cpu_is_named(monkeypatch, tmp_path):
 
 @pytest.fixture
 def bare_machine(monkeypatch, tmp_path):
-    """jax on the CPU because nothing better was found, no accelerator to be seen; gives the folder of device files."""
+    """A machine without an accelerator, on which jax uses the CPU: the folder of device files."""
     platforms = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
@@ -43,7 +42,7 @@ def bare_machine(monkeypatch, tmp_path):
     jax.config.update("jax_platforms", platforms)
 
 
-def test_no_accelerator_no_warning(bare_machine):
+def test_without_an_accelerator_there_is_no_warning(bare_machine):
     assert report.unused_accelerator_warning() is None
 
 
@@ -57,13 +56,13 @@ def test_an_unused_accelerator_is_named_with_what_to_install(bare_machine, file,
 
 
 @pytest.mark.parametrize(
-    "script, seen", [("echo 'GPU 0: H200'", True), ("echo 'No devices'; exit 6", False)]
+    "script, warns", [("echo 'GPU 0: H200'", True), ("echo 'No devices'; exit 6", False)]
 )
-def test_nvidia_smi_counts_only_if_it_lists_a_gpu(bare_machine, script, seen):
+def test_nvidia_smi_counts_only_if_it_lists_a_gpu(bare_machine, script, warns):
     tool = bare_machine / "bin" / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
-    assert (report.unused_accelerator_warning() is not None) == seen
+    assert (report.unused_accelerator_warning() is not None) == warns
 
 
 def test_no_warning_when_the_accelerator_is_used_or_the_cpu_was_asked_for(

@@ -1,4 +1,4 @@
-"""storage: a file is the old one or the new one, whatever happens on the way."""
+"""storage: whatever fails, a reader finds the old file or the new one, never part of one."""
 
 import os
 import pathlib
@@ -48,13 +48,13 @@ def test_a_file_is_complete_on_disk_before_it_takes_the_name(tmp_path, monkeypat
     assert calls == [("fsync", 5), ("replace", b"12345")]
 
 
-def test_make_workdir_makes_parents_and_leaves_no_probe(tmp_path):
-    made = storage.make_writable_folder(tmp_path / "a" / "b")
-    assert made.is_dir() and os.listdir(made) == []
-    storage.make_writable_folder(made)
+def test_a_writable_folder_is_created_with_its_parents_and_left_empty(tmp_path):
+    folder = storage.make_writable_folder(tmp_path / "a" / "b")
+    assert folder.is_dir() and os.listdir(folder) == []
+    storage.make_writable_folder(folder)
 
 
-def test_a_workdir_that_cannot_be_written_is_the_users_mistake(tmp_path):
+def test_a_workdir_that_is_not_writable_is_a_user_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(
         UserError, match=r"--workdir '.*file/run' cannot be written \(.+\); give a folder"
@@ -63,12 +63,12 @@ def test_a_workdir_that_cannot_be_written_is_the_users_mistake(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_remote_paths_are_known_by_their_scheme():
+def test_remote_paths_are_recognised_by_their_scheme():
     assert storage.is_remote("gs://bucket/run")
     assert not storage.is_remote("/home/me/run") and not storage.is_remote("runs/gs")
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     run = tmp_path / "run"
 
     def write(text):

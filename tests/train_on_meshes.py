@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process of its own: trains and samples on every mesh of its devices, and prints JSON."""
+"""Trains and samples on every mesh of its devices and prints JSON, for test_sharding.py."""
 
 import json
 
@@ -7,11 +7,12 @@ import numpy as np
 
 from sit_jax import config as config_lib
 from sit_jax.jobs import likelihood, sampler, train
+from sit_jax.jobs.data import open_batches, open_source
 from sit_jax.jobs.setup import set_up
 
 TINY = [
-    ("model.depth", "2"), ("model.width", "32"), ("model.heads", "4"), ("train.batch", "32"), ("train.steps", "6"),
-    ("sample.batch", "16"), ("sample.steps", "4"),
+    ("model.depth", "2"), ("model.width", "32"), ("model.heads", "4"),
+    ("train.batch", "32"), ("train.steps", "6"), ("sample.batch", "16"), ("sample.steps", "4"),
     ("likelihood.batch", "16"), ("likelihood.solver", "heun"), ("likelihood.steps", "2"),
     ("optimizer.schedule", "constant"),
 ]  # fmt: skip
@@ -24,16 +25,17 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
     )
     setup = set_up(config)
     state = setup.create_state()
-    step, losses = train.make_train_step(setup), []
-    with train.open_batches(setup, train.open_source(setup), 0) as batches:
+    step = train.make_train_step(setup)
+    losses = []
+    with open_batches(setup, open_source(setup), 0) as batches:
         for _ in range(config.train.steps):
             state, metrics = step(state, next(batches), setup.codec_params)
             losses.append(float(metrics["loss"]))
     kernel = state.opt_state[0].mu["blocks"]["mlp"]["fc1"]["kernel"]
     rows = [
         row
-        for found, _ in likelihood.evaluate(setup, train.open_source(setup), state.params, range(6))
-        for row in found
+        for rows, _ in likelihood.evaluate(setup, open_source(setup), state.params, range(6))
+        for row in rows
     ]
     (_, images, _), *_ = sampler.sample_images(
         setup, sampler.make_sampler(setup), state.params, np.arange(16)
@@ -41,7 +43,7 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
     return {
         "losses": losses,
         "shard": list(kernel.addressable_shards[0].data.shape),
-        "whole": list(kernel.shape),
+        "global": list(kernel.shape),
         "log_prob": [row["log_prob"] for row in rows],
         "images": images.astype(int).ravel().tolist(),
     }
@@ -49,10 +51,9 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
 
 if __name__ == "__main__":
     if jax.device_count() == 1:
-        found = {"single": run(1, 1, 1)}
+        results = {"single": run(1, 1, 1)}
     else:
         meshes = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all three": (2, 2, 2)}
-        found = {name: run(*mesh) for name, mesh in meshes.items()} | {
-            "accumulated": run(4, 2, 1, accumulation=2)
-        }
-    print(json.dumps(found))
+        results = {name: run(*mesh) for name, mesh in meshes.items()}
+        results["accumulated"] = run(4, 2, 1, accumulation=2)
+    print(json.dumps(results))

@@ -1,1 +1,1 @@
-"""`--mode preflight`: the job, the chips it knows, and what it reads off a compiled program."""
+"""The preflight job: it compiles a run's programs for other chips and reports what they cost."""

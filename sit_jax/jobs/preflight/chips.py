@@ -1,4 +1,4 @@
-"""What the makers say of each chip, per device as jax counts them."""
+"""The makers' figures for each chip, per device as jax counts them."""
 
 import dataclasses
 
@@ -7,20 +7,20 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One accelerator. Bandwidths are bytes/s, FLOP/s those of dense bfloat16 products."""
+    """One accelerator. Bandwidths are in bytes/s, and FLOP/s are of dense bfloat16 products."""
 
-    name: str  # as a topology calls it: v5e in v5e:4x4
-    kinds: tuple[str, ...]  # what jax's `device_kind` starts with
+    name: str  # in a topology: v5e in v5e:4x4
+    kinds: tuple[str, ...]  # how jax's `device_kind` begins
     peak_flops: float
     hbm_bytes: float
     hbm_bandwidth: float
     link_bandwidth: float  # what one device can send over all its links (ICI, NVLink) at once
-    topologies: str = ""  # common ones; empty if a topology is a number of devices
+    topologies: str = ""  # common ones; empty if a topology is only a number of devices
 
 
-# From Google's TPU documentation and NVIDIA's data sheets; where those count both directions of ICI and NVLink, here is
-# one. jax calls a v5p "TPU v5" and counts both halves of a tpu7x. Where a variant of a chip is slower it has its own,
-# longer kind: a wrong peak is worse than none.
+# From Google's TPU documentation and NVIDIA's data sheets. Where these count both directions of ICI
+# and NVLink, the table has one. jax calls a v5p "TPU v5", and counts a tpu7x as two devices. Slower
+# variants of a chip have their own, longer kinds, because a wrong peak is worse than none.
 _2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _3D = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"
 CHIPS = (
@@ -43,8 +43,6 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip with the longest kind that `device_kind` starts with; None if unknown."""
-    known = [
-        (len(kind), chip) for chip in CHIPS for kind in chip.kinds if device_kind.startswith(kind)
-    ]
-    return max(known, key=lambda found: found[0])[1] if known else None
+    """Return the chip with the longest kind that `device_kind` starts with; None if unknown."""
+    chips = {kind: chip for chip in CHIPS for kind in chip.kinds if device_kind.startswith(kind)}
+    return chips[max(chips, key=len)] if chips else None
