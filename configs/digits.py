@@ -1,6 +1,9 @@
-"""Class-conditional 8x8 digits, from the set that ships inside scikit-learn: the two-minute demonstration.
+"""Class-conditional 8x8 digits from scikit-learn: the demonstration that needs no download.
 
-python -m sit_jax.main --config configs/digits.py --workdir runs/digits
+    python -m sit_jax.main --config configs/digits.py --workdir runs/digits
+
+Cost: a 1.3 M parameter SiT, 1,800 steps; about a minute and a half on two CPU cores. Expected:
+`--mode quality` reads 99 % or more of the samples as their label.
 """
 
 from sit_jax.config import default

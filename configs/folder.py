@@ -1,10 +1,14 @@
-"""Your own images: a folder of class folders of JPEG, PNG or WebP files, centre-cropped to 64x64, in pixel space.
+"""Your own images: a folder of class folders of JPEG, PNG or WebP files, in pixel space at 64x64.
 
     python -m sit_jax.main --config configs/folder.py --workdir runs/mine --config.data.path=PATH
     --config.data.classes=N
 
-SiT-S/4 (33 M parameters, 256 tokens) with the paper's optimizer settings. Meant for one GPU; on a CPU make it smaller:
---config.model.depth=4 --config.model.width=192 --config.train.batch=32.
+Images are centre-cropped, and mirrored at random: set --config.data.flip=False for digits, text or
+anything else that must not be mirrored.
+
+Cost: SiT-S/4 (33 M parameters, 256 tokens) with the paper's optimizer settings, 100,000 steps.
+Meant for one GPU. On a CPU make it smaller: --config.model.depth=4 --config.model.width=192
+--config.train.batch=32. No score is known.
 """
 
 from sit_jax.config import default

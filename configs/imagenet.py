@@ -1,29 +1,34 @@
-"""ImageNet in the latents of the SD-VAE: the recipe of arXiv 2401.08740 for all twelve sizes, at 256 or 512 pixels.
+"""ImageNet in latents of the SD-VAE: the recipe of arXiv 2401.08740 for all twelve sizes.
 
     python -m sit_jax.main --config configs/imagenet.py:SiT-XL/2,256 --workdir runs/xl2
     --config.data.path=IMAGENET/train
 
-Without an argument it is SiT-XL/2 at 256. The folder holds one folder of JPEG files for each of the 1000 classes. The
-VAE comes from Hugging Face; without a network, --config.latents.path=FOLDER. On accelerators
---config.precision.compute=bfloat16 is faster; the reference trains in float32 (TF32), and so does this unless told.
+Images have 256 or 512 pixels. Without an argument it is SiT-XL/2 at 256. The folder holds one
+folder of JPEG files for each of the 1000 classes. The VAE comes from Hugging Face; without a
+network, set --config.latents.path=FOLDER.
 
-Cost: SiT-XL/2 at 256 takes 0.71 TFLOP of an image for the network and 0.27 for the VAE's encoder: at batch 256 1.0e20
-FLOP for 400,000 steps, 16 hours on 32 TPU v4 at the 6.8 steps/s that the reference reports. At 512 pixels the VAE's
-share is four times as large, the network's 4.4 times. The published 7M steps are --config.train.steps=7000000.
+The default is float32, as in the reference, which trains in float32 with TF32 matmuls. On
+accelerators --config.precision.compute=bfloat16 is faster.
 
-Expected FID-50K of the EMA as published, none of it measured here yet; ODE is heun with sample.steps=125, SDE is
-euler-maruyama with sample.steps=249 (250 evaluations each), without guidance unless given; trainings differ by about 1:
+Cost: SiT-XL/2 at 256 takes 0.71 TFLOP per image for the network and 0.27 for the VAE's encoder. At
+batch 256 that is 1.0e20 FLOP for 400,000 steps, or 16 hours on 32 TPU v4 at the 6.8 steps/s that
+the reference reports. At 512 pixels the VAE costs four times as much and the network 4.4 times. The
+published 7M steps are --config.train.steps=7000000.
+
+Expected FID-50K of the EMA, as published; none of it has been measured here. ODE is heun with
+sample.steps=125, SDE is euler-maruyama with sample.steps=249 (250 evaluations each), without
+guidance unless stated. Two training runs differ by about 1:
 
     SiT-S/2   256   400K     ODE 58.97  SDE 57.64
     SiT-B/2   256   400K     ODE 34.84  SDE 33.02
     SiT-L/2   256   400K     ODE 20.01  SDE 18.79
     SiT-XL/2  256   400K     ODE 18.04  SDE 17.19
     SiT-XL/2  256   7M       ODE  9.35  SDE  8.26
-    SiT-XL/2  256   7M, sample.cfg_scale=1.5  ODE 2.15  SDE 2.06 (of a diffusion that was not published)
+    SiT-XL/2  256   7M, sample.cfg_scale=1.5  ODE 2.15  SDE 2.06 (its diffusion is not published)
     SiT-XL/2  512   sample.cfg_scale=1.5                SDE 2.62
 
-The paper decodes the images of its FID with the -ema VAE, the default, and those it shows with -mse:
---config.latents.repo=stabilityai/sd-vae-ft-mse.
+The paper decodes the images for its FID with the -ema VAE, the default, and the images it shows
+with -mse: --config.latents.repo=stabilityai/sd-vae-ft-mse.
 """
 
 from sit_jax.config import default

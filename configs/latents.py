@@ -1,13 +1,18 @@
-"""SiT on the latents of 256 px images (32x32x4, 1,000 classes), in bfloat16, its state split over all devices.
+"""SiT on cached latents of 256 px images: 32x32x4, 1,000 classes, bfloat16, fsdp.
+
+No command stores latents yet, so this recipe only compiles; configs/imagenet.py trains, and encodes
+each image in the step.
 
     python -m sit_jax.main --config configs/latents.py --mode preflight --topology v5e:4x4
     python -m sit_jax.main --config configs/latents.py:512 --mode preflight --topology v5e:4x4
     python -m sit_jax.main --config configs/latents.py:3B --mode preflight --topology v5p:4x4x4
 
-SiT-XL/2 with the paper's optimizer settings and batch; `512` for the latents of 512 px images (64x64x4); `3B` for 3.1
-billion parameters at batch 1,024, bigger than the paper's, so no score is known. An image costs 0.71 TFLOP of training
-in XL/2, 3.1 in XL/2 at 512 px and 3.2 in 3B: at half the peak, the 400,000 steps take XL/2 13 hours on v5e:4x4, and 3B
-25 hours on v5p:4x4x4. The latents' shape stands for that of a codec; give data.source and data.path.
+SiT-XL/2 with the paper's optimizer settings and batch. `512` is for latents of 512 px images
+(64x64x4). `3B` has 3.1 billion parameters and batch 1,024, larger than any in the paper, so no
+score is known.
+
+Cost: an image takes 0.71 TFLOP of training in XL/2, 3.1 in XL/2 at 512 px and 3.2 in 3B. At half
+the peak, the 400,000 steps take XL/2 13 hours on v5e:4x4, and 3B 25 hours on v5p:4x4x4.
 """
 
 from sit_jax.config import default

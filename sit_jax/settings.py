@@ -1,241 +1,419 @@
-"""Every setting there is, with its default, and what it may be.
+"""Every setting: its default, its law and its help, each in one place.
 
-`sit_jax.config` reads them from a config file and the command line, each as a flag: --config.train.steps=1000.
+`sit_jax.config` reads the values from a config file and the command line, where each is a flag:
+--config.train.steps=1000. `python -m sit_jax.main --help-config SECTION` prints what stands here.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
-from sit_jax import sharding
-from sit_jax.data import dequantise, sources
-from sit_jax.errors import check, unknown_name
-from sit_jax.latents import CODECS
-from sit_jax.models import sit, sizes
+from sit_jax.data import sources
+from sit_jax.latents import CODECS, dequantise
+from sit_jax.latents.sd_vae import VaeOptions
+from sit_jax.laws import (
+    Law,
+    anything,
+    choice,
+    from_0_to_1,
+    not_negative,
+    positive,
+    seed_range,
+    setting,
+)
+from sit_jax.models.sit import REMAT_POLICIES
+from sit_jax.models.sizes import SIZES
 from sit_jax.optimizer import SCHEDULES
 from sit_jax.sampling import density, ode, sde
-from sit_jax.sampling.guidance import check_scale
-from sit_jax.transport import diffusion, interval, losses, paths, prediction, times
+from sit_jax.sampling.ode import OdeOptions
+from sit_jax.sampling.sde import SdeOptions
+from sit_jax.transport import diffusion, losses, paths, prediction, times
+
+WEIGHTS = {"ema": "ema", "raw": "params"}  # a name in a config -> the item of a checkpoint
+DTYPES = ("float32", "bfloat16")
+MATMUL_PRECISIONS = ("default", "high", "highest")
+
+_time_margin = Law(
+    lambda eps: 0 < eps < 0.5,
+    "a number inside (0, 0.5): give one, or none for the path's default",
+)
+_cfg_scale = Law(lambda scale: scale >= 1, "1 (no guidance) or more")
+_frechet_count = Law(lambda count: count >= 2, "2 or more, as a Frechet distance needs")
+_frames = Law(lambda frames: frames >= 2, "2 or more, or none")
+_axis = Law(lambda size: size == -1 or size >= 1, "1 or more, or -1 for the remaining devices")
+_last_step_size = Law(lambda size: 0 < size < 1, "a number inside (0, 1), or sample.last_step=none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    name: str = (
-        "SiT-S/2"  # one of the twelve published sizes; the next four replace its fields where given
+    """The network."""
+
+    name: str = choice("SiT-S/2", SIZES, "a published size; the next four replace parts of it")
+    depth: int | None = setting(None, positive, "transformer blocks")
+    width: int | None = setting(None, positive, "channels of the residual stream")
+    heads: int | None = setting(None, positive, "attention heads")
+    patch: int | None = setting(
+        None, positive, "pixels, or latent cells, along one side of a token"
     )
-    depth: int | None = None
-    width: int | None = None
-    heads: int | None = None
-    patch: int | None = None
-    qk_norm: bool = (
-        False  # RMSNorm of queries and keys: steadier in bfloat16; the published weights have none
+    qk_norm: bool = setting(
+        False,
+        anything,
+        "RMSNorm of queries and keys: more stable in bfloat16; the published weights have none",
     )
-    learn_sigma: bool = (
-        False  # twice the output channels, half of them unused: the published weights are so
+    learn_sigma: bool = setting(
+        False,
+        anything,
+        "twice the output channels, half of them unused, as in the published weights",
     )
-    attention: str = (
-        "auto"  # auto: what is best on the devices; einsum: plain products, which alone have a jvp
+    attention: str = choice(
+        "auto",
+        ("auto", "einsum"),
+        "auto: the fastest kernel for the devices; einsum: plain products, the only kind with "
+        "forward-mode derivatives",
     )
-    remat: str = (
-        "dots"  # what the backward pass keeps: none: all; dots: the matmuls' outputs; full: nothing
+    remat: str = choice(
+        "dots",
+        REMAT_POLICIES,
+        "activations kept for the backward pass: none: all; dots: outputs of matmuls; full: none "
+        "of them",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Transport:
-    path: str = "Linear"  # Linear | GVP | VP
-    prediction: str = "velocity"  # velocity | score | noise
-    loss_weight: str = "none"  # none | velocity | likelihood (score and noise only)
-    train_eps: float | None = (
-        None  # distance from singular times, inside (0, 0.5); None: the path's default
+    """The interpolant and the training objective."""
+
+    path: str = choice(
+        "Linear", paths.PATHS, "x_t = alpha_t x1 + sigma_t x0 between noise and data"
     )
-    sample_eps: float | None = None
-    times: str = "uniform"  # uniform | logit-normal
-    times_mean: float = 0.0  # of the logit
-    times_std: float = 1.0
+    prediction: str = choice(
+        "velocity", prediction.PREDICTIONS, "the quantity the network predicts"
+    )
+    loss_weight: str = choice(
+        "none", losses.WEIGHTS, "weight of the loss over time, for score and noise only"
+    )
+    train_eps: float | None = setting(
+        None, _time_margin, "distance of training times from singular ends"
+    )
+    sample_eps: float | None = setting(
+        None, _time_margin, "distance of sampling times from singular ends"
+    )
+    times: str = choice("uniform", times.DISTRIBUTIONS, "distribution of training times")
+    times_mean: float = setting(0.0, anything, "mean of the logit, for logit-normal times")
+    times_std: float = setting(
+        1.0, positive, "standard deviation of the logit, for logit-normal times"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    source: str = "digits"  # digits | folder
-    path: str | None = None  # folder: the folder of class folders
-    split: str = "all"  # digits: train | test | all; folder: all
-    image_size: int = 8
-    channels: int = 1
-    classes: int = 10
-    flip: bool = False  # random horizontal flip
-    skip_unreadable: bool = (
-        False  # pass over images that cannot be read (counted and reported) instead of stopping
+    """The images and their labels."""
+
+    source: str = choice("digits", sources.SOURCES, "kind of data set")
+    path: str | None = setting(None, anything, "folder of class folders, for source folder")
+    split: str = setting("all", anything, "digits: train, test or all; folder: all")
+    image_size: int = setting(8, positive, "height and width of the images in pixels")
+    channels: int = setting(1, positive, "channels of the images")
+    classes: int = setting(10, positive, "number of classes")
+    flip: bool = setting(
+        False,
+        anything,
+        "mirror each image left to right with probability 1/2; not for digits or text",
     )
-    workers: int = (
-        0  # reader processes; 0 reads in threads, which suits in-memory and small sources
+    skip_unreadable: bool = setting(
+        False,
+        anything,
+        "skip images that cannot be read, counted and reported, instead of stopping",
     )
+    workers: int = setting(
+        0, not_negative, "reader processes; 0 reads in threads, which suits small sources"
+    )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one image."""
+        return self.image_size, self.image_size, self.channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    codec: str = "pixels"  # what the network sees of an image: pixels | sd-vae
-    # The rest is of sd-vae.
-    path: str | None = (
-        None  # folder with config.json and diffusion_pytorch_model.safetensors; None: from the repo
+    """What the network sees of an image. All settings but `codec` belong to sd-vae."""
+
+    codec: str = choice("pixels", CODECS, "pixels, or latents of Stable Diffusion's autoencoder")
+    path: str | None = setting(
+        None,
+        anything,
+        "folder with config.json and diffusion_pytorch_model.safetensors; none: use the repository",
     )
-    repo: str | None = (
-        None  # on Hugging Face; None: stabilityai/sd-vae-ft-ema; sd-vae-ft-mse has the same latents
+    repo: str | None = setting(
+        None,
+        anything,
+        "Hugging Face repository; none: stabilityai/sd-vae-ft-ema (-mse has equal latents)",
     )
-    revision: str | None = (
-        None  # commit of the repo; None: the one that is known here, of these two
+    revision: str | None = setting(
+        None, anything, "commit of the repository; may be omitted for these two, which are pinned"
     )
-    dtype: str = "float32"  # float32 | bfloat16: its activations and matmuls
-    scale: float = 0.18215  # what the encoder gives is multiplied by it
-    batch: int = 8  # images that go through it at once on each device
+    dtype: str = choice("float32", DTYPES, "type of its activations and matmuls")
+    scale: float = setting(0.18215, positive, "factor applied to the encoder's output")
+    batch: int = setting(8, positive, "images that each device encodes or decodes at once")
+
+    @property
+    def vae(self) -> VaeOptions:
+        """The options of the autoencoder."""
+        return VaeOptions(self.path, self.repo, self.revision, self.dtype, self.scale, self.batch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    steps: int = 400_000
-    batch: int = 256  # images per step, over all devices and accumulated microbatches
-    accumulation: int = 1  # microbatches per step
-    label_dropout: float = 0.1  # share of labels replaced by the null label
-    skip_nonfinite: int = (
-        0  # updates with a NaN or infinite loss or gradient to pass over before the run stops
+    """The training run."""
+
+    steps: int = setting(400_000, positive, "optimizer steps")
+    batch: int = setting(
+        256, positive, "images per step, over all devices and accumulated microbatches"
     )
-    ema_decay: float = 0.9999
+    accumulation: int = setting(1, positive, "microbatches per step")
+    label_dropout: float = setting(
+        0.1, from_0_to_1, "probability of replacing a label by the null label"
+    )
+    skip_nonfinite: int = setting(
+        0,
+        not_negative,
+        "updates with a NaN or infinite loss or gradient to skip before the run stops",
+    )
+    ema_decay: float = setting(
+        0.9999, from_0_to_1, "decay of the exponential moving average of the parameters"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    learning_rate: float = 1e-4
-    schedule: str = "constant"  # constant | cosine, after the warm-up
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = None  # global gradient norm
+    """AdamW and its learning rate."""
+
+    learning_rate: float = setting(1e-4, positive, "peak learning rate")
+    schedule: str = choice("constant", SCHEDULES, "learning rate after the warm-up")
+    warmup_steps: int = setting(0, not_negative, "steps of linear warm-up from 0")
+    b1: float = setting(0.9, from_0_to_1, "decay of the first moment")
+    b2: float = setting(0.999, from_0_to_1, "decay of the second moment")
+    eps: float = setting(1e-8, positive, "added to the root of the second moment")
+    weight_decay: float = setting(0.0, not_negative, "decoupled weight decay")
+    clip_norm: float | None = setting(
+        None, positive, "largest global gradient norm; none: no clipping"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    weights: str = "ema"  # ema | raw
-    solver: str = "dopri5"  # ODE: euler midpoint heun ralston bosh3 tsit5 dopri5 dopri8
-    #                         SDE: euler-maruyama reference-heun sra1 shark
-    steps: int | None = (
-        None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
+    """The sampler, for --mode sample, invert, sweep and quality, and for sheets during training."""
+
+    weights: str = choice("ema", WEIGHTS, "weights to sample with")
+    solver: str = choice(
+        "dopri5",
+        (*ode.SOLVERS, *sde.SOLVERS),
+        f"of an ODE: {', '.join(ode.SOLVERS)}; of an SDE: {', '.join(sde.SOLVERS)}",
     )
-    times: tuple[
-        float, ...
-    ] = ()  # in place of steps: fractions of the way from noise to data, rising from 0 to 1
-    time_shift: float = (
-        1.0  # s of t' = s t / (1 + (s - 1) t) for fixed steps; above 1: more of them near data
+    steps: int | None = setting(
+        None,
+        positive,
+        f"fixed steps; none: {', '.join(ode.ADAPTIVE)} choose theirs by atol and rtol",
     )
-    atol: float = 1e-6
-    rtol: float = 1e-3
-    error_norm: str = "sample"  # sample: every sample has its own steps | batch: one error for all, as torchdiffeq
-    diffusion_form: str = (
-        "SBDM"  # constant | SBDM | sigma | linear | decreasing | increasing-decreasing, for an SDE
+    times: tuple[float, ...] = setting(
+        (),
+        anything,
+        "instead of steps: fractions of the way from noise to data, rising from 0 to 1",
     )
-    diffusion_norm: float = 1.0
-    last_step: str = "mean"  # none | mean | tweedie | euler: noiseless, after an SDE's steps
-    last_step_size: float = 0.04
-    cfg_scale: float = 1.0  # classifier-free guidance; 1 is none
-    cfg_channels: int | None = (
-        3  # guide the first channels only, as published numbers do; None: all
+    time_shift: float = setting(
+        1.0,
+        positive,
+        "s of t' = s t / (1 + (s - 1) t) for fixed steps; above 1: more of them near data",
     )
-    cfg_interval: tuple[float, ...] = (0.0, 1.0)  # guide at these times only
-    guide: str | None = (
-        None  # workdir of a weaker run, which guidance leads away from in place of the null label
+    atol: float = setting(1e-6, positive, "absolute tolerance of adaptive steps")
+    rtol: float = setting(1e-3, positive, "relative tolerance of adaptive steps")
+    error_norm: str = choice(
+        "sample",
+        ode.ERROR_NORMS,
+        "sample: each sample has its own steps; batch: one error for all, as in torchdiffeq",
     )
-    count: int = 64
-    batch: int = 64
-    labels: tuple[int, ...] = ()  # repeated in turn to `count`; empty: balanced over the classes
-    seed: int = 0
-    frames: int | None = (
-        None  # also write each image at so many times of its way from noise, as one strip
+    diffusion_form: str = choice(
+        "SBDM", diffusion.FORMS, "diffusion coefficient of an SDE over time"
     )
-    columns: int = 10  # of the sheet
-    scale: int = 1  # of the sheet: enlargement by whole pixels
+    diffusion_norm: float = setting(1.0, positive, "scale of the diffusion coefficient")
+    last_step: str = choice("mean", sde.LAST_STEPS, "noiseless step after an SDE's steps")
+    last_step_size: float = setting(0.04, _last_step_size, "size of that step")
+    cfg_scale: float = setting(1.0, _cfg_scale, "scale of classifier-free guidance; 1: none")
+    cfg_channels: int | None = setting(
+        3, positive, "guide the first channels only, as published numbers do; none: all"
+    )
+    cfg_interval: tuple[float, ...] = setting(
+        (0.0, 1.0), anything, "first and last time at which to guide"
+    )
+    guide: str | None = setting(
+        None, anything, "workdir of a weaker run to guide away from, instead of the null label"
+    )
+    count: int = setting(64, positive, "number of samples")
+    batch: int = setting(64, positive, "samples drawn at once, over all devices")
+    labels: tuple[int, ...] = setting(
+        (), anything, "labels, repeated in turn up to count; empty: balanced over the classes"
+    )
+    seed: int = setting(0, seed_range, "seed of the samples")
+    frames: int | None = setting(
+        None,
+        _frames,
+        "also write each sample at this many times of its trajectory, as one strip; none: do not",
+    )
+    columns: int = setting(10, positive, "columns of the sheet")
+    scale: int = setting(1, positive, "enlargement of the sheet by whole pixels")
 
     @property
     def grid(self) -> int | tuple[float, ...] | None:
-        """The number of fixed steps, or their times, or None."""
+        """The number of fixed steps, or their times, or None for adaptive steps."""
         return self.times or self.steps
+
+    @property
+    def ode(self) -> OdeOptions:
+        """The options of an ODE solver."""
+        return OdeOptions(
+            solver=self.solver,
+            steps=self.grid,
+            shift=self.time_shift,
+            atol=self.atol,
+            rtol=self.rtol,
+            error_norm=self.error_norm,
+        )
+
+    @property
+    def sde(self) -> SdeOptions:
+        """The options of an SDE solver."""
+        assert self.grid is not None, "validate refuses an SDE without steps"
+        return SdeOptions(
+            solver=self.solver,
+            steps=self.grid,
+            shift=self.time_shift,
+            form=self.diffusion_form,
+            norm=self.diffusion_norm,
+            last_step=self.last_step,
+            last_step_size=self.last_step_size,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    weights: str = "ema"  # ema | raw
-    split: str | None = None  # of the data source; None: data.split
-    count: int | None = None  # the first images of the split; None: all
-    batch: int = 64
-    labels: str = "data"  # data: each image's own | null: the null label for all
-    solver: str = "dopri5"  # euler midpoint heun ralston bosh3 tsit5 dopri5 dopri8: of an ODE alone, without guidance
-    steps: int | None = (
-        None  # fixed steps; None: bosh3, tsit5, dopri5 and dopri8 choose theirs by atol and rtol
+    """--mode likelihood: log p of the data under the ODE flow, without guidance."""
+
+    weights: str = choice("ema", WEIGHTS, "weights to evaluate")
+    split: str | None = setting(None, anything, "split of the data source; none: data.split")
+    count: int | None = setting(None, positive, "the first images of the split; none: all")
+    batch: int = setting(64, positive, "images evaluated at once, over all devices")
+    labels: str = choice(
+        "data", ("data", "null"), "data: each image's own label; null: the null label for all"
     )
-    atol: float = 1e-5
-    rtol: float = 1e-5
-    trace: str = "hutchinson"  # hutchinson | exact: as many derivatives as there are dimensions, for small ones
-    probe: str = "rademacher"  # rademacher | gaussian: of Hutchinson's trace
-    probes: int = 1  # averaged, the same ones along a trajectory
-    dequantisation: str | None = (
-        None  # of pixels: uniform | gaussian; None: uniform. Latents are continuous: None
+    solver: str = choice("dopri5", ode.SOLVERS, "ODE solver")
+    steps: int | None = setting(
+        None,
+        positive,
+        f"fixed steps; none: {', '.join(ode.ADAPTIVE)} choose theirs by atol and rtol",
     )
-    seed: int = 0  # of probes and dequantisation
+    atol: float = setting(1e-5, positive, "absolute tolerance of adaptive steps")
+    rtol: float = setting(1e-5, positive, "relative tolerance of adaptive steps")
+    trace: str = choice(
+        "hutchinson",
+        ("hutchinson", "exact"),
+        "divergence of the flow: estimated, or exact with one derivative per dimension",
+    )
+    probe: str = choice("rademacher", density.PROBES, "distribution of Hutchinson's probes")
+    probes: int = setting(1, positive, "probes to average over, fixed along a trajectory")
+    dequantisation: str | None = choice(
+        None, dequantise.KINDS, "of pixels; none: uniform. Latents are continuous and need none"
+    )
+    seed: int = setting(0, seed_range, "seed of probes and dequantisation")
+
+    @property
+    def ode(self) -> OdeOptions:
+        """The options of the ODE solver."""
+        return OdeOptions(solver=self.solver, steps=self.steps, atol=self.atol, rtol=self.rtol)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The samplers that --mode sweep compares; all else of them is as in `sample`."""
+    """--mode sweep: the samplers to compare; everything else of them is as in sample."""
 
-    solvers: tuple[str, ...] = ("euler", "heun", "dopri5", "euler-maruyama", "sra1", "shark")
-    steps: tuple[int, ...] = (5, 10, 25, 50, 100)
-    rtols: tuple[float, ...] = (
-        1e-1,
-        1e-2,
-        1e-3,
-    )  # by which adaptive solvers choose their steps; atol is a tenth
-    forms: tuple[str, ...] = ("SBDM",)  # of an SDE's diffusion
-    cfg_scales: tuple[float, ...] = (1.0,)
-    count: int = 1000  # images of each sampler
-    reference_count: int = 10_000  # real images that they are compared with, at most
-    components: int = 64  # principal components of the Frechet distance
+    solvers: tuple[str, ...] = choice(
+        ("euler", "heun", "dopri5", "euler-maruyama", "sra1", "shark"),
+        (*ode.SOLVERS, *sde.SOLVERS),
+        "solvers",
+    )
+    steps: tuple[int, ...] = setting((5, 10, 25, 50, 100), positive, "numbers of fixed steps")
+    rtols: tuple[float, ...] = setting(
+        (1e-1, 1e-2, 1e-3),
+        positive,
+        "relative tolerances of adaptive solvers; atol is a tenth of each",
+    )
+    forms: tuple[str, ...] = choice(("SBDM",), diffusion.FORMS, "diffusion forms of SDE solvers")
+    cfg_scales: tuple[float, ...] = setting((1.0,), _cfg_scale, "guidance scales")
+    count: int = setting(1000, _frechet_count, "samples drawn by each sampler")
+    reference_count: int = setting(10_000, positive, "real images to compare with, at most")
+    components: int = setting(64, positive, "principal components of the Frechet distance")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every: int = 50_000  # steps
-    keep_last: int = 2
-    keep_every: int | None = None  # also keep, for ever, those at multiples of this
+    """When to save, and what to keep."""
+
+    every: int = setting(50_000, positive, "steps between checkpoints")
+    keep_last: int = setting(2, positive, "newest checkpoints to keep")
+    keep_every: int | None = setting(
+        None, positive, "also keep, for good, checkpoints at multiples of this step"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    every: int = 100  # steps
-    sheet_every: int = 10_000  # steps between EMA sample sheets; 0: none
-    sheet_count: int = 64  # images on a sheet
-    tensorboard: bool = True
-    wandb_project: str | None = None  # log to Weights & Biases under this project
+    """Logs of a training run."""
+
+    every: int = setting(100, positive, "steps between log lines")
+    sheet_every: int = setting(10_000, not_negative, "steps between sheets of EMA samples; 0: none")
+    sheet_count: int = setting(64, positive, "samples on a sheet")
+    tensorboard: bool = setting(True, anything, "write TensorBoard event files")
+    wandb_project: str | None = setting(
+        None, anything, "log to Weights & Biases under this project"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    compute: str = "float32"  # float32 | bfloat16: activations and matmuls; parameters, norms, softmax and loss stay float32
-    matmul: str | None = None  # default | high | highest; None: default when training, else highest
-    grad_reduce: str = (
-        "float32"  # float32 | bfloat16: in what devices add up the gradients of the layers
+    """Number formats."""
+
+    compute: str = choice(
+        "float32",
+        DTYPES,
+        "activations and matmuls; parameters, norms, softmax and loss stay float32",
+    )
+    matmul: str | None = choice(
+        None,
+        MATMUL_PRECISIONS,
+        "precision of float32 matmuls; none: default in training, highest elsewhere",
+    )
+    grad_reduce: str = choice(
+        "float32", DTYPES, "type in which devices sum the gradients of the layers"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int = -1  # devices along each axis; -1 takes what the others leave
-    fsdp: int = 1
-    tensor: int = 1
+    """Devices along each axis of the mesh."""
+
+    data: int = setting(-1, _axis, "copies of the parameters that share the batch")
+    fsdp: int = setting(1, _axis, "devices that share the batch and each hold a part of the state")
+    tensor: int = setting(1, _axis, "devices that share the heads and hidden features of a layer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = 0
+    """All settings."""
+
+    seed: int = setting(
+        0,
+        seed_range,
+        "seed of the run: initial weights, data order, noise, times and label dropout",
+    )
     model: Model = Model()
     transport: Transport = Transport()
     data: Data = Data()
@@ -251,213 +429,9 @@ class Config:
     mesh: Mesh = Mesh()
 
 
-def fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, type) of every setting."""
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            yield from fields(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, field.type
-
-
-def get(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
+def get(config: Config, key: str) -> Any:
+    """Return the value of a dotted key."""
+    value: Any = config
     for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def validate(config: Config) -> None:
-    """`UserError` for a name that is in no table or a value that cannot be."""
-    model, transport, data, latents = config.model, config.transport, config.data, config.latents
-    train, sample = config.train, config.sample
-    for key in _POSITIVE:
-        value = get(config, key)
-        check(value is None or value > 0, f"{key} is {value}; expected more than 0")
-    for key in _NOT_NEGATIVE:
-        check(get(config, key) >= 0, f"{key} is {get(config, key)}; expected 0 or more")
-    sizes.size_by_name(
-        model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch
-    )
-    _one_of("model.attention", model.attention, ("auto", "einsum"))
-    _one_of("model.remat", model.remat, sit.REMAT_POLICIES)
-    paths.path_by_name(transport.path)
-    prediction.check_prediction(transport.prediction)
-    losses.check_weight(transport.loss_weight, transport.prediction)
-    interval.check_eps("transport.train_eps", transport.train_eps)
-    interval.check_eps("transport.sample_eps", transport.sample_eps)
-    _one_of("transport.times", transport.times, times.DISTRIBUTIONS)
-    _one_of("data.source", data.source, sources.SOURCES)
-    _one_of("latents.codec", latents.codec, CODECS)
-    _one_of("latents.dtype", latents.dtype, ("float32", "bfloat16"))
-    check(
-        latents.path is None or latents.repo is None,
-        f"latents.path {latents.path!r} and latents.repo {latents.repo!r} are both given; set one of them to none",
-    )
-    _one_of("optimizer.schedule", config.optimizer.schedule, SCHEDULES)
-    _one_of("sample.weights", sample.weights, ("ema", "raw"))
-    _check_sampler(sample)
-    _check_likelihood(config)
-    _check_sweep(config.sweep)
-    for key in ("compute", "grad_reduce"):
-        _one_of(f"precision.{key}", getattr(config.precision, key), ("float32", "bfloat16"))
-    check(
-        config.precision.grad_reduce in ("float32", config.precision.compute),
-        "precision.grad_reduce is 'bfloat16', but gradients are computed in float32; set it to float32, or "
-        "precision.compute to bfloat16 as well",
-    )
-    if config.precision.matmul is not None:
-        _one_of("precision.matmul", config.precision.matmul, ("default", "high", "highest"))
-    for key in ("seed", "sample.seed", "likelihood.seed"):
-        check(get(config, key) < 2**32, f"{key} is {get(config, key)}; expected less than 2**32")
-    for key in ("train.label_dropout", "train.ema_decay", "optimizer.b1", "optimizer.b2"):
-        check(
-            0 <= get(config, key) <= 1,
-            f"{key} is {get(config, key)}; expected a number from 0 to 1",
-        )
-    check(
-        train.batch % train.accumulation == 0,
-        f"train.batch {train.batch} is not divisible by train.accumulation {train.accumulation}; change either",
-    )
-    for label in sample.labels:
-        check(
-            0 <= label < data.classes,
-            f"sample.labels holds {label}; expected 0 to {data.classes - 1} (data.classes)",
-        )
-    sharding.check_axes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-
-
-def _check_sampler(sample: Sample) -> None:
-    _one_of("sample.solver", sample.solver, [*ode.SOLVERS, *sde.SOLVERS])
-    check(
-        not (sample.times and sample.steps),
-        "sample.times and sample.steps are both given; set sample.steps=none",
-    )
-    if sample.times:
-        ode.check_times("sample.times", sample.times)
-    if sample.solver in sde.SOLVERS:
-        check(
-            sample.grid is not None,
-            f"sample.solver {sample.solver!r} needs sample.steps, such as 250",
-        )
-    else:
-        ode.check_solver(sample.solver, sample.grid)
-    check(
-        sample.frames is None or sample.frames > 1,
-        f"sample.frames is {sample.frames}; expected 2 or more, or none",
-    )
-    _one_of("sample.error_norm", sample.error_norm, ode.ERROR_NORMS)
-    _one_of("sample.diffusion_form", sample.diffusion_form, diffusion.FORMS)
-    _one_of("sample.last_step", sample.last_step, sde.LAST_STEPS)
-    size = sample.last_step_size
-    check(
-        0 < size < 1,
-        f"sample.last_step_size is {size}; expected a number inside (0, 1), or sample.last_step=none",
-    )
-    check_scale(sample.cfg_scale)
-    check(
-        sample.guide is None or sample.cfg_scale > 1,
-        f"sample.guide is {sample.guide!r}, but sample.cfg_scale is {sample.cfg_scale:g}, which guides by nothing; "
-        "set it above 1",
-    )
-    low_high = sample.cfg_interval
-    check(
-        len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1,
-        f"sample.cfg_interval is {low_high}; expected two times with 0 <= first < last <= 1",
-    )
-
-
-def _check_likelihood(config: Config) -> None:
-    likelihood = config.likelihood
-    _one_of("likelihood.weights", likelihood.weights, ("ema", "raw"))
-    _one_of("likelihood.labels", likelihood.labels, ("data", "null"))
-    check(
-        likelihood.solver not in sde.SOLVERS,
-        f"likelihood.solver {likelihood.solver!r} solves an SDE, which gives no log p; expected one of an ODE: "
-        f"{', '.join(ode.SOLVERS)}",
-    )
-    _one_of("likelihood.solver", likelihood.solver, ode.SOLVERS)
-    ode.check_solver(likelihood.solver, likelihood.steps, "likelihood")
-    _one_of("likelihood.trace", likelihood.trace, ("hutchinson", "exact"))
-    _one_of("likelihood.probe", likelihood.probe, density.PROBES)
-    if likelihood.dequantisation is not None:
-        _one_of("likelihood.dequantisation", likelihood.dequantisation, dequantise.KINDS)
-        check(
-            config.latents.codec == "pixels",
-            f"likelihood.dequantisation is {likelihood.dequantisation!r}, but latents.codec {config.latents.codec!r} "
-            "gives latents, which are continuous; set it to none",
-        )
-
-
-def _check_sweep(sweep: Sweep) -> None:
-    for key in ("solvers", "steps", "cfg_scales"):
-        check(getattr(sweep, key), f"sweep.{key} is empty; give one or more")
-    for solver in sweep.solvers:
-        _one_of("sweep.solvers", solver, [*ode.SOLVERS, *sde.SOLVERS])
-    for form in sweep.forms:
-        _one_of("sweep.forms", form, diffusion.FORMS)
-    check(
-        sweep.forms or not set(sweep.solvers) & set(sde.SOLVERS),
-        "sweep.forms is empty, but an SDE needs one",
-    )
-    for key in ("steps", "rtols"):
-        for value in getattr(sweep, key):
-            check(value > 0, f"sweep.{key} holds {value}; expected more than 0")
-    for scale in sweep.cfg_scales:
-        check_scale(scale)
-    check(sweep.count >= 2, f"sweep.count is {sweep.count}; a Frechet distance needs 2 or more")
-
-
-_POSITIVE = [
-    "data.image_size",
-    "data.channels",
-    "data.classes",
-    "latents.scale",
-    "latents.batch",
-    "train.steps",
-    "train.batch",
-    "train.accumulation",
-    "optimizer.learning_rate",
-    "optimizer.eps",
-    "optimizer.clip_norm",
-    "transport.times_std",
-    "sample.steps",
-    "sample.time_shift",
-    "sample.atol",
-    "sample.rtol",
-    "sample.diffusion_norm",
-    "sample.cfg_channels",
-    "sample.count",
-    "sample.batch",
-    "sample.columns",
-    "sample.scale",
-    "likelihood.count",
-    "likelihood.batch",
-    "likelihood.steps",
-    "likelihood.atol",
-    "likelihood.rtol",
-    "likelihood.probes",
-    "sweep.count",
-    "sweep.reference_count",
-    "sweep.components",
-    "checkpoint.every",
-    "checkpoint.keep_last",
-    "checkpoint.keep_every",
-    "log.every",
-    "log.sheet_count",
-]
-_NOT_NEGATIVE = [
-    "seed",
-    "data.workers",
-    "train.skip_nonfinite",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-    "sample.seed",
-    "likelihood.seed",
-    "log.sheet_every",
-]
-
-
-def _one_of(key: str, value: str, known) -> None:
-    if value not in known:
-        raise unknown_name(key, value, known)
+        value = getattr(value, part)
+    return value

@@ -13,7 +13,10 @@ from tests.commands import TINY, succeed
 
 @pytest.fixture(scope="module")
 def quiet_machine(tmp_path_factory):
-    """Programs are compiled once for all tests here, not into the user's cache; no accelerator is missed."""
+    """Compile each program once for all tests of a file, outside the user's cache.
+
+    The warning of an unused accelerator is silenced.
+    """
     settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
                 "jax_persistent_cache_min_compile_time_secs": 0.1}  # fmt: skip
     before = {name: getattr(jax.config, name) for name in settings}

@@ -1,4 +1,4 @@
-"""config: values go through files, flags and JSON unchanged, and each mistake is one line with what was expected."""
+"""config: values pass files, flags and JSON unchanged; each mistake is one line."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import pytest
 from sit_jax import config as config_lib
 from sit_jax.config import load
 from sit_jax.errors import UserError
+from sit_jax.laws import Choice, anything, declared
 from sit_jax.settings import Config
 
 DIGITS = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "digits.py")
@@ -128,108 +129,114 @@ def test_a_file_may_take_an_argument(file):
 
 BAD = [
     # key=text of the flags, and what the message must hold
-    (dict(model__name="SiT-S/3"), "unknown model 'SiT-S/3'; did you mean 'SiT-S/"),
-    (dict(model__depth="0"), "model depth is 0; expected at least 1"),
-    (dict(model__heads="-1"), "model heads is -1; expected at least 1"),
-    (dict(model__heads="3"), "model width 128 is not divisible by its 3 heads; choose a multiple"),
-    (dict(model__width="6", model__heads="2"), "model width 6 is not divisible by 4"),
-    (dict(model__remat="half"), "unknown model.remat 'half'; known: 'none', 'dots', 'full'"),
-    (dict(transport__path="Liner"), "unknown path 'Liner'; did you mean 'Linear'?"),
+    ({"model__name": "SiT-S/3"}, "unknown model.name 'SiT-S/3'; did you mean 'SiT-S/"),
+    ({"model__depth": "0"}, "model.depth is 0; expected more than 0"),
+    ({"model__heads": "-1"}, "model.heads is -1; expected more than 0"),
+    ({"model__heads": "3"}, "model width 128 is not divisible by its 3 heads; choose a multiple"),
+    ({"model__width": "6", "model__heads": "2"}, "model width 6 is not divisible by 4"),
+    ({"model__remat": "half"}, "unknown model.remat 'half'; known: 'none', 'dots', 'full'"),
+    ({"transport__path": "Liner"}, "unknown transport.path 'Liner'; did you mean 'Linear'?"),
     (
-        dict(transport__prediction="velocty"),
-        "unknown prediction 'velocty'; did you mean 'velocity'?",
+        {"transport__prediction": "velocty"},
+        "unknown transport.prediction 'velocty'; did you mean 'velocity'?",
     ),
     (
-        dict(transport__loss_weight="snr"),
-        "unknown loss weight 'snr'; known: 'none', 'velocity', 'likelihood'",
+        {"transport__loss_weight": "snr"},
+        "unknown transport.loss_weight 'snr'; known: 'none', 'velocity', 'likelihood'",
     ),
     (
-        dict(transport__loss_weight="velocity"),
+        {"transport__loss_weight": "velocity"},
         "'velocity' does nothing to a velocity prediction; use 'none', or",
     ),
     (
-        dict(transport__train_eps="0"),
+        {"transport__train_eps": "0"},
         "transport.train_eps is 0.0; expected a number inside (0, 0.5)",
     ),
     (
-        dict(transport__train_eps="0.5"),
+        {"transport__train_eps": "0.5"},
         "transport.train_eps is 0.5; expected a number inside (0, 0.5)",
     ),
     (
-        dict(transport__sample_eps="-0.1"),
+        {"transport__sample_eps": "-0.1"},
         "transport.sample_eps is -0.1; expected a number inside (0, 0.5)",
     ),
     (
-        dict(transport__sample_eps="0.7"),
+        {"transport__sample_eps": "0.7"},
         "transport.sample_eps is 0.7; expected a number inside (0, 0.5)",
     ),
     (
-        dict(transport__times="logitnormal"),
+        {"transport__times": "logitnormal"},
         "unknown transport.times 'logitnormal'; did you mean 'logit-normal'?",
     ),
-    (dict(data__source="digit"), "unknown data.source 'digit'; did you mean 'digits'?"),
-    (dict(latents__codec="pixel"), "unknown latents.codec 'pixel'; did you mean 'pixels'?"),
+    ({"data__source": "digit"}, "unknown data.source 'digit'; did you mean 'digits'?"),
+    ({"latents__codec": "pixel"}, "unknown latents.codec 'pixel'; did you mean 'pixels'?"),
     (
-        dict(latents__path="vae", latents__repo="a/b"),
+        {"latents__path": "vae", "latents__repo": "a/b"},
         "latents.path 'vae' and latents.repo 'a/b' are both given; set",
     ),
-    (dict(latents__dtype="half"), "unknown latents.dtype 'half'; known: 'float32', 'bfloat16'"),
+    ({"latents__dtype": "half"}, "unknown latents.dtype 'half'; known: 'float32', 'bfloat16'"),
     (
-        dict(optimizer__schedule="cosin"),
+        {"optimizer__schedule": "cosin"},
         "unknown optimizer.schedule 'cosin'; did you mean 'cosine'?",
     ),
     (
-        dict(sample__weights="emas"),
+        {"sample__weights": "emas"},
         "unknown sample.weights 'emas'; did you mean 'ema'? known: 'ema', 'raw'",
     ),
     (
-        dict(sample__solver="dopri"),
+        {"sample__solver": "dopri"},
         "unknown sample.solver 'dopri'; did you mean 'dopri8' or 'dopri5'",
     ),
-    (dict(sample__cfg_scale="0.99"), "cfg scale is 0.99; expected 1 (no guidance) or more"),
-    (dict(precision__compute="bf16"), "unknown precision.compute 'bf16'; did you mean 'bfloat16'?"),
+    ({"sample__cfg_scale": "0.99"}, "sample.cfg_scale is 0.99; expected 1 (no guidance) or more"),
+    ({"precision__compute": "bf16"}, "unknown precision.compute 'bf16'; did you mean 'bfloat16'?"),
     (
-        dict(precision__grad_reduce="bfloat16"),
+        {"precision__grad_reduce": "bfloat16"},
         "precision.grad_reduce is 'bfloat16', but gradients are computed in",
     ),
     (
-        dict(precision__matmul="max"),
+        {"precision__matmul": "max"},
         "unknown precision.matmul 'max'; known: 'default', 'high', 'highest'",
     ),
     (
-        dict(train__batch="10", train__accumulation="4"),
+        {"train__batch": "10", "train__accumulation": "4"},
         "train.batch 10 is not divisible by train.accumulation 4;",
     ),
-    (dict(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9 (data.classes)"),
-    (dict(sample__labels="-1"), "sample.labels holds -1; expected 0 to 9 (data.classes)"),
-    (dict(mesh__data="0"), "mesh.data is 0; expected 1 or more, or -1"),
-    (dict(mesh__tensor="-2"), "mesh.tensor is -2; expected 1 or more, or -1"),
-    (dict(mesh__fsdp="-1"), "more than one -1; leave at most one axis"),
-    (dict(train__label_dropout="1.1"), "train.label_dropout is 1.1; expected a number from 0 to 1"),
-    (dict(train__ema_decay="-0.1"), "train.ema_decay is -0.1; expected a number from 0 to 1"),
-    (dict(optimizer__b1="2"), "optimizer.b1 is 2.0; expected a number from 0 to 1"),
-    (dict(optimizer__b2="1.5"), "optimizer.b2 is 1.5; expected a number from 0 to 1"),
-    (dict(seed="4294967296"), "seed is 4294967296; expected less than 2**32"),
-    (dict(sample__seed="4294967296"), "sample.seed is 4294967296; expected less than 2**32"),
-    # keys and types
-    (dict(train__stpes="3"), "unknown config key 'train.stpes'; did you mean 'train.steps'"),
-    (dict(steps="3"), "unknown config key 'steps'; did you mean"),
-    (dict(train="3"), "unknown config key 'train'"),
-    (dict(train__steps="many"), "train.steps is 'many'; expected a whole number"),
-    (dict(train__steps="1.5"), "train.steps is 1.5; expected a whole number"),
-    (dict(train__steps="True"), "train.steps is True; expected a whole number"),
-    (dict(train__steps="none"), "train.steps is None; expected a whole number"),
-    (dict(optimizer__learning_rate="fast"), "optimizer.learning_rate is 'fast'; expected a number"),
-    (dict(optimizer__learning_rate="nan"), "optimizer.learning_rate is 'nan'; expected a number"),
-    (dict(optimizer__clip_norm="'1'"), "optimizer.clip_norm is '1'; expected a number"),
-    (dict(data__flip="1"), "data.flip is 1; expected True or False"),
-    (dict(data__flip="yes"), "data.flip is 'yes'; expected True or False"),
+    ({"sample__labels": "3,10"}, "sample.labels holds 10; expected 0 to 9 (data.classes)"),
+    ({"sample__labels": "-1"}, "sample.labels holds -1; expected 0 to 9 (data.classes)"),
+    ({"mesh__data": "0"}, "mesh.data is 0; expected 1 or more, or -1"),
+    ({"mesh__tensor": "-2"}, "mesh.tensor is -2; expected 1 or more, or -1"),
+    ({"mesh__fsdp": "-1"}, "more than one -1; leave at most one axis"),
+    ({"train__label_dropout": "1.1"}, "train.label_dropout is 1.1; expected a number from 0 to 1"),
+    ({"train__ema_decay": "-0.1"}, "train.ema_decay is -0.1; expected a number from 0 to 1"),
+    ({"optimizer__b1": "2"}, "optimizer.b1 is 2.0; expected a number from 0 to 1"),
+    ({"optimizer__b2": "1.5"}, "optimizer.b2 is 1.5; expected a number from 0 to 1"),
+    ({"seed": "4294967296"}, "seed is 4294967296; expected 0 or more, and less than 2**32"),
     (
-        dict(sample__labels="a,b"),
+        {"sample__seed": "4294967296"},
+        "sample.seed is 4294967296; expected 0 or more, and less than 2**32",
+    ),
+    ({"seed": "-1"}, "seed is -1; expected 0 or more, and less than 2**32"),
+    ({"sample__seed": "-1"}, "sample.seed is -1; expected 0 or more, and less than 2**32"),
+    ({"likelihood__solver": "shark"}, "'shark' solves an SDE, which gives no log p"),
+    # keys and types
+    ({"train__stpes": "3"}, "unknown config key 'train.stpes'; did you mean 'train.steps'"),
+    ({"steps": "3"}, "unknown config key 'steps'; did you mean"),
+    ({"train": "3"}, "unknown config key 'train'"),
+    ({"train__steps": "many"}, "train.steps is 'many'; expected a whole number"),
+    ({"train__steps": "1.5"}, "train.steps is 1.5; expected a whole number"),
+    ({"train__steps": "True"}, "train.steps is True; expected a whole number"),
+    ({"train__steps": "none"}, "train.steps is None; expected a whole number"),
+    ({"optimizer__learning_rate": "fast"}, "optimizer.learning_rate is 'fast'; expected a number"),
+    ({"optimizer__learning_rate": "nan"}, "optimizer.learning_rate is 'nan'; expected a number"),
+    ({"optimizer__clip_norm": "'1'"}, "optimizer.clip_norm is '1'; expected a number"),
+    ({"data__flip": "1"}, "data.flip is 1; expected True or False"),
+    ({"data__flip": "yes"}, "data.flip is 'yes'; expected True or False"),
+    (
+        {"sample__labels": "a,b"},
         "sample.labels is 'a,b'; expected a list of whole numbers such as 3,1,4",
     ),
-    (dict(sample__labels="1,2.5"), "sample.labels is (1, 2.5); expected a list of whole numbers"),
-    (dict(sample__labels="none"), "sample.labels is None; expected a list of whole numbers"),
+    ({"sample__labels": "1,2.5"}, "sample.labels is (1, 2.5); expected a list of whole numbers"),
+    ({"sample__labels": "none"}, "sample.labels is None; expected a list of whole numbers"),
 ]
 POSITIVE = [
     "data.image_size",
@@ -259,12 +266,10 @@ POSITIVE = [
     "log.sheet_count",
 ]
 NOT_NEGATIVE = [
-    "seed",
     "data.workers",
     "train.skip_nonfinite",
     "optimizer.warmup_steps",
     "optimizer.weight_decay",
-    "sample.seed",
     "log.sheet_every",
 ]
 
@@ -290,9 +295,48 @@ def test_some_numbers_may_be_0_and_not_less(key):
     assert config_lib.flatten(load(DIGITS, [(key, "0")]))[key] == 0
 
 
+# One value that breaks each law, by what the law says it expects.
+BREAKS = {
+    "more than 0": "0",
+    "0 or more": "-1",
+    "0 or more, and less than 2**32": "-1",
+    "a number from 0 to 1": "1.5",
+    "2 or more, or none": "1",
+    "2 or more, as a Frechet distance needs": "1",
+    "1 (no guidance) or more": "0.5",
+    "1 or more, or -1 for the remaining devices": "0",
+    "a number inside (0, 0.5): give one, or none for the path's default": "0.5",
+    "a number inside (0, 1), or sample.last_step=none": "1.0",
+}
+
+
+@pytest.mark.parametrize("entry", list(declared(Config)), ids=lambda entry: entry.key)
+def test_every_setting_obeys_its_own_law(entry):
+    """The default does, and one value that does not is refused by the key's name."""
+    entry.law.check(entry.key, entry.default)
+    assert entry.help and not entry.help.endswith(".")
+    if isinstance(entry.law, Choice):
+        message = refusal(DIGITS, **{entry.key: "no-such-name"})
+        if entry.key != "model.name":  # a long list, which is cut short
+            assert all(repr(name) in message for name in entry.law.names)
+    elif entry.law is not anything:
+        message = refusal(DIGITS, **{entry.key: BREAKS[entry.law.expected]})
+        assert f"expected {entry.law.expected}" in message
+    else:
+        return
+    assert entry.key in message
+
+
 def test_values_at_the_border_are_good():
-    good = {"transport.train_eps": "0.499", "sample.cfg_scale": "1", "sample.labels": "0,9", "train.label_dropout": "0",
-            "train.ema_decay": "1", "train.accumulation": "128", "seed": "4294967295"}  # fmt: skip
+    good = {
+        "transport.train_eps": "0.499",
+        "sample.cfg_scale": "1",
+        "sample.labels": "0,9",
+        "train.label_dropout": "0",
+        "train.ema_decay": "1",
+        "train.accumulation": "128",
+        "seed": "4294967295",
+    }
     flat = config_lib.flatten(load(DIGITS, list(good.items())))
     assert (flat["sample.labels"], flat["transport.train_eps"], flat["seed"]) == (
         (0, 9),
@@ -325,7 +369,10 @@ def test_values_at_the_border_are_good():
             "del config.train.steps",
             "config key train.steps is missing; start from sit_jax.config.default()",
         ),
-        ("config.transport.path = 'linear'", "unknown path 'linear'; did you mean 'Linear'?"),
+        (
+            "config.transport.path = 'linear'",
+            "unknown transport.path 'linear'; did you mean 'Linear'?",
+        ),
         ("1 / 0", "c.py cannot be used as a config: ZeroDivisionError: division by zero"),
         (
             "raise ValueError('two\\nlines')",
@@ -402,52 +449,50 @@ def test_what_a_run_and_its_samples_may_change():
     """Every key is here: a new one has to be put somewhere."""
     keys = set(config_lib.flatten(Config()))
     fixed = {key for key in keys if not key.startswith(config_lib.CHANGEABLE)}
-    assert fixed == set(
-        [
-            "seed",
-            "model.name",
-            "model.depth",
-            "model.width",
-            "model.heads",
-            "model.patch",
-            "model.qk_norm",
-            "model.learn_sigma",
-            "transport.path",
-            "transport.prediction",
-            "transport.loss_weight",
-            "transport.train_eps",
-            "transport.times",
-            "transport.times_mean",
-            "transport.times_std",
-            "data.source",
-            "data.split",
-            "data.image_size",
-            "data.channels",
-            "data.classes",
-            "data.flip",
-            "latents.codec",
-            "latents.repo",
-            "latents.revision",
-            "latents.dtype",
-            "latents.scale",
-            "train.batch",
-            "train.accumulation",
-            "train.label_dropout",
-            "train.ema_decay",
-            "optimizer.schedule",
-            "optimizer.warmup_steps",
-            "optimizer.b1",
-            "optimizer.b2",
-            "optimizer.eps",
-            "optimizer.weight_decay",
-            "optimizer.clip_norm",
-            "precision.compute",
-            "precision.matmul",
-            "precision.grad_reduce",
-        ]
-    )
+    assert fixed == {
+        "seed",
+        "model.name",
+        "model.depth",
+        "model.width",
+        "model.heads",
+        "model.patch",
+        "model.qk_norm",
+        "model.learn_sigma",
+        "transport.path",
+        "transport.prediction",
+        "transport.loss_weight",
+        "transport.train_eps",
+        "transport.times",
+        "transport.times_mean",
+        "transport.times_std",
+        "data.source",
+        "data.split",
+        "data.image_size",
+        "data.channels",
+        "data.classes",
+        "data.flip",
+        "latents.codec",
+        "latents.repo",
+        "latents.revision",
+        "latents.dtype",
+        "latents.scale",
+        "train.batch",
+        "train.accumulation",
+        "train.label_dropout",
+        "train.ema_decay",
+        "optimizer.schedule",
+        "optimizer.warmup_steps",
+        "optimizer.b1",
+        "optimizer.b2",
+        "optimizer.eps",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+        "precision.compute",
+        "precision.matmul",
+        "precision.grad_reduce",
+    }
     network = {key for key in keys if key.startswith(config_lib.NETWORK)}
     assert network == {key for key in keys if key.startswith("model.")} | {
-        "transport.path", "transport.prediction", "data.image_size", "data.channels", "data.classes", "latents.codec",
-        "latents.scale",
+        "transport.path", "transport.prediction", "data.image_size", "data.channels",
+        "data.classes", "latents.codec", "latents.scale",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every file of configs/: its values are possible, its model can be built, and two steps of it train."""
+"""Every file of configs/: its values are valid, its model can be built, and two steps train."""
 
 import ast
 import json
@@ -15,6 +15,7 @@ from sit_jax import config as config_lib
 from sit_jax import main
 from sit_jax.errors import UserError
 from sit_jax.jobs import train
+from sit_jax.jobs.data import abstract_batch
 from sit_jax.jobs.setup import set_up
 from sit_jax.models.sizes import SIZES
 from tests import goldens
@@ -22,21 +23,26 @@ from tests import goldens
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FILES = [path for path in sorted(CONFIGS.glob("*.py")) if path.name != "__init__.py"]
 ONE_DEVICE = {"mesh.data": "-1", "mesh.fsdp": "1", "mesh.tensor": "1"}
-# The one small run that any config becomes: what it says of path, prediction, optimizer, precision and the like stays.
+# The small run that any config becomes. It keeps its path, prediction, optimizer and precision.
 TINY = ONE_DEVICE | {
-    "model.depth": "1", "model.width": "16", "model.heads": "2", "model.patch": "4",
-    "data.source": "digits", "data.path": "none", "data.split": "train", "data.workers": "0",
-    "data.image_size": "8", "data.channels": "1", "data.classes": "10", "latents.codec": "pixels",
-    "train.steps": "2", "train.batch": "8", "train.accumulation": "1",
-    "log.every": "1", "log.sheet_every": "0", "log.tensorboard": "False", "log.wandb_project": "none",
+    "model.depth": "1",
+    "model.width": "16",
+    "model.heads": "2",
+    "model.patch": "4",
+    "data.workers": "0",
+    "train.steps": "2",
+    "train.batch": "8",
+    "train.accumulation": "1",
+    "log.every": "1",
+    "log.sheet_every": "0",
+    "log.tensorboard": "False",
+    "log.wandb_project": "none",
     "checkpoint.every": "2",
-}  # fmt: skip
-
-# A config of latents keeps them, of a tiny autoencoder and a folder of images.
-TINY_LATENTS = TINY | {
-    "data.source": "folder", "data.split": "all", "data.image_size": "16", "data.channels": "3", "data.classes": "2",
-    "latents.codec": "sd-vae", "latents.path": str(goldens.FOLDER / "vae_legacy"), "latents.repo": "none",
-}  # fmt: skip
+}
+# A config of a folder keeps its source, on a folder of 8 images in 2 classes.
+TINY_FOLDER = {"data.image_size": "16", "data.classes": "2"}
+# A config of latents keeps them, of a tiny autoencoder.
+TINY_LATENTS = {"latents.path": str(goldens.FOLDER / "vae_legacy"), "latents.repo": "none"}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -72,25 +78,35 @@ def test_its_model_and_state_have_shapes(path):
         jax.tree.leaves(state.params)[0].shape[0] == setup.size.depth
     )  # blocks, stacked over the layers
     assert jax.tree.map(jnp.shape, state.ema) == jax.tree.map(jnp.shape, state.params)
-    data, batch = config.data, config.train.batch
-    image = jax.ShapeDtypeStruct(
-        (batch, data.image_size, data.image_size, data.channels), jnp.uint8
-    )
-    number = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    batch = {"image": image, "label": number, "skipped": number}
     after, metrics = jax.eval_shape(
-        train.make_train_step(setup), state, batch, setup.codec.abstract_params
+        train.make_train_step(setup), state, abstract_batch(setup), setup.codec.abstract_params
     )
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert metrics["loss"].shape == ()
 
 
-@each_file
+def test_cached_latents_say_that_they_cannot_be_made_yet(tmp_path, capsys):
+    flags = [f"--config.{key}={text}" for key, text in ONE_DEVICE.items()]
+    images = make_images(tmp_path / "images")
+    command = ["--config", str(CONFIGS / "latents.py"), "--workdir", str(tmp_path / "run")]
+    assert main.main([*command, f"--config.data.path={images}", *flags]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "data.channels=4" in message
+    assert "Stored latents cannot be read yet" in message and "configs/imagenet.py" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.stem != "latents"], ids=lambda path: path.stem
+)
 def test_two_steps_of_it_train(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    tiny = TINY
-    if config_lib.load(str(path)).latents.codec != "pixels":
-        tiny = TINY_LATENTS | {"data.path": str(make_images(tmp_path / "images"))}
+    config = config_lib.load(str(path))
+    tiny = dict(TINY)
+    if config.data.source == "folder":
+        tiny |= TINY_FOLDER | {"data.path": str(make_images(tmp_path / "images"))}
+    if config.latents.codec == "sd-vae":
+        tiny |= TINY_LATENTS
     flags = [f"--config.{key}={text}" for key, text in tiny.items()]
     assert main.main(["--config", str(path), "--workdir", str(tmp_path / "run"), *flags]) == 0
     rows = [
@@ -126,5 +142,5 @@ def test_imagenet_says_what_it_is_given(argument):
         UserError, match=r"expected a size and 256 or 512 pixels, such as SiT-XL/2,256"
     ):
         config_lib.load(f"{CONFIGS / 'imagenet.py'}:{argument}")
-    with pytest.raises(UserError, match="unknown model 'SiT-X/2'"):
+    with pytest.raises(UserError, match="unknown model.name 'SiT-X/2'"):
         config_lib.load(f"{CONFIGS / 'imagenet.py'}:SiT-X/2,256")

@@ -1,4 +1,4 @@
-"""The training loop makes no implicit transfer and never waits for a step before the next one is under way."""
+"""The training loop makes no implicit transfer and waits for no step before the next is running."""
 
 import threading
 
@@ -7,13 +7,16 @@ import pytest
 
 from sit_jax import config as config_lib
 from sit_jax.jobs import train, watcher
+from sit_jax.jobs.data import open_batches, open_source
+from sit_jax.jobs.loop import Loop
 from sit_jax.jobs.setup import set_up
 
 STEPS, EVERY, SAVE = 9, 2, 5
 CONFIG = config_lib.load(
     "configs/digits.py",
     [
-        ("model.depth", "1"), ("model.width", "16"), ("model.heads", "2"), ("train.batch", "8"), ("sample.batch", "8"),
+        ("model.depth", "1"), ("model.width", "16"), ("model.heads", "2"),
+        ("train.batch", "8"), ("sample.batch", "8"),
         ("train.steps", str(STEPS)), ("log.every", str(EVERY)), ("checkpoint.every", str(SAVE)),
         ("log.sheet_every", "0"),
     ],
@@ -21,7 +24,7 @@ CONFIG = config_lib.load(
 
 
 class Recorder:
-    """Stands in for checkpoints, log and progress: what it is asked is written down."""
+    """A stand-in for checkpoints, log and progress that records its calls."""
 
     def __init__(self, events):
         self.events = events
@@ -44,7 +47,10 @@ class Recorder:
 
 @pytest.fixture
 def events(monkeypatch):
-    """What the loop did, in order: ("dispatch", k), ("read", newest step read), ("line", k), ("save", k)."""
+    """The actions of the loop, in order.
+
+    They are ("dispatch", k), ("read", newest step read), ("line", k) and ("save", k).
+    """
     found, read, make = [], jax.device_get, train.make_train_step
 
     def recording_get(tree):
@@ -72,7 +78,7 @@ def make_loop(events):
     return (
         setup,
         state,
-        train.Loop(
+        Loop(
             setup,
             None,
             recorder,
@@ -86,19 +92,20 @@ def make_loop(events):
 def run(events):
     setup, state, loop = make_loop(events)
     with (
-        train.open_batches(setup, train.open_source(setup), 0) as batches,
+        open_batches(setup, open_source(setup), 0) as batches,
         jax.transfer_guard("disallow"),
     ):
-        assert loop.run(state, batches, 0, threading.Event(), None) == STEPS
+        assert (
+            loop.run(train.make_train_step(setup), state, batches, 0, threading.Event(), None)
+            == STEPS
+        )
 
 
-def test_a_line_is_read_after_the_next_step_is_dispatched_and_nothing_is_transferred(events):
+def test_metrics_are_read_after_the_next_step_is_dispatched_and_nothing_is_transferred(events):
     run(events)
     for i, (what, step) in enumerate(events):
-        if what == "read" and step not in (
-            SAVE,
-            STEPS,
-        ):  # a save needs the step, and at the end there is no next one
+        # Except that a save waits for its step, and the last step has no next one.
+        if what == "read" and step not in (SAVE, STEPS):
             assert ("dispatch", step + 1) in events[:i]
     assert [step for what, step in events if what == "line"] == [2, 4, 6, 8, 9]
     assert [step for what, step in events if what == "save"] == [SAVE, STEPS]
@@ -106,7 +113,7 @@ def test_a_line_is_read_after_the_next_step_is_dispatched_and_nothing_is_transfe
     assert reads == [2, 4, 5, 6, 8, 9]
 
 
-def test_the_guard_that_run_puts_around_the_loop_bites():
+def test_the_guard_around_the_loop_refuses_implicit_transfers():
     with (
         jax.transfer_guard("disallow"),
         pytest.raises(Exception, match="Disallowed host-to-device transfer"),

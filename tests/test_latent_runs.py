@@ -1,4 +1,4 @@
-"""Training and sampling in latents, through main, with a tiny autoencoder and a folder of images."""
+"""Train and sample in latents through main, with a tiny autoencoder and a folder of images."""
 
 import contextlib
 import io
@@ -23,11 +23,13 @@ from tests import goldens
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEGACY = goldens.FOLDER / "vae_legacy"
 SETTINGS = {
-    "model.depth": 1, "model.width": 16, "model.heads": 2, "model.patch": 4, "model.learn_sigma": False,
-    "data.image_size": 16, "data.classes": 2, "data.workers": 0, "latents.path": LEGACY, "latents.batch": 2,
-    "train.steps": 2, "train.batch": 4, "checkpoint.every": 1, "log.every": 1, "log.sheet_every": 2,
-    "log.sheet_count": 4, "log.tensorboard": False, "optimizer.learning_rate": 0.02, "train.ema_decay": 0.5,
-    "sample.solver": "heun", "sample.steps": 2, "sample.count": 4, "sample.batch": 4, "sample.columns": 2,
+    "model.depth": 1, "model.width": 16, "model.heads": 2, "model.patch": 4,
+    "model.learn_sigma": False, "data.image_size": 16, "data.classes": 2, "data.workers": 0,
+    "latents.path": LEGACY, "latents.batch": 2, "train.steps": 2, "train.batch": 4,
+    "train.ema_decay": 0.5, "optimizer.learning_rate": 0.02, "checkpoint.every": 1,
+    "log.every": 1, "log.sheet_every": 2, "log.sheet_count": 4, "log.tensorboard": False,
+    "sample.solver": "heun", "sample.steps": 2, "sample.count": 4, "sample.batch": 4,
+    "sample.columns": 2,
 }  # fmt: skip
 
 
@@ -36,7 +38,7 @@ def flags(settings):
 
 
 def call(*arguments):
-    """main's exit status, and what it wrote to stderr."""
+    """Return main's exit status and its stderr."""
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         status = main.main([str(argument) for argument in arguments])
@@ -61,14 +63,11 @@ def images(tmp_path_factory):
 
 
 def start(images, workdir, **changes):
-    settings = (
-        SETTINGS
-        | {"data.path": images}
-        | {key.replace("__", "."): value for key, value in changes.items()}
-    )
-    return call(
-        "--config", ROOT / "configs" / "imagenet.py", "--workdir", workdir, *flags(settings)
-    )
+    """Train with SETTINGS, changed by keywords such as train__steps=1."""
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    settings = SETTINGS | {"data.path": images} | changed
+    config = ROOT / "configs" / "imagenet.py"
+    return call("--config", config, "--workdir", workdir, *flags(settings))
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +86,8 @@ def test_it_trains_on_latents_and_shows_images(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
-    assert weights(run)["x_embedder"]["kernel"].shape == (
-        4 * 4 * 4,
-        16,
-    )  # patches of the latents' four channels
+    # A patch has 4 x 4 latent cells of 4 channels.
+    assert weights(run)["x_embedder"]["kernel"].shape == (4 * 4 * 4, 16)
     sheet = np.asarray(Image.open(run / "sheets" / "step_00000002.png"))
     assert sheet.shape[-1] == 3 and sheet.shape[0] >= 32 and sheet.std() > 1
 
@@ -101,8 +98,8 @@ def test_a_run_that_was_interrupted_draws_the_same_posteriors(run, images, tmp_p
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "run"), weights(run))
 
 
-def drawn(workdir, *arguments):
-    """The images and the settings of the newest samples."""
+def draw_samples(workdir, *arguments):
+    """Draw samples; return the images and their settings.json."""
     assert call("--mode", "sample", "--workdir", workdir, *arguments) == (0, "")
     folder = max(
         (workdir / "samples").iterdir(), key=lambda path: (path / "sheet.png").stat().st_mtime_ns
@@ -112,23 +109,20 @@ def drawn(workdir, *arguments):
 
 
 def test_samples_may_be_decoded_by_another_autoencoder(run, tmp_path):
-    workdir, other = (
-        pathlib.Path(shutil.copytree(a, tmp_path / b)) for a, b in ((run, "run"), (LEGACY, "vae"))
-    )
-    images, settings = drawn(workdir)
+    workdir = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
+    other = pathlib.Path(shutil.copytree(LEGACY, tmp_path / "vae"))
+    images, settings = draw_samples(workdir)
     assert images.shape == (4, 16, 16, 3) and settings["latents"]["path"] == str(LEGACY)
     file = other / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     tensors["decoder.conv_out.bias"] += 0.2
     safetensors.numpy.save_file(tensors, file)
-    brighter, settings = drawn(workdir, f"--config.latents.path={other}")
+    brighter, settings = draw_samples(workdir, f"--config.latents.path={other}")
     inside = (images > 0) & (brighter < 255)
-    # The same latents: every pixel is brighter by 0.2 of 127.5 levels.
+    # The latents are the same, so every pixel is brighter by 0.2, which is 25.5 grey levels.
     assert inside.mean() > 0.2 and set((brighter - images)[inside]) <= {25, 26}
-    assert (
-        settings["latents"]["path"] == str(other)
-        and len(list((workdir / "samples").iterdir())) == 2
-    )
+    assert settings["latents"]["path"] == str(other)
+    assert len(list((workdir / "samples").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -158,7 +152,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(images, tmp_path, changes, wor
         tmp_path / "run",
         **{key.replace(".", "__"): value for key, value in changes.items()},
     )
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
+    assert status == 2 and err.startswith("error: ")
+    assert err.count("\n") == 1 and words in err
     assert not (tmp_path / "run").exists()
 
 
@@ -167,11 +162,9 @@ def test_weights_that_cannot_be_read_leave_nothing(images, tmp_path):
     file = folder / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     status, err = start(images, tmp_path / "run", latents__path=folder)
-    assert (
-        status == 2
-        and "diffusion_pytorch_model.safetensors cannot be read" in err
-        and err.count("\n") == 1
-    )
+    assert status == 2
+    assert "diffusion_pytorch_model.safetensors cannot be read" in err
+    assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

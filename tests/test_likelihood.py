@@ -1,4 +1,4 @@
-"""--mode likelihood: each image's row, whatever the batch, devices and interruptions; every mistake one line."""
+"""--mode likelihood: an image's row is the same for any batch, devices and interruptions."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from scipy.stats import norm
 
 from sit_jax import config as config_lib
 from sit_jax import rng, sharding
-from sit_jax.data import dequantise
-from sit_jax.data.transforms import BIN, normalise
-from sit_jax.jobs import likelihood, sampler, train
-from sit_jax.jobs import setup as setup_lib
+from sit_jax.jobs import likelihood, sampler
+from sit_jax.jobs.data import open_source
 from sit_jax.jobs.setup import set_up
+from sit_jax.latents import CODECS, CodecKind, dequantise
 from sit_jax.latents.codec import Codec
+from sit_jax.latents.pixels import BIN, normalise
 from sit_jax.transport import paths
 from tests.commands import DIGITS, FOLDER, TINY, flags, refusal, snapshot, succeed, write_images
 
@@ -68,7 +68,7 @@ def test_every_image_has_its_row_and_the_summary_their_mean(evaluated):
         "settings.json",
         "summary.json",
     ]
-    source = train.open_source(set_up(config_lib.load(DIGITS, [("data.split", "test")])))
+    source = open_source(set_up(config_lib.load(DIGITS, [("data.split", "test")])))
     assert column(folder, "index").tolist() == list(range(10))
     assert column(folder, "label").tolist() == [int(source[i]["label"]) for i in range(10)]
     bits = column(folder, "bits_per_dim")
@@ -133,10 +133,18 @@ def test_a_finished_job_changes_no_file_and_a_larger_count_adds_to_it(evaluated,
 
 @pytest.mark.parametrize(
     "change",
-    [{"labels": "null"}, {"weights": "raw"}, {"seed": 1}, {"dequantisation": "gaussian"}, {"trace": "exact"},
-     {"probe": "gaussian"}, {"probes": 3}, {"split": "train"}],
+    [
+        {"labels": "null"},
+        {"weights": "raw"},
+        {"seed": 1},
+        {"dequantisation": "gaussian"},
+        {"trace": "exact"},
+        {"probe": "gaussian"},
+        {"probes": 3},
+        {"split": "train"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_settings_have_a_folder_and_numbers_of_their_own(evaluated, run_copy, change):
     evaluate(
         run_copy,
@@ -154,15 +162,17 @@ def test_other_settings_have_a_folder_and_numbers_of_their_own(evaluated, run_co
 
 
 def fresh(**settings):
-    """(setup, log p of the first 8 test digits under fresh weights, those digits, their keys of dequantisation)."""
+    """Return (setup, log p of 8 test digits under fresh weights, the digits, their keys)."""
     config = config_lib.load(
         DIGITS, [(k.replace("__", "."), str(v)) for k, v in (FAST | settings).items()]
     )
     setup = set_up(config)
-    source, indices = train.open_source(setup), np.arange(8)
+    source, indices = open_source(setup), np.arange(8)
     images = np.stack([source[i]["image"] for i in indices])
     labels = np.stack([source[i]["label"] for i in indices])
-    log_prob, _ = likelihood.make_log_prob(setup)(setup.init_params(), indices, images, labels)
+    log_prob, _ = likelihood.make_log_prob(setup)(
+        setup.init_params(), indices, {"image": images}, labels
+    )
     keys = jax.vmap(lambda i: rng.key(config.likelihood.seed, "dequantisation", i))(indices)
     return np.asarray(log_prob), images, keys
 
@@ -200,14 +210,16 @@ def test_the_time_of_a_noise_level(name):
 def half_latents(monkeypatch):
     """A codec whose latents are the pixels and their factor 0.5."""
     codec = Codec(
-        encode=lambda params, keys_b, images: 0.5 * images,
+        encode=lambda params, keys_b, records: 0.5 * normalise(records["image"]),
         decode=lambda params, x: 2 * x,
-        shape=lambda shape: shape,
+        shape=lambda spec: spec["image"].shape,
         abstract_params={},
         load=dict,
+        quantised=False,
         scale=0.5,
     )
-    monkeypatch.setattr(setup_lib, "open_codec", lambda **_: codec)
+    kind = CodecKind(lambda options, per_device: codec, quantised=False)
+    monkeypatch.setitem(CODECS, "sd-vae", kind)
 
 
 def test_latents_are_not_dequantised_and_their_factor_is_taken_out(half_latents):
@@ -223,15 +235,22 @@ def test_the_output_says_what_the_log_p_of_latents_is(half_latents, run_copy):
     assert (
         "density of the latents, their factor 0.5 taken out; continuous, so not dequantised" in out
     )
-    words = "likelihood.dequantisation is 'uniform', but latents.codec 'sd-vae' gives latents, which are continuous"
+    words = (
+        "likelihood.dequantisation is 'uniform', but latents.codec 'sd-vae' gives latents, which "
+        "are continuous"
+    )
     flag = "--config.likelihood.dequantisation=uniform"
     assert words in refusal("--workdir", run_copy, "--mode", "likelihood", flag)
 
 
+def lower_with_batches(setup, compiled):
+    """Lower the program that `call_with_batches` would call."""
+    return lambda params, *batch: compiled.lower(params, {}, *batch)
+
+
 def test_matmuls_are_of_the_highest_precision_unless_configured(monkeypatch):
-    for module in (likelihood, sampler):  # what would be called is lowered
-        lower = lambda setup, compiled: lambda params, *batch: compiled.lower(params, {}, *batch)
-        monkeypatch.setattr(module, "call_with_batches", lower)
+    for module in (likelihood, sampler):
+        monkeypatch.setattr(module, "call_with_batches", lower_with_batches)
 
     def products(make, matmul):
         config = config_lib.load(
@@ -239,7 +258,9 @@ def test_matmuls_are_of_the_highest_precision_unless_configured(monkeypatch):
         )
         setup, images = (
             set_up(config),
-            [np.zeros((8, 8, 8, 1), np.uint8)] if make is likelihood.make_log_prob else [],
+            [{"image": np.zeros((8, 8, 8, 1), np.uint8)}]
+            if make is likelihood.make_log_prob
+            else [],
         )
         params = setup.abstract_state.params
         lowered = make(setup)(
@@ -286,9 +307,10 @@ def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
     [
         (
             {"sample__cfg_scale": 4},
-            "--config.sample.cfg_scale means nothing to --mode likelihood: log p is of the ungui",
+            "--config.sample.cfg_scale has no effect on --mode likelihood, which integrates the "
+            "unguided ODE",
         ),
-        ({"sample__solver": "heun"}, "--config.sample.solver means nothing to --mode likelihood"),
+        ({"sample__solver": "heun"}, "--config.sample.solver has no effect on --mode likelihood"),
         ({"likelihood__cfg_scale": 4}, "unknown config key 'likelihood.cfg_scale'"),
         (
             {"likelihood__solver": "shark"},
@@ -300,7 +322,8 @@ def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
         ),
         (
             {"likelihood__solver": "heun", "likelihood__steps": None},
-            "solver 'heun' takes fixed steps only, so atol and rtol mean nothing to it; give likelihood.steps, or one",
+            "solver 'heun' takes fixed steps only, so atol and rtol mean nothing to it; give "
+            "likelihood.steps, or one",
         ),
         ({"likelihood__steps": 0}, "likelihood.steps is 0; expected more than 0"),
         ({"likelihood__probes": 0}, "likelihood.probes is 0; expected more than 0"),

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sit_jax import checkpoint, main
+from sit_jax import checkpoint, main, runtime, settings_help
 from sit_jax import config as config_lib
-from sit_jax.data import transforms
-from sit_jax.jobs import train
+from sit_jax.jobs.job import Job
 from sit_jax.jobs.setup import set_up
+from sit_jax.jobs.workdir import open_checkpoints
+from sit_jax.latents import pixels
+from sit_jax.settings import Config
 from tests.commands import (
+    ROOT,
     TINY,
     call,
     flags,
@@ -108,9 +111,11 @@ def test_what_may_change_is_told_and_recorded(run_copy):
     out = succeed("--workdir", run_copy, *changes)
     told = re.findall(r"^(\S+) changes from (\S+) to (\S+) at step 4$", out, re.M)
     assert told == [
-        ("train.steps", "4", "6"), ("optimizer.learning_rate", "0.02", "0.01"), ("log.every", "1", "3"),
+        ("train.steps", "4", "6"),
+        ("optimizer.learning_rate", "0.02", "0.01"),
+        ("log.every", "1", "3"),
         ("log.sheet_every", "2", "0"),
-    ]  # fmt: skip
+    ]
     assert [row["step"] for row in rows(run_copy)] == [1, 2, 3, 4, 6]
     wanted = (
         0.01 * 0.5 * (1 + np.cos(np.pi * np.array([5]) / 6))
@@ -141,14 +146,16 @@ def test_sampling_may_change_all_but_the_network(run_copy):
 def arrays(workdir, step, item):
     """One item of a checkpoint."""
     config = config_lib.load(str(workdir / "config.json"))
-    with train.open_checkpoints(config, workdir) as checkpoints:
+    with open_checkpoints(config, workdir) as checkpoints:
         return checkpoints.restore(step, {item: set_up(config).abstract_state.items()[item]})[item]
 
 
 def test_a_fork_is_a_new_run_from_the_same_weights(trained, tmp_path):
     source, fork, before = trained[0], tmp_path / "fork", snapshot(trained[0])
-    changes = flags(transport__loss_weight="none", train__label_dropout=0.5, train__steps=2, seed=5, log__sheet_every=0,
-                    optimizer__clip_norm=1, checkpoint__keep_last=5)  # fmt: skip
+    changes = flags(
+        transport__loss_weight="none", train__label_dropout=0.5, train__steps=2, seed=5,
+        log__sheet_every=0, optimizer__clip_norm=1, checkpoint__keep_last=5,
+    )  # fmt: skip
     out = succeed("--workdir", source, "--fork", fork, *changes)
     assert f"forked step 4 of {source} into {fork}" in out and "training from step 0 to 2" in out
     for item in ("params", "ema"):
@@ -170,11 +177,13 @@ def test_a_fork_is_a_new_run_from_the_same_weights(trained, tmp_path):
     [
         (
             flags(model__width=32),
-            r"checkpoint 4: params is of another model: \S+ has shape \(1, 96\) there and \(1, 192\)",
+            r"checkpoint 4: params belongs to another model: \S+ has shape \(1, 96\) in the "
+            r"checkpoint and \(1, 192\)",
         ),
         (
             flags(model__qk_norm=True),
-            r"checkpoint 4: params is of another model: blocks/attn/\S+ has shape None there and ",
+            r"checkpoint 4: params belongs to another model: blocks/attn/\S+ has shape None in the "
+            r"checkpoint and ",
         ),
         (flags(data__classes=11), "data.classes is 11, but the digits source has 10 classes"),
         (["--mode", "sample"], "--fork is for --mode train, not sample"),
@@ -196,13 +205,15 @@ def test_a_fork_needs_a_checkpoint(run_copy, tmp_path):
     status, _, err = call("--workdir", run_copy, "--fork", tmp_path / "fork")
     assert (
         status == 2
-        and f"error: --workdir '{run_copy}' holds no whole checkpoint to fork from" in err
+        and f"error: --workdir '{run_copy}' holds no complete checkpoint to fork from" in err
     )
+    assert snapshot(tmp_path) == before
     shutil.rmtree(run_copy / "checkpoints")
+    before = snapshot(tmp_path)
     assert "has no checkpoints to fork from" in refusal(
         "--workdir", run_copy, "--fork", tmp_path / "fork"
     )
-    assert not (tmp_path / "fork").exists() and before
+    assert snapshot(tmp_path) == before
 
 
 def test_a_profile_is_a_trace_of_the_steps(tmp_path):
@@ -222,7 +233,7 @@ def test_a_profile_is_a_trace_of_the_steps(tmp_path):
     runs = [
         event
         for event in events
-        if "in_precision" in event.get("name", "") and event.get("ph") == "X"
+        if "train_step" in event.get("name", "") and event.get("ph") == "X"
     ]
     assert traced == [2] and runs
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
@@ -230,8 +241,8 @@ def test_a_profile_is_a_trace_of_the_steps(tmp_path):
 
 def test_an_update_that_is_not_finite_ends_the_run_with_one_line(run_copy, monkeypatch):
     before = snapshot(run_copy / "checkpoints")
-    normalise = transforms.normalise
-    monkeypatch.setattr(transforms, "normalise", lambda images: normalise(images) * np.nan)
+    normalise = pixels.normalise
+    monkeypatch.setattr(pixels, "normalise", lambda images: normalise(images) * np.nan)
     message = refusal("--workdir", run_copy, "--config.train.steps=6")
     assert message.startswith(
         "error: step 5: loss nan and gradient norm nan are not both finite; the last checkpoint is"
@@ -256,7 +267,10 @@ def test_a_last_save_that_fails_is_one_line(run_copy, monkeypatch):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(run_copy, trained):
     manifest = run_copy / "checkpoints" / "4" / "manifest.json"
     manifest.unlink()
-    line = f"warning: checkpoint {manifest.parent} is not used: its manifest is missing, so the save did not finish\n"
+    line = (
+        f"warning: checkpoint {manifest.parent} is not used: its manifest is missing, so the save "
+        "did not finish\n"
+    )
     for mode, words in (
         ("sample", "images from step 2 into"),
         ("train", "training from step 2 to 4"),
@@ -332,28 +346,65 @@ def test_help_shows_modes_flags_and_an_example():
     assert (
         "python -m sit_jax.main --config configs/digits.py --workdir runs/digits" in out.getvalue()
     )
-    help_of_mode = out.getvalue().split("--mode MODE")[1].split("--config")[0]
-    assert set(main.JOBS) <= set(re.findall(r"\w+", help_of_mode))
-    assert "--config.train.steps=1000" in out.getvalue()
+    for mode, job in main.JOBS.items():
+        assert re.search(rf"^  {mode} +{re.escape(job.help)}$", out.getvalue(), re.M)
+        assert all(f"--{flag.name}" in out.getvalue() for flag in job.flags)
+    assert "--config.train.steps=1000" in out.getvalue() and "--help-config" in out.getvalue()
+
+
+def text_of(*arguments):
+    """What main prints before it exits with 0."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as exit_:
+        main.main(list(arguments))
+    assert exit_.value.code == 0
+    return out.getvalue()
+
+
+def test_help_on_settings_lists_sections_and_explains_each_setting():
+    sections = text_of("--help-config")
+    for section in settings_help.sections():
+        assert re.search(rf"^  {section} ", sections, re.M)
+        explained = text_of("--help-config", section)
+        for entry in settings_help.settings_of(section):
+            assert f"--config.{entry.key}={settings_help.shown(entry.default)}\n" in explained
+            assert " ".join(entry.help.split()) in " ".join(explained.split())
+    keys = [
+        e.key for section in settings_help.sections() for e in settings_help.settings_of(section)
+    ]
+    assert sorted(keys) == sorted(config_lib.flatten(Config()))
+    assert "linear, decreasing, increasing-decreasing" in text_of("--help-config", "sample")
+
+
+def test_help_on_an_unknown_section_names_the_nearest():
+    message = refusal("--help-config", "sampel")
+    assert "unknown section of settings 'sampel'; did you mean 'sample'" in message
+
+
+def test_the_tables_of_settings_are_those_of_the_declarations():
+    """If this fails, run `python -m sit_jax.settings_help`."""
+    document = (ROOT / "configs" / "README.md").read_text()
+    assert settings_help.with_tables(document) == document
+    assert "| `sample.atol` | `1e-06` | number: more than 0 |" in document
 
 
 def test_the_compilation_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    main.use_compilation_cache()  # $JAX_COMPILATION_CACHE_DIR is set: jax reads it by itself
+    runtime.use_compilation_cache()  # $JAX_COMPILATION_CACHE_DIR is set: jax reads it by itself
     assert jax.config.jax_compilation_cache_dir == before
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     try:
-        main.use_compilation_cache()
+        runtime.use_compilation_cache()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sit_jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    def job(config, workdir):
+    def run(config, workdir, flags):
         raise ValueError("a bug")
 
-    monkeypatch.setitem(main.JOBS, "train", job)
+    monkeypatch.setitem(main.JOBS, "train", Job(run, "a job with a bug"))
     with pytest.raises(ValueError, match="a bug"):
         call(*TINY, "--workdir", tmp_path)

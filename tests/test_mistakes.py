@@ -26,9 +26,6 @@ from tests.commands import (
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 
-# What does not: no folder is made for it
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -46,15 +43,18 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
             ["--config", "configs/no_such.py"],
             "--config 'configs/no_such.py' does not exist; expected a file such as",
         ),
-        (flags(model__name="SiT-S/3"), "unknown model 'SiT-S/3'; did you mean 'SiT-S/"),
-        (flags(transport__path="Lineal"), "unknown path 'Lineal'; did you mean 'Linear'?"),
+        (flags(model__name="SiT-S/3"), "unknown model.name 'SiT-S/3'; did you mean 'SiT-S/"),
+        (
+            flags(transport__path="Lineal"),
+            "unknown transport.path 'Lineal'; did you mean 'Linear'?",
+        ),
         (
             flags(transport__prediction="x0"),
-            "unknown prediction 'x0'; known: 'velocity', 'score', 'noise'",
+            "unknown transport.prediction 'x0'; known: 'velocity', 'score', 'noise'",
         ),
         (
             flags(transport__loss_weight="likely"),
-            "unknown loss weight 'likely'; did you mean 'likelihood'?",
+            "unknown transport.loss_weight 'likely'; did you mean 'likelihood'?",
         ),
         (flags(sample__solver="rk4"), "unknown sample.solver 'rk4'"),
         (flags(data__source="digit"), "unknown data.source 'digit'; did you mean 'digits'?"),
@@ -66,7 +66,7 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
             "data.classes is 11, but the digits source has 10 classes; set data.classes=10",
         ),
         (flags(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9"),
-        (flags(sample__cfg_scale=0.5), "cfg scale is 0.5; expected 1 (no guidance) or more"),
+        (flags(sample__cfg_scale=0.5), "sample.cfg_scale is 0.5; expected 1 (no guidance) or more"),
         (flags(train__steps=0), "train.steps is 0; expected more than 0"),
         (flags(sample__steps=-1), "sample.steps is -1; expected more than 0"),
         (
@@ -123,7 +123,10 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, below):
 @pytest.mark.parametrize(
     ("there", "words"),
     [
-        (None, "data.path='{data}' is no folder; give a folder with a sub-folder for each class"),
+        (
+            None,
+            "data.path='{data}' is not a folder; give a folder with a sub-folder for each class",
+        ),
         (
             [],
             "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder",
@@ -170,26 +173,29 @@ def test_an_unreadable_image_is_named_and_may_be_skipped(tmp_path):
     ]
     message = refusal(*arguments)
     assert f"image '{data}/a/1.png' cannot be read (" in message
-    assert "remove it, or set data.skip_unreadable=True to pass over it" in message
+    assert "remove it, or set data.skip_unreadable=True to skip such images" in message
     assert snapshot(data) == before
     assert not [path for path in workdir.rglob("*") if path.is_file()]
 
     succeed(
         *arguments, "--config.data.skip_unreadable=True"
     )  # the remedy works where the mistake was made
-    # Every epoch has each of the 3 images once, so of the batch's 8 places 2 or 3 fell to the broken one.
+    # Every epoch has each of the 3 images once, so the broken one had 2 or 3 places of 8.
     assert [row["skipped_images"] for row in rows(workdir)] in ([2], [3])
 
 
 def test_a_batch_that_devices_cannot_share_is_one_line(tmp_path):
-    """In a process of its own, for its three devices: also the exit status and all of stderr are as they should be."""
+    """In a process with three devices, so that exit status and stderr are those of a user's run."""
     done = subprocess.run(
         [sys.executable, "-m", "sit_jax.main", *TINY, "--workdir", str(tmp_path / "new")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
              "XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    words = "train.batch / train.accumulation = 8 is not divisible by the 3 devices it is split over; make"
+    words = (
+        "train.batch / train.accumulation = 8 is not divisible by the 3 devices it is split over; "
+        "make"
+    )
     assert done.returncode == 2
     assert re.fullmatch(rf"error: {words}.*\n", done.stderr)
     assert snapshot(tmp_path) == {}
@@ -220,11 +226,12 @@ def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settin
     [
         (flags(train__stpes=6), "unknown config key 'train.stpes'"),
         (flags(sample__labels="10"), "sample.labels holds 10; expected 0 to 9"),
-        (flags(sample__cfg_scale=0), "cfg scale is 0.0; expected 1 (no guidance) or more"),
+        (flags(sample__cfg_scale=0), "sample.cfg_scale is 0.0; expected 1 (no guidance) or more"),
         (flags(train__steps=-6), "train.steps is -6; expected more than 0"),
         (
             flags(model__depth=2),
-            "run in '{workdir}' is another one: model.depth is 2 but was 1; keep what was, use",
+            "run in '{workdir}' is another one: model.depth is 2 but was 1; keep the recorded "
+            "values, use",
         ),
         (
             flags(transport__path="GVP"),
@@ -232,11 +239,13 @@ def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settin
         ),
         (
             flags(seed=1, model__depth=2, transport__prediction="noise", data__flip=True),
-            "is another one: {all}; keep what was, use another --workdir, or --fork NEWDIR for a new run from these",
+            "is another one: {all}; keep the recorded values, use another --workdir, or --fork "
+            "NEWDIR for a new run from these",
         ),
         (
             ["--config", DIGITS],
-            "is another one: model.depth is 4 but was 1, model.width is 128 but was 16, model.heads",
+            "is another one: model.depth is 4 but was 1, model.width is 128 but was 16, "
+            "model.heads",
         ),
         (flags(mesh__data=3, train__steps=6), "mesh data x fsdp x tensor = 3 x 1 x 1 does not use"),
     ],
@@ -282,8 +291,8 @@ def test_a_checkpoint_of_another_model_is_one_line(run_copy, arguments, item):
     (run_copy / "config.json").write_text(json.dumps(values))
     before = snapshot(run_copy)
     message = refusal("--workdir", run_copy, *arguments)
-    mismatch = r"blocks/\S+ has shape \(1, .*\) there and \(2, .*\) in this config"
-    assert re.search(rf"checkpoint 4: {item} is of another model: {mismatch}", message)
+    mismatch = r"blocks/\S+ has shape \(1, .*\) in the checkpoint and \(2, .*\) in this config"
+    assert re.search(rf"checkpoint 4: {item} belongs to another model: {mismatch}", message)
     assert "use the config it was trained with, or another --workdir" in message
     assert snapshot(run_copy) == before
 
@@ -298,7 +307,7 @@ def test_a_run_without_checkpoints_cannot_be_sampled(run_copy):
 
     (run_copy / "checkpoints").mkdir()
     before = snapshot(run_copy)
-    assert "holds no whole checkpoint; train first" in refusal(
+    assert "holds no complete checkpoint; train first" in refusal(
         "--workdir", run_copy, "--mode", "sample"
     )
     assert snapshot(run_copy) == before

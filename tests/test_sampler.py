@@ -1,4 +1,4 @@
-"""The samplers of a run through main: the same on many devices, their ways, guidance by another run, there and back."""
+"""Samplers through main: many devices, trajectories, guidance by another run, inversion."""
 
 import json
 import os
@@ -21,8 +21,10 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 def sample_on(devices):
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."
-    }  # fmt: skip
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": ".",
+    }
     done = subprocess.run(
         [sys.executable, "tests/sample_on_devices.py"],
         capture_output=True,
@@ -45,7 +47,8 @@ def test_samples_of_eight_devices_are_those_of_one():
             np.stack([np.frombuffer(bytes.fromhex(image), np.float32) for image in images])
             for images in (found["dopri5"], one["dopri5"])
         )
-        # Each sample's own steps are chosen by sums over its pixels, which may round otherwise in the two programs.
+        # Each sample chooses its steps by sums over its pixels, which the two programs may round
+        # differently.
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
@@ -103,7 +106,7 @@ def test_autoguidance_leads_away_from_another_run(run_copy, weak):
     assert json.loads((folder / "settings.json").read_text())["guide_step"] == 2
     guided = pictures(folder)
     assert any((guided[name] != plain[name]).any() for name in ours)
-    # One Euler step is linear in the velocity: x + 3 (ours) - 2 (the weak run's) of what each makes by itself.
+    # One Euler step is linear in the velocity: x + 3 * (ours) - 2 * (the weaker run's).
     theirs = pictures(sample(weak, **settings | {"sample__cfg_scale": 1}))
     for name, image in guided.items():
         want = np.clip(3.0 * ours[name] - 2.0 * theirs[name], 0, 255)
@@ -142,8 +145,9 @@ def test_images_are_taken_to_noise_and_back(run_copy):
 
 def test_a_sweep_is_a_table_and_a_plot_and_goes_on(run_copy):
     settings = {
-        "sweep__solvers": "heun,dopri5,sra1", "sweep__steps": "2", "sweep__rtols": 0.5, "sweep__forms": "sigma,SBDM",
-        "sweep__cfg_scales": "1,2", "sweep__count": 8, "sweep__components": 4,
+        "sweep__solvers": "heun,dopri5,sra1", "sweep__steps": "2", "sweep__rtols": 0.5,
+        "sweep__forms": "sigma,SBDM", "sweep__cfg_scales": "1,2", "sweep__count": 8,
+        "sweep__components": 4,
     }  # fmt: skip
     arguments = ["--workdir", run_copy, "--mode", "sweep"]
     assert "2 of 2 samplers" in succeed(*arguments, *flags(**settings | {"sweep__solvers": "heun"}))
@@ -190,7 +194,8 @@ def test_a_sweep_is_a_table_and_a_plot_and_goes_on(run_copy):
         (
             "sample",
             {"sample__steps": "none", "sample__times": "0,2"},
-            "sample.times is (0.0, 2.0); expected fractions of the way from noise to data that rise from 0 to 1",
+            "sample.times is (0.0, 2.0); expected fractions of the way from noise to data that "
+            "rise from 0 to 1",
         ),
         ("sample", {"sample__frames": 1}, "sample.frames is 1; expected 2 or more, or none"),
         (
@@ -212,12 +217,12 @@ def test_a_sweep_is_a_table_and_a_plot_and_goes_on(run_copy):
         (
             "sample",
             {"sample__guide": "runs/none", "sample__cfg_scale": 2},
-            "'runs/none' holds no run; give a trained",
+            "'runs/none' is not a run; give a trained",
         ),
         (
             "sample",
             {"sample__guide": "runs/none", "sample__cfg_scale": 1},
-            "cfg_scale is 1, which guides by nothing",
+            "cfg_scale is 1, which turns guidance off",
         ),
         (
             "invert",
@@ -230,9 +235,13 @@ def test_a_sweep_is_a_table_and_a_plot_and_goes_on(run_copy):
         (
             "sweep",
             {"sweep__cfg_scales": "0.5"},
-            "cfg scale is 0.5; expected 1 (no guidance) or more",
+            "sweep.cfg_scales holds 0.5; expected 1 (no guidance) or more",
         ),
-        ("sweep", {"sweep__count": 1}, "sweep.count is 1; a Frechet distance needs 2 or more"),
+        (
+            "sweep",
+            {"sweep__count": 1},
+            "sweep.count is 1; expected 2 or more, as a Frechet distance needs",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_no_file(trained, mode, settings, words):

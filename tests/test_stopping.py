@@ -1,6 +1,6 @@
-"""A run that is killed, or asked to stop, and then continued by the same command ends bitwise as one left alone.
+"""A run that is killed or asked to stop, and then continued, ends bitwise like one that was not.
 
-With real signals to real processes; tests/benchmarks/kill_resume.py does the same at length.
+The signals and processes are real; tests/benchmarks/kill_resume.py does the same for longer.
 """
 
 import os
@@ -16,13 +16,13 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Compiled programs, shared by all processes here."""
+    """A cache of compiled programs, shared by all processes here."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, cache):
-    """The run that is left alone."""
+    """The workdir of a run that is not interrupted."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     kill_resume.finish(workdir, cache, STEPS)
     return workdir
@@ -33,11 +33,11 @@ def same(workdir, straight):
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times_ends_as_one_never_killed(tmp_path, cache, straight):
+def test_a_run_killed_three_times_ends_like_one_never_killed(tmp_path, cache, straight):
     workdir = tmp_path / "run"
     lives = list(kill_resume.lives(workdir, cache, STEPS, kills=3))
     assert len(lives) == 3 and any(life.unfinished for life in lives)
-    assert lives[0].start == 0 < lives[1].start < lives[2].start  # each got past a checkpoint
+    assert lives[0].start == 0 < lives[1].start < lives[2].start  # each passed a checkpoint
     kill_resume.finish(workdir, cache, STEPS)
     assert kill_resume.start_step(workdir) > lives[2].start
     same(workdir, straight)
@@ -57,10 +57,11 @@ sys.exit(main.main())
 
 
 def test_signals_save_and_end_the_run_and_a_second_one_ends_it_at_once(tmp_path, cache, straight):
-    workdir, last = tmp_path / "run", 0
+    workdir = tmp_path / "run"
+    last = 0
     for number in (signal.SIGTERM, signal.SIGINT):
         child = start_child(workdir, cache, STEPS)
-        assert wait_for(child, lambda: reached(workdir) >= last + 7)
+        assert wait_for(child, lambda step=last + 7: reached(workdir) >= step)
         os.kill(child.pid, number)
         assert child.wait(60) == 0 and printed(workdir, "err") == ""
         step = last_saved(workdir)

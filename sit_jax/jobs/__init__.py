@@ -1,1 +1,1 @@
-"""One job each: a function of (config, workdir) that main starts."""
+"""One job a module: `run(config, workdir, flags)`, declared in a `Job` that `table` lists."""

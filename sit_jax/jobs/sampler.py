@@ -1,4 +1,4 @@
-"""From a setup to a compiled sampler, and images from it a batch at a time."""
+"""From a setup to a compiled sampler, and from that to images, a batch at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -11,100 +11,146 @@ from etils import epath
 
 from sit_jax import config as config_lib
 from sit_jax import hosts, rng, sharding
-from sit_jax.data.transforms import normalise
 from sit_jax.errors import check
-from sit_jax.image_io import sheet, to_uint8
+from sit_jax.image_io import to_uint8
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches, set_up
 from sit_jax.jobs.workdir import restore_weights
 from sit_jax.sampling import ode, sde
 from sit_jax.sampling.brownian import keyed_draw
-from sit_jax.sampling.guidance import guide
+from sit_jax.sampling.guidance import with_guidance
 from sit_jax.settings import Config, Sample
 from sit_jax.transport.interval import Interval, ode_interval, sde_interval
 from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
 
-Sampler = Callable[[Any, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]
+# (params, indices_b, condition) -> (images_bfhwc in [-1, 1], evaluations)
+Sampler = Callable[[Any, np.ndarray, Any], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Guide:
-    """The network that guidance leads away from, with its weights: `(params, x_bhwc, t_b, labels_b) -> like x_bhwc`."""
+    """A weaker network to guide away from, with its weights.
+
+    `network` is (params, x_bhwc, t_b, condition) -> like x_bhwc.
+    """
 
     step: int  # of its checkpoint
     network: Callable[..., jax.Array]
     params: Any
 
 
-def make_sampler(setup: Setup, weak: Guide | None = None) -> Sampler:
-    """`(params, indices_b, labels_b) -> (images_bfhwc in [-1, 1], evaluations)`, compiled once, trajectory and all.
+def make_sampler(setup: Setup, guide: Guide | None = None) -> Sampler:
+    """Return `(params, indices_b, condition) -> (images_bfhwc in [-1, 1], evaluations)`.
 
-    Image i depends on (sample.seed, i, its label) alone, whatever batch and devices it is made with. f counts
-    sample.frames, or is 1: the finished image comes last. Guidance leads away from the null label, or from `weak`.
+    It is compiled once, with the entire trajectory on the devices. Image i depends only on
+    (sample.seed, i, its condition), not on the batch or the devices. f counts sample.frames, or
+    is 1; the finished image comes last. Guidance leads away from the null condition, or from
+    `guide`.
     """
-    return _call(setup, weak, jit_sampler(setup, weak))
+    return _call_with_guide(setup, guide, jit_sampler(setup, guide))
 
 
-def jit_sampler(setup: Setup, weak: Guide | None = None) -> Callable:
-    """The jitted function of `make_sampler`: `((params, weak's or None), codec_params, indices_b, labels_b)`."""
+def jit_sampler(setup: Setup, guide: Guide | None = None) -> Callable:
+    """Return the jitted function of `make_sampler`.
+
+    Its arguments are ((params, the guide's params or None), codec_params, indices_b, condition).
+    """
+
+    def sample(params: Any, codec_params: Any, indices_b: jax.Array, condition: Any) -> Any:
+        seed = setup.config.sample.seed
+        noise_bhwc = rng.normal_by_index(seed, "sample", indices_b, setup.input_shape)
+        return _sample_from_noise(
+            setup, guide, params, codec_params, noise_bhwc, indices_b, condition
+        )
+
+    return jit_for_batches(setup, sample, _sampler_shardings(setup))
+
+
+def make_sampler_from_noise(setup: Setup, guide: Guide | None = None) -> Callable:
+    """Return `(params, noise_bhwc, indices_b, condition)`, else like `make_sampler`."""
+
+    def sample(params: Any, codec_params: Any, *batch: Any) -> Any:
+        return _sample_from_noise(setup, guide, params, codec_params, *batch)
+
+    compiled = jit_for_batches(setup, sample, _sampler_shardings(setup))
+    return _call_with_guide(setup, guide, compiled)
+
+
+def _sampler_shardings(setup: Setup) -> Any:
+    return sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
+
+
+def _sample_from_noise(
+    setup: Setup,
+    guide: Guide | None,
+    params: Any,
+    codec_params: Any,
+    noise_bhwc: jax.Array,
+    indices_b: jax.Array,
+    condition: Any,
+) -> tuple[jax.Array, jax.Array]:
     options = setup.config.sample
-
-    def run(params, codec_params, indices_b, labels_b):
-        guided = _guided(setup, weak, params, labels_b)
-        x_bhwc = rng.normal_by_index(options.seed, "sample", indices_b, setup.input_shape)
-        x_bhwc = jax.lax.with_sharding_constraint(x_bhwc, sharding.batch_sharding(setup.mesh))
-        if options.solver in sde.SOLVERS:
-            x, evaluations = _solve_sde(setup, guided, x_bhwc, indices_b)
-        else:
-            x, evaluations = _solve_ode(setup, guided, x_bhwc, _interval(setup), options.frames)
-        x_bfhwc = x if options.frames else x[:, None]
-        images = setup.codec.decode(codec_params, x_bfhwc.reshape(-1, *setup.input_shape))
-        return images.reshape(*x_bfhwc.shape[:2], *images.shape[1:]), evaluations
-
-    return jit_for_batches(
-        setup, run, (sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh))
-    )
+    guided = _guided(setup, guide, params, condition)
+    x_bhwc = jax.lax.with_sharding_constraint(noise_bhwc, sharding.batch_sharding(setup.mesh))
+    if options.solver in sde.SOLVERS:
+        x, evaluations = _solve_sde(setup, guided, x_bhwc, indices_b)
+    else:
+        x, evaluations = _solve_ode(setup, guided, x_bhwc, _interval(setup), options.frames)
+    x_bfhwc = x if options.frames else x[:, None]
+    # The codec decodes all frames as one batch: [b, f, h, w, c] -> [b*f, h, w, c] and back.
+    images = setup.codec.decode(codec_params, x_bfhwc.reshape(-1, *setup.input_shape))
+    return images.reshape(*x_bfhwc.shape[:2], *images.shape[1:]), evaluations
 
 
-def make_inverter(setup: Setup, weak: Guide | None = None) -> Callable:
-    """`(params, indices_b, images_bhwc uint8, labels_b) -> (noise_bhwc, images_bhwc in [-1, 1], error_b, evaluations)`.
+def make_inverter(setup: Setup, guide: Guide | None = None) -> Callable:
+    """Return `(params, indices_b, records, condition)`, from images to noise and back.
 
-    Along the ODE of the sampler from each image to its noise, and back: `error_b` is the RMS difference that is left
-    in what the network sees.
+    It follows the sampler's ODE from each image to its noise, then back, and returns (noise_bhwc,
+    images_bhwc in [-1, 1], error_b, evaluations). `error_b` is the RMS difference of the
+    network's input before and after.
     """
 
-    def run(params, codec_params, indices_b, images_bhwc, labels_b):
-        guided = _guided(setup, weak, params, labels_b)
-        keys_b = jax.vmap(lambda i: rng.key(setup.config.sample.seed, "posterior", i))(indices_b)
-        x_bhwc = setup.codec.encode(codec_params, keys_b, normalise(images_bhwc))
+    def invert(
+        params: Any, codec_params: Any, indices_b: jax.Array, records: Any, condition: Any
+    ) -> Any:
+        guided = _guided(setup, guide, params, condition)
+        seed = setup.config.sample.seed
+        keys_b = jax.vmap(lambda i: rng.key(seed, "posterior", i))(indices_b)
+        x_bhwc = setup.codec.encode(codec_params, keys_b, records)
         start, end = _interval(setup)
-        noise_bhwc, there = _solve_ode(setup, guided, x_bhwc, (end, start))
-        again_bhwc, back = _solve_ode(setup, guided, noise_bhwc, (start, end))
+        noise_bhwc, evaluations_there = _solve_ode(setup, guided, x_bhwc, (end, start))
+        again_bhwc, evaluations_back = _solve_ode(setup, guided, noise_bhwc, (start, end))
         error_b = jnp.sqrt(jnp.mean((again_bhwc - x_bhwc) ** 2, axis=(1, 2, 3)))
-        return noise_bhwc, setup.codec.decode(codec_params, again_bhwc), error_b, there + back
+        images_bhwc = setup.codec.decode(codec_params, again_bhwc)
+        return noise_bhwc, images_bhwc, error_b, evaluations_there + evaluations_back
 
-    batch, one = sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
-    return _call(setup, weak, jit_for_batches(setup, run, (batch, batch, batch, one)))
+    batch = sharding.batch_sharding(setup.mesh)
+    shardings = (batch, batch, batch, sharding.replicated(setup.mesh))
+    return _call_with_guide(setup, guide, jit_for_batches(setup, invert, shardings))
 
 
-def _guided(setup: Setup, weak: Guide | None, both_params: Any, labels_b: jax.Array) -> Predict:
-    options, (params, weak_params) = setup.config.sample, both_params
+def _guided(setup: Setup, guide: Guide | None, both_params: Any, condition: Any) -> Predict:
+    """Return the network with guidance, for `both_params` = (params, the guide's or None)."""
+    options = setup.config.sample
+    params, guide_params = both_params
 
-    def conditional(x, t_b):
-        return setup.network(params, x, t_b, labels_b)
+    def conditional(x: jax.Array, t_b: jax.Array) -> jax.Array:
+        return setup.network(params, x, t_b, condition)
 
-    def unconditional(x, t_b):
-        if weak:
-            return weak.network(weak_params, x, t_b, labels_b)
-        return setup.network(params, x, t_b, jnp.full_like(labels_b, setup.null_label))
+    def unconditional(x: jax.Array, t_b: jax.Array) -> jax.Array:
+        if guide:
+            return guide.network(guide_params, x, t_b, condition)
+        return setup.network(params, x, t_b, setup.conditioning.null_like(condition))
 
-    return guide(
-        conditional, unconditional, options.cfg_scale, options.cfg_channels, options.cfg_interval
+    low, high = options.cfg_interval
+    return with_guidance(
+        conditional, unconditional, options.cfg_scale, options.cfg_channels, (low, high)
     )
 
 
-def _call(setup: Setup, weak: Guide | None, compiled: Callable) -> Callable:
+def _call_with_guide(setup: Setup, guide: Guide | None, compiled: Callable) -> Callable:
     call = call_with_batches(setup, compiled)
-    return lambda params, *batch: call((params, weak.params if weak else None), *batch)
+    guide_params = guide.params if guide else None
+    return lambda params, *batch: call((params, guide_params), *batch)
 
 
 def _interval(setup: Setup) -> Interval:
@@ -115,124 +161,119 @@ def _interval(setup: Setup) -> Interval:
 def _solve_ode(
     setup: Setup, predict: Predict, x_bhwc: jax.Array, interval: Interval, frames: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    options = setup.config.sample
-    return ode.solve(
-        velocity_field(predict, setup.path, setup.config.transport.prediction),
-        x_bhwc,
-        interval,
-        solver=options.solver,
-        steps=options.grid,
-        shift=options.time_shift,
-        atol=options.atol,
-        rtol=options.rtol,
-        error_norm=options.error_norm,
-        frames=frames,
-    )
+    velocity = velocity_field(predict, setup.path, setup.config.transport.prediction)
+    return ode.solve(velocity, x_bhwc, interval, setup.config.sample.ode, frames)
 
 
 def _solve_sde(
     setup: Setup, predict: Predict, x_bhwc: jax.Array, indices_b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    options, transport = setup.config.sample, setup.config.transport
-    size = options.last_step_size if options.last_step != "none" else 0.0
+    options = setup.config.sample
+    transport = setup.config.transport
+    last_step_size = options.last_step_size if options.last_step != "none" else 0.0
     keys_b = jax.vmap(lambda i: rng.key(options.seed, "sample noise", i))(indices_b)
+    interval = sde_interval(
+        setup.path,
+        transport.prediction,
+        options.diffusion_form,
+        last_step_size,
+        transport.sample_eps,
+    )
     return sde.solve(
         velocity_and_score(predict, setup.path, transport.prediction),
         setup.path,
         x_bhwc,
-        sde_interval(
-            setup.path, transport.prediction, options.diffusion_form, size, transport.sample_eps
-        ),
+        interval,
         keyed_draw(keys_b, setup.input_shape),
-        solver=options.solver,
-        steps=options.grid,
-        shift=options.time_shift,
-        form=options.diffusion_form,
-        norm=options.diffusion_norm,
-        last_step=options.last_step,
-        last_step_size=options.last_step_size,
-        frames=options.frames,
+        options.sde,
+        options.frames,
     )
 
 
 def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
-    """The label of each sample index, int32: the chosen labels in turn, or the classes in turn."""
-    labels = np.asarray(setup.config.sample.labels or range(setup.config.data.classes), np.int32)
-    return labels[indices % len(labels)]
+    """Return the label of each sample index, int32: the chosen labels, or all classes, in turn."""
+    labels = setup.config.sample.labels or range(setup.config.data.classes)
+    return np.asarray(labels, np.int32)[indices % len(labels)]
 
 
 def sample_images(
     setup: Setup, sampler: Sampler, params: Any, indices: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Yields (indices, uint8 images [b, f, h, w, c], network evaluations) a batch at a time.
+    """Yield (indices, uint8 images [b, f, h, w, c], network evaluations) a batch at a time.
 
-    The last batch is padded, and cut again.
+    The last batch is padded to the size of the others, and its padding dropped. Raises
+    `UserError` if a sample is not finite.
     """
     size = setup.config.sample.batch
     for start in range(0, len(indices), size):
         chunk = indices[start : start + size]
         padded = np.pad(chunk, (0, size - len(chunk)), mode="edge").astype(np.int32)
-        images, evaluations = hosts.to_host(sampler(params, padded, labels_of(setup, padded)))
+        condition = setup.conditioning.from_records({"label": labels_of(setup, padded)})
+        images, evaluations = hosts.to_host(sampler(params, padded, condition))
         images = images[: len(chunk)]
-        bad = chunk[~np.isfinite(images[:, -1]).all(axis=(1, 2, 3))]
-        check(
-            not len(bad),
-            f"samples {bad[:8].tolist()} are not finite; use more steps, looser tolerances or a lower cfg scale, "
-            "or look whether training diverged",
-        )
+        check_finite(images[:, -1], chunk)
         yield chunk, to_uint8(images), int(evaluations)
 
 
-def make_sheet(setup: Setup, images: np.ndarray) -> np.ndarray:
-    return sheet(images, setup.config.sample.columns, scale=setup.config.sample.scale)
+def check_finite(images_bhwc: np.ndarray, indices: np.ndarray) -> None:
+    """Raise `UserError` that names the samples which are not finite."""
+    bad = indices[~np.isfinite(images_bhwc).all(axis=(1, 2, 3))]
+    check(
+        not len(bad),
+        f"samples {bad[:8].tolist()} are not finite; use more steps, looser tolerances or a lower "
+        "cfg scale, or check whether training diverged",
+    )
 
 
 def open_guide(config: Config) -> Guide | None:
-    """The newest checkpoint of the run that sample.guide names, for autoguidance (Karras et al., arXiv 2406.02507).
+    """Return the newest checkpoint of the run that sample.guide names, or None.
 
-    It may be smaller and less trained, but must be of the same data and transport; `UserError` names what is not.
+    It serves autoguidance (Karras et al., arXiv 2406.02507). The run may be smaller and less
+    trained, but must have the same data and transport: raises `UserError` that names what
+    differs.
     """
     if config.sample.guide is None:
         return None
     folder = epath.Path(config.sample.guide)
     check(
         (folder / "config.json").exists(),
-        f"sample.guide {config.sample.guide!r} holds no run; give a trained workdir",
+        f"sample.guide {config.sample.guide!r} is not a run; give a trained workdir",
     )
-    theirs = config_lib.load(str(folder / "config.json"))
-    shared = [key for key in config_lib.NETWORK if key != "model."]
-    differing = [
+    guide_config = config_lib.load(str(folder / "config.json"))
+    shared = tuple(key for key in config_lib.NETWORK if key != "model.")
+    differences = [
         f"{key} is {new!r} there and {old!r} here"
-        for key, (old, new) in config_lib.changes(config, theirs).items()
-        if key.startswith(tuple(shared))
+        for key, (old, new) in config_lib.changes(config, guide_config).items()
+        if key.startswith(shared)
     ]
     check(
-        not differing,
-        f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differing)}",
+        not differences,
+        f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differences)}",
     )
-    setup = set_up(dataclasses.replace(config, model=theirs.model))
+    setup = set_up(dataclasses.replace(config, model=guide_config.model))
     step, params = restore_weights(setup, folder, config.sample.weights)
     return Guide(step, setup.network, params)
 
 
 def sampler_name(options: Sample, step: int) -> str:
-    """What a person knows a set of samples by."""
+    """Return a readable name for the samples of these options."""
     return (
         f"step{step}-{options.weights}-{options.solver}-cfg{options.cfg_scale:g}-seed{options.seed}"
     )
 
 
-def sampler_settings(config: Config, step: int, weak: Guide | None) -> dict[str, Any]:
-    """All that the images of a sampler follow from."""
+def sampler_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str, Any]:
+    """Return every setting that a sampler's images depend on."""
+    config = setup.config
     settings = {
         "step": step,
         **dataclasses.asdict(config.sample),
         **dataclasses.asdict(config.transport),
     }
-    if weak:
-        settings["guide_step"] = weak.step
+    if guide:
+        settings["guide_step"] = guide.step
     for key in ("count", "batch", "columns", "scale"):  # these change no image
         del settings[key]
-    if config.latents.codec != "pixels":
-        settings["latents"] = dataclasses.asdict(dataclasses.replace(config.latents, batch=None))
+    if setup.codec.abstract_params:  # a codec with weights of its own
+        settings["latents"] = dataclasses.asdict(config.latents) | {"batch": None}
     return settings

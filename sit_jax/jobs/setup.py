@@ -1,4 +1,4 @@
-"""From a config to the objects that every job is made of."""
+"""From a config to the objects that every job needs."""
 
 import dataclasses
 import functools
@@ -11,12 +11,15 @@ import optax
 from jax.sharding import Mesh
 
 from sit_jax import hosts, optimizer, rng, sharding, train_state
+from sit_jax.data.sources import SOURCES
 from sit_jax.errors import check
-from sit_jax.latents import open_codec
+from sit_jax.latents import CODECS
 from sit_jax.latents.codec import Codec
 from sit_jax.models import attention
+from sit_jax.models.conditioning import ClassLabels
 from sit_jax.models.sit import SiT, identity
 from sit_jax.models.sizes import Size, forward_flops, size_by_name, tokens
+from sit_jax.record import RecordSpec
 from sit_jax.settings import Config
 from sit_jax.train_state import TrainState
 from sit_jax.train_step import Objective
@@ -26,46 +29,61 @@ from sit_jax.transport.paths import Path, path_by_name
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A config and what follows from it on this machine's devices. Making one allocates nothing."""
+    """A config and the objects derived from it for a mesh of devices.
+
+    Making one allocates nothing.
+    """
 
     config: Config
     mesh: Mesh
 
     @functools.cached_property
     def size(self) -> Size:
+        """The network's dimensions."""
         model = self.config.model
         return size_by_name(
             model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch
         )
 
+    @property
+    def record_spec(self) -> RecordSpec:
+        """The spec of a record of the data source, known without opening it."""
+        data = self.config.data
+        return SOURCES[data.source].spec(data.image_shape)
+
     @functools.cached_property
     def codec(self) -> Codec:
-        return open_codec(
-            **dataclasses.asdict(self.config.latents), per_device=sharding.per_device(self.mesh)
-        )
+        """The way from records to the network's input and back."""
+        latents = self.config.latents
+        return CODECS[latents.codec].open(latents.vae, sharding.per_device(self.mesh))
 
     @functools.cached_property
     def codec_params(self) -> Any:
-        """The codec's weights, read at the first call; whole on every device."""
+        """The codec's weights, read at the first access; a complete copy on every device."""
         return sharding.put_replicated(self.mesh, hosts.run_on_all(self.codec.load))
-
-    @property
-    def path(self) -> Path:
-        return path_by_name(self.config.transport.path)
-
-    @property
-    def null_label(self) -> int:
-        return self.config.data.classes
 
     @functools.cached_property
     def input_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of what the network sees."""
-        data = self.config.data
-        return self.codec.shape((data.image_size, data.image_size, data.channels))
+        """Height, width and channels of the network's input."""
+        return self.codec.shape(self.record_spec)
+
+    @property
+    def path(self) -> Path:
+        """The interpolant."""
+        return path_by_name(self.config.transport.path)
+
+    @property
+    def conditioning(self) -> ClassLabels:
+        """The kind of condition that the network takes."""
+        return ClassLabels(self.config.data.classes)
 
     @functools.cached_property
     def model(self) -> SiT:
-        model, dtype = self.config.model, jnp.dtype(self.config.precision.compute)
+        """The network on the mesh."""
+        model = self.config.model
+        dtype = jnp.dtype(self.config.precision.compute)
+        grad_dtype = jnp.dtype(self.config.precision.grad_reduce)
+        hooks = sharding.model_hooks(self.mesh, dtype, grad_dtype)
         height, _, channels = self.input_shape
         return SiT(
             size=self.size,
@@ -77,39 +95,50 @@ class Setup:
             remat=model.remat,
             dtype=dtype,
             attend=self.attend,
-            **sharding.model_hooks(self.mesh, dtype, jnp.dtype(self.config.precision.grad_reduce)),
+            gather=hooks.gather,
+            shard=hooks.shard,
+            replicate=hooks.replicate,
+            broadcast=hooks.broadcast,
+            split=hooks.split,
         )
 
     @functools.cached_property
     def attend(self) -> Callable:
-        """The attention that is best on the mesh's devices: (q, k, v) [b, heads, tokens, head width] -> like q."""
-        platform = self.mesh.devices.flat[0].platform
-        height, _, _ = self.input_shape
-        found = attention.choose(
-            platform, self.config.precision.compute, tokens(height, self.size.patch)
-        )
-        name = found if self.config.model.attention == "auto" else "einsum"
-        function = attention.KERNELS[name]
-        return function if name == "einsum" else sharding.on_each_device(self.mesh, function)
+        """The fastest attention: (q, k, v) [b, heads, tokens, head width] -> like q."""
+        name = "einsum"
+        if self.config.model.attention == "auto":
+            platform = self.mesh.devices.flat[0].platform
+            count = tokens(self.input_shape[0], self.size.patch)
+            name = attention.choose(platform, self.config.precision.compute, count)
+        kernel = attention.KERNELS[name]
+        return kernel if name == "einsum" else sharding.on_each_device(self.mesh, kernel)
 
     def init_params(self) -> Any:
-        """Fresh parameters, a function of the seed alone."""
-        x, one = jnp.zeros((1, *self.input_shape)), jnp.zeros((1,))
-        # One example cannot be split over devices.
+        """Return fresh parameters, a function of the seed only."""
+        x = jnp.zeros((1, *self.input_shape))
+        t = jnp.zeros((1,))
+        label = jnp.zeros((1,), jnp.int32)
+        # A batch of one example cannot be split over devices.
         plain = self.model.clone(
             shard=identity, split=identity, broadcast=identity, attend=attention.einsum
         )
-        return plain.init(rng.key(self.config.seed, "params"), x, one, one.astype(jnp.int32))[
-            "params"
-        ]
+        return plain.init(rng.key(self.config.seed, "params"), x, t, label)["params"]
 
-    def network(self, params: Any, x_bhwc: jax.Array, t_b: jax.Array, y_b: jax.Array) -> jax.Array:
-        return self.model.apply(
-            {"params": sharding.gather_ends(self.mesh, params)}, x_bhwc, t_b, y_b
-        )
+    def network(
+        self,
+        params: Any,
+        x_bhwc: jax.Array,
+        t_b: jax.Array,
+        condition: Any,
+        layers: Sequence[int] = (),
+    ) -> Any:
+        """Apply the network: like x, or with `layers` as `SiT` returns it."""
+        variables = {"params": sharding.gather_ends(self.mesh, params)}
+        return self.model.apply(variables, x_bhwc, t_b, condition, layers=layers)
 
     @property
     def objective(self) -> Objective:
+        """The function to learn."""
         transport = self.config.transport
         return Objective(
             path=self.path,
@@ -120,35 +149,26 @@ class Setup:
             times_mean=transport.times_mean,
             times_std=transport.times_std,
             label_dropout=self.config.train.label_dropout,
-            null_label=self.null_label,
+            conditioning=self.conditioning,
         )
 
     @property
     def schedule(self) -> optax.Schedule:
-        o = self.config.optimizer
-        return optimizer.learning_rate(
-            o.schedule, o.learning_rate, o.warmup_steps, self.config.train.steps
-        )
+        """The learning rate by step."""
+        return optimizer.make_schedule(self.config.optimizer, self.config.train.steps)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        o = self.config.optimizer
-        return optimizer.adamw(
-            self.schedule,
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            clip_norm=o.clip_norm,
-        )
+        """The optimizer with its schedule."""
+        return optimizer.make_optimizer(self.config.optimizer, self.config.train.steps)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Shapes, types and shardings of what training carries."""
+        """Shapes, types and shardings of the training state."""
         return train_state.abstract(self.init_params, self.optimizer, self.mesh)
 
     def create_state(self) -> TrainState:
-        """What training carries before the first step."""
+        """Return the training state before the first step."""
         return train_state.create(self.init_params, self.optimizer, self.abstract_state)
 
     @property
@@ -159,13 +179,14 @@ class Setup:
 
 
 def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:
-    """`UserError` if the config does not fit the devices (without any given, this machine's), or its images not the
-    codec and the model.
+    """Return the setup of a config on `devices`, or on all of this machine's.
+
+    Raises `UserError` if the config does not fit the devices, or its images the codec or the
+    model.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    check_batch(
-        mesh, "train.batch / train.accumulation", config.train.batch // config.train.accumulation
-    )
+    microbatch = config.train.batch // config.train.accumulation
+    check_batch(mesh, "train.batch / train.accumulation", microbatch)
     check_batch(mesh, "sample.batch", config.sample.batch)
     setup = Setup(config, mesh)
     for axis, size, what in (
@@ -173,45 +194,58 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
         (
             "fsdp",
             setup.size.width,
-            "channels of width: every device would hold all parameters whole",
+            "channels of width: every device would hold a complete copy of all parameters",
         ),
     ):
+        divisors = ", ".join(map(str, sharding.divisors(size)))
         check(
             size % mesh.shape[axis] == 0,
-            f"mesh.{axis} = {mesh.shape[axis]} does not divide the model's {size} {what}; "
-            f"take one of {', '.join(map(str, sharding.divisors(size)))}, and mesh.data or mesh.tensor for the rest",
+            f"mesh.{axis} = {mesh.shape[axis]} does not divide the model's {size} {what}; take one "
+            f"of {divisors}, and mesh.data or mesh.tensor for the rest",
         )
     tokens(setup.input_shape[0], setup.size.patch)
     return setup
 
 
 def check_batch(mesh: Mesh, key: str, size: int) -> None:
-    """`UserError` unless the devices can share a batch of this size."""
+    """Raise `UserError` unless a batch of this size divides evenly over the devices."""
     shards = sharding.batch_shards(mesh)
     check(
         size % shards == 0,
-        f"{key} = {size} is not divisible by the {shards} devices it is split over; make it a multiple of {shards}",
+        f"{key} = {size} is not divisible by the {shards} devices it is split over; make it a "
+        f"multiple of {shards}",
     )
+
+
+def in_precision(function: Callable, matmul: str) -> Callable:
+    """Return the function with matmuls of this precision. It keeps its name in profiles and HLO."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        with jax.default_matmul_precision(matmul):
+            return function(*arguments)
+
+    return wrapped
 
 
 def jit_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
-    """`function(params, codec_params, *batch)` jitted, matmuls "highest" unless configured.
+    """Return `function(params, codec_params, *batch)` jitted, matmuls "highest" unless configured.
 
-    A float32 matmul is a few bfloat16 passes on a TPU otherwise: enough for training, not for what is measured.
+    By default a TPU computes a float32 matmul in bfloat16. That is enough for training, but not
+    for samples and measurements.
     """
-
-    def in_precision(*arguments):
-        with jax.default_matmul_precision(setup.config.precision.matmul or "highest"):
-            return function(*arguments)
-
-    return jax.jit(in_precision, out_shardings=out_shardings)
+    matmul = setup.config.precision.matmul or "highest"
+    return jax.jit(in_precision(function, matmul), out_shardings=out_shardings)
 
 
 def call_with_batches(setup: Setup, compiled: Callable) -> Callable:
-    """What `jit_for_batches` gives as a function of (params, *batch in NumPy).
+    """Return the result of `jit_for_batches` as a function of (params, *batch).
 
-    The batch, whole in every process, is spread over the devices.
+    The batch is in NumPy, complete in every process, and is split over the devices here.
     """
-    return lambda params, *batch: compiled(
-        params, setup.codec_params, *sharding.shard_global_batch(setup.mesh, batch)
-    )
+
+    def call(params: Any, *batch: Any) -> Any:
+        on_devices = sharding.shard_global_batch(setup.mesh, batch)
+        return compiled(params, setup.codec_params, *on_devices)
+
+    return call

@@ -1,22 +1,23 @@
-"""`--mode sweep`: many samplers on one checkpoint, with their quality against what they cost."""
+"""`--mode sweep`: compare many samplers on one checkpoint, quality against cost."""
 
+import argparse
 import csv
 import dataclasses
 import io
 import itertools
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
-from sit_jax import hosts, storage
-from sit_jax.data import pipeline
+from sit_jax import hosts
 from sit_jax.data.sources import Source
 from sit_jax.errors import UserError, check
+from sit_jax.jobs.data import open_source, read_in_order
+from sit_jax.jobs.job import Job
+from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.sampler import (
     Guide,
     labels_of,
@@ -26,29 +27,41 @@ from sit_jax.jobs.sampler import (
     sampler_settings,
 )
 from sit_jax.jobs.setup import Setup, set_up
-from sit_jax.jobs.train import open_source
-from sit_jax.jobs.workdir import read_rows, restore_weights, results_folder
-from sit_jax.metrics.frechet import frechet_distance, moments
+from sit_jax.jobs.workdir import restore_weights
+from sit_jax.metrics.frechet import feature_statistics, frechet_distance
 from sit_jax.metrics.pixels import as_features, fit_classifier, fit_components
 from sit_jax.sampling import ode, sde
 from sit_jax.settings import Config, Sample, Sweep
 
-POINT = (
-    "solver",
-    "steps",
-    "rtol",
-    "diffusion_form",
-    "cfg_scale",
-)  # what a sampler is known by in the table
-COLUMNS = (*POINT, "evaluations", "networks", "frechet", "agreement", "seconds")
-Judge = Callable[
-    [np.ndarray, np.ndarray], dict[str, float]
-]  # (uint8 images, labels) -> its measures
+
+class Measure(NamedTuple):
+    """How a measure of quality is shown."""
+
+    format: str  # in the table
+    label: str  # of the plot's axis
+    scale: str  # of the plot's axis
 
 
-def points(sweep: Sweep, sample: Sample) -> list[Sample]:
-    """The samplers of a sweep: solvers x steps x guidance, SDEs x forms; adaptive solvers x tolerances, if given."""
-    found = []
+MEASURES = {
+    "frechet": Measure("{:.3f}", "Frechet distance (principal components)", "log"),
+    "agreement": Measure("{:.1%}", "label agreement (SVC)", "linear"),
+}
+KEY = ("solver", "steps", "rtol", "diffusion_form", "cfg_scale")  # these identify a sampler
+COLUMNS = (*KEY, "evaluations", "networks", *MEASURES, "seconds")
+_FORMATS = {"evaluations": "{:g}", "networks": "{:g}", "seconds": "{:.1f}"}
+_FORMATS |= {name: measure.format for name, measure in MEASURES.items()}
+
+# (uint8 images, labels) -> {name in MEASURES: value}
+Evaluator = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+
+
+def sampler_grid(sweep: Sweep, sample: Sample) -> list[Sample]:
+    """Return the samplers of a sweep: solvers x steps x guidance scales.
+
+    SDE solvers are also combined with diffusion forms. Adaptive solvers take the tolerances, if
+    any are given, in place of steps.
+    """
+    grid = []
     for cfg_scale, solver in itertools.product(sweep.cfg_scales, sweep.solvers):
         base = dataclasses.replace(
             sample,
@@ -60,170 +73,171 @@ def points(sweep: Sweep, sample: Sample) -> list[Sample]:
             labels=(),
         )
         if solver in ode.ADAPTIVE and sweep.rtols:
-            found += [
+            grid += [
                 dataclasses.replace(base, steps=None, rtol=rtol, atol=rtol / 10)
                 for rtol in sweep.rtols
             ]
             continue
         forms = sweep.forms if solver in sde.SOLVERS else (sample.diffusion_form,)
         for form, steps in itertools.product(forms, sweep.steps):
-            found.append(dataclasses.replace(base, diffusion_form=form, steps=steps))
-    return found
+            grid.append(dataclasses.replace(base, diffusion_form=form, steps=steps))
+    return grid
 
 
-def known_by(point: Sample) -> dict[str, Any]:
-    """The columns that name a point; those that mean nothing to its solver are None."""
-    is_sde = point.solver in sde.SOLVERS
+def row_key(options: Sample) -> Row:
+    """Return the columns that identify a sampler. Those with no meaning for its solver are None."""
+    is_sde = options.solver in sde.SOLVERS
     return {
-        "solver": point.solver,
-        "steps": point.steps,
-        "rtol": point.rtol if point.steps is None else None,
-        "diffusion_form": point.diffusion_form if is_sde else None,
-        "cfg_scale": point.cfg_scale,
+        "solver": options.solver,
+        "steps": options.steps,
+        "rtol": options.rtol if options.steps is None else None,
+        "diffusion_form": options.diffusion_form if is_sde else None,
+        "cfg_scale": options.cfg_scale,
     }
 
 
-def make_evaluator(setup: Setup, source: Source, sweep: Sweep) -> tuple[Judge, dict[str, Any]]:
-    """How samples are measured against the real images of `source`; and the same of those real images' own halves."""
-    images, labels = _read_all(setup, source, sweep.reference_count)
+def make_evaluator(
+    setup: Setup, source: Source, sweep: Sweep
+) -> tuple[Evaluator, dict[str, float]]:
+    """Return how to measure samples against the real images of `source`, and a scale for it.
+
+    The scale is the Frechet distance between the real images' own halves, with their number.
+    """
+    images, labels = read_images(setup, source, range(min(sweep.reference_count, len(source))))
     features = as_features(images)
     components = fit_components(features, sweep.components)
-    real, classifier = moments(components.transform(features)), fit_classifier(features, labels)
+    real = feature_statistics(components.transform(features))
+    classifier = fit_classifier(features, labels)
 
-    def judge(images, labels):
+    def evaluate(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         features = as_features(images)
+        statistics = feature_statistics(components.transform(features))
         return {
-            "frechet": frechet_distance(moments(components.transform(features)), real),
+            "frechet": frechet_distance(statistics, real),
             "agreement": float(np.mean(classifier.predict(features) == labels)),
         }
 
-    halves = [moments(components.transform(features[start::2])) for start in (0, 1)]
-    return judge, {"images": len(images), "frechet_between_halves": frechet_distance(*halves)}
+    even, odd = (feature_statistics(components.transform(features[start::2])) for start in (0, 1))
+    return evaluate, {
+        "images": len(images),
+        "frechet_between_halves": frechet_distance(even, odd),
+    }
 
 
-def _read_all(setup: Setup, source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
-    data, indices = setup.config.data, range(min(count, len(source)))
-    dataset = pipeline.in_order(
-        source,
-        indices,
-        batch_size=256,
-        skip_unreadable=True,
-        shape=(data.image_size, data.image_size, data.channels),
-    )
-    batches = list(
-        tqdm(
-            pipeline.iterate(dataset, 0, workers=data.workers),
-            "real images",
-            leave=False,
-            disable=hosts.tqdm_disabled(),
-        )
-    )
+def read_images(
+    setup: Setup, source: Source, indices: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images, uint8 [n, h, w, c], and labels of the records that can be read."""
+    batches = []
+    with progress_bar(len(indices), "image", desc="real images", leave=False) as bar:
+        for batch in read_in_order(setup, source, indices, 256, skip_unreadable=True):
+            batches.append(batch)
+            bar.update(len(batch["index"]))
     images, labels, skipped = (
-        np.concatenate([b[name] for b in batches]) for name in ("image", "label", "skipped")
+        np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "skipped")
     )
     return images[skipped == 0], labels[skipped == 0]
 
 
 def measure(
-    config: Config, point: Sample, params: Any, weak: Guide | None, judge: Judge
-) -> dict[str, Any]:
-    """The row of one sampler: its images are drawn, and judged, and forgotten."""
-    setup = set_up(dataclasses.replace(config, sample=point))
-    sampler, indices = make_sampler(setup, weak), np.arange(point.count)
-    next(sample_images(setup, sampler, params, indices[:1]))  # compiles: not a part of its time
+    config: Config, options: Sample, params: Any, guide: Guide | None, evaluate: Evaluator
+) -> Row:
+    """Return the row of one sampler: draw its images, measure them and drop them."""
+    setup = set_up(dataclasses.replace(config, sample=options))
+    sampler = make_sampler(setup, guide)
+    indices = np.arange(options.count)
+    next(sample_images(setup, sampler, params, indices[:1]))  # compiles, outside the time measured
     began = time.perf_counter()
-    drawn = [
-        (images[:, -1], evaluations)
-        for _, images, evaluations in sample_images(setup, sampler, params, indices)
-    ]
+    batches = list(sample_images(setup, sampler, params, indices))
     seconds = time.perf_counter() - began
-    evaluations = float(np.mean([evaluations for _, evaluations in drawn]))
-    found = judge(np.concatenate([images for images, _ in drawn]), labels_of(setup, indices))
-    networks = evaluations * (2 if point.cfg_scale > 1 else 1)
-    return (
-        known_by(point)
-        | {"evaluations": evaluations, "networks": networks}
-        | found
-        | {"seconds": seconds}
-    )
+    images = np.concatenate([images_bfhwc[:, -1] for _, images_bfhwc, _ in batches])
+    evaluations = float(np.mean([evaluations for _, _, evaluations in batches]))
+    return {
+        **row_key(options),
+        "evaluations": evaluations,
+        "networks": evaluations * (2 if options.cfg_scale > 1 else 1),
+        **evaluate(images, labels_of(setup, indices)),
+        "seconds": seconds,
+    }
 
 
-def run(config: Config, workdir: epath.Path) -> None:
-    """Writes workdir/sweeps/NAME/{results.jsonl, table.csv, table.md, plot.png}; points that are there are kept."""
-    setup, sweep = set_up(config), config.sweep
+def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
+    """Write workdir/sweeps/NAME/{results.jsonl, table.csv, table.md, plot.png}.
+
+    Samplers that already have a row are kept.
+    """
+    setup = set_up(config)
+    sweep = config.sweep
     source = hosts.run_on_all(lambda: open_source(setup))
     step, params = restore_weights(setup, workdir, config.sample.weights)
-    weak = open_guide(config)
-    settings = sampler_settings(config, step, weak) | {"data": dataclasses.asdict(config.data)}
-    settings |= {name: getattr(sweep, name) for name in ("count", "reference_count", "components")}
-    for name in (
-        *POINT,
-        "atol",
-        "times",
-        "frames",
-        "labels",
-    ):  # these are of a point, not of the folder
-        del settings[name]
-    folder = results_folder(
-        workdir / "sweeps", f"step{step}-{config.sample.weights}-count{sweep.count}", settings
-    )
-    results = folder / "results.jsonl"
-    rows = hosts.broadcast_from_first(lambda: read_rows(results))
-    done = {_key(row) for row in rows}
-    wanted = points(sweep, config.sample)
-    missing = [point for point in wanted if _key(known_by(point)) not in done]
-    judge, real = make_evaluator(setup, source, sweep)
+    guide = open_guide(config)
+    name = f"step{step}-{config.sample.weights}-count{sweep.count}"
+    results = Results(workdir / "sweeps", name, _results_settings(setup, step, guide))
+    rows = results.read_rows()
+    measured = {_key(row) for row in rows}
+    grid = sampler_grid(sweep, config.sample)
+    missing = [options for options in grid if _key(row_key(options)) not in measured]
+    evaluate, real = make_evaluator(setup, source, sweep)
     print(
-        f"{len(missing)} of {len(wanted)} samplers at step {step}, {sweep.count} images each, into {folder}"
+        f"{len(missing)} of {len(grid)} samplers at step {step}, {sweep.count} images each, into "
+        f"{results.folder}"
     )
-    print(f"compared with {real['images']} real images of split {config.data.split!r}, whose halves are a Frechet "
-          f"distance of {real['frechet_between_halves']:.3f} apart", flush=True)  # fmt: skip
-    with tqdm(missing, unit="sampler", disable=hosts.tqdm_disabled()) as bar:
-        for point in bar:
-            bar.set_postfix_str(_label(known_by(point)))
+    print(
+        f"compared with {real['images']} real images of split {config.data.split!r}, whose halves "
+        f"are a Frechet distance of {real['frechet_between_halves']:.3f} apart",
+        flush=True,
+    )
+    with progress_bar(len(missing), "sampler") as bar:
+        for options in missing:
+            bar.set_postfix_str(_label(row_key(options)))
             try:
-                row = measure(config, point, params, weak, judge)
-            except UserError as error:  # one sampler's images are not finite: the others' may be
-                bar.write(f"warning: {_label(known_by(point))}: {error}")
-                continue
-            rows.append(row)
-            if hosts.is_first():
-                storage.append_text(results, json.dumps(row) + "\n")
-    asked = {_key(known_by(point)) for point in wanted}
-    rows = sorted(
-        (row for row in rows if _key(row) in asked),
-        key=lambda row: (row["cfg_scale"], row["networks"]),
-    )
-    check(rows, "no sampler gave finite images; look whether training diverged")
+                row = measure(config, options, params, guide, evaluate)
+            except UserError as error:  # this sampler's images are not finite; others may be
+                bar.write(f"warning: {_label(row_key(options))}: {error}")
+            else:
+                rows.append(row)
+                results.add_rows([row])
+            bar.update()
+    asked = {_key(row_key(options)) for options in grid}
+    rows = [row for row in rows if _key(row) in asked]
+    rows.sort(key=lambda row: (row["cfg_scale"], row["networks"]))
+    check(rows, "no sampler gave finite images; check whether training diverged")
+    results.write_text("table.csv", as_csv(rows))
+    results.write_text("table.md", as_markdown(rows))
     if hosts.is_first():
-        storage.write_text(folder / "table.csv", as_csv(rows))
-        storage.write_text(folder / "table.md", as_markdown(rows))
-        storage.write_bytes(folder / "plot.png", plot(rows, real["frechet_between_halves"]))
+        results.write_bytes("plot.png", plot(rows, real["frechet_between_halves"]))
     print(as_markdown(rows))
-    print(f"plot: {folder / 'plot.png'}")
+    print(f"plot: {results.folder / 'plot.png'}")
+
+
+def _results_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str, Any]:
+    """Return every setting that the rows depend on and that does not identify a row."""
+    settings = sampler_settings(setup, step, guide)
+    settings["data"] = dataclasses.asdict(setup.config.data)
+    for name in ("count", "reference_count", "components"):
+        settings[name] = getattr(setup.config.sweep, name)
+    for name in (*KEY, "atol", "times", "frames", "labels"):
+        del settings[name]
+    return settings
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
-    return tuple(row[name] for name in POINT)
+    return tuple(row[name] for name in KEY)
 
 
 def _label(row: Mapping[str, Any]) -> str:
     steps = f"rtol {row['rtol']:g}" if row["steps"] is None else f"{row['steps']} steps"
-    return f"{_series(row)}, {steps}"
+    return f"{_series(row)} cfg {row['cfg_scale']:g}, {steps}"
 
 
 def _series(row: Mapping[str, Any]) -> str:
-    parts = [
-        row["solver"],
-        row["diffusion_form"],
-        "adaptive" if row["rtol"] else None,
-        f"cfg {row['cfg_scale']:g}",
-    ]
+    """Return the name of the sampler's line in the plot."""
+    parts = [row["solver"], row["diffusion_form"], "adaptive" if row["rtol"] else None]
     return " ".join(part for part in parts if part)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a sampler, under a header; what does not apply is empty."""
+    """Return one line a sampler, below a header. Columns that do not apply are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -232,17 +246,10 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The same as a table for people."""
-    shown = {
-        "evaluations": "{:g}",
-        "networks": "{:g}",
-        "frechet": "{:.3f}",
-        "agreement": "{:.1%}",
-        "seconds": "{:.1f}",
-    }
+    """Return the rows as a Markdown table."""
 
-    def cell(name, value):
-        return "" if value is None else shown.get(name, "{}").format(value)
+    def cell(name: str, value: Any) -> str:
+        return "" if value is None else _FORMATS.get(name, "{}").format(value)
 
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     lines += [" | ".join(cell(name, row[name]) for name in COLUMNS) for row in rows]
@@ -250,39 +257,42 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], real_frechet: float) -> bytes:
-    """A PNG: Frechet distance and label agreement against network evaluations; a line a solver, a column a guidance."""
+    """Return a PNG of each measure against network evaluations.
+
+    Each solver has a line, each guidance scale a column.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     scales = sorted({row["cfg_scale"] for row in rows})
-    figure = Figure(figsize=(6 * len(scales), 8), layout="constrained")
-    axes = figure.subplots(2, len(scales), sharex=True, sharey="row", squeeze=False)
+    figure = Figure(figsize=(6 * len(scales), 4 * len(MEASURES)), layout="constrained")
+    axes = figure.subplots(len(MEASURES), len(scales), sharex=True, sharey="row", squeeze=False)
     for column, scale in enumerate(scales):
-        for series, own in _lines(row for row in rows if row["cfg_scale"] == scale):
-            for axis, measure in zip(axes[:, column], ("frechet", "agreement"), strict=True):
-                axis.plot(
-                    [r["networks"] for r in own],
-                    [r[measure] for r in own],
-                    marker="o",
-                    ms=3,
-                    label=series,
-                )
+        for series, points in _lines(row for row in rows if row["cfg_scale"] == scale):
+            networks = [point["networks"] for point in points]
+            for axis, name in zip(axes[:, column], MEASURES, strict=True):
+                values = [point[name] for point in points]
+                axis.plot(networks, values, marker="o", ms=3, label=series)
         axes[0, column].axhline(
             real_frechet, color="grey", ls=":", label="halves of the real images"
         )
-        axes[0, column].set(title=f"cfg scale {scale:g}", xscale="log", yscale="log")
-        axes[1, column].set(xlabel="network evaluations")
+        axes[0, column].set(title=f"cfg scale {scale:g}", xscale="log")
+        axes[-1, column].set(xlabel="network evaluations")
         axes[0, column].legend(fontsize="x-small")
-    axes[0, 0].set(ylabel="Frechet distance (principal components)")
-    axes[1, 0].set(ylabel="label agreement (SVC)")
+    for axis, shown in zip(axes[:, 0], MEASURES.values(), strict=True):
+        axis.set(ylabel=shown.label, yscale=shown.scale)
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file)
     return file.getvalue()
 
 
-def _lines(rows: Iterator[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+def _lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Yield (name, rows by network evaluations) of each line of the plot."""
     series: dict[str, list] = {}
     for row in rows:
-        series.setdefault(_series(row).rpartition(" cfg")[0], []).append(row)
-    for name, own in series.items():
-        yield name, sorted(own, key=lambda row: row["networks"])
+        series.setdefault(_series(row), []).append(row)
+    for name, points in series.items():
+        yield name, sorted(points, key=lambda row: row["networks"])
+
+
+JOB = Job(run, "compare solvers, steps, tolerances and guidance by quality and cost")

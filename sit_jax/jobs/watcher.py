@@ -1,8 +1,9 @@
-"""What people see of a training run: its lines, its bar, and the step at which it stopped making sense."""
+"""What people see of a training run: its log lines, its progress bar, and where it diverged."""
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,98 +13,125 @@ from sit_jax.jobs.preflight.chips import chip_of
 from sit_jax.jobs.setup import Setup
 from sit_jax.metric_log import MetricLog, Progress, format_line
 
-Metrics = Mapping[str, float]
+Scalars = Mapping[str, float]  # of one step, on the host
+
+# How the scalars of an interval's steps become one number. Others are averaged over finite steps.
+_SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
+    "learning_rate": lambda values: values[-1],
+    "skipped_images": sum,
+}
+_OMITTED_AT_0 = ("skipped_images",)
+_FIRST = ("loss", "grad_norm", "learning_rate")  # in this order; others follow by name
 
 
-def summarise(steps: Sequence[Metrics]) -> dict[str, float]:
-    """A log line's numbers: means over the finite steps, the last learning rate, and what was skipped, if anything."""
+def summarise_interval(steps: Sequence[Scalars]) -> dict[str, float]:
+    """Return the numbers of a log line: every scalar of the steps by its name.
+
+    "finite" becomes "skipped_updates", the number of steps that were not, if there are any.
+    """
     finite = [step for step in steps if step["finite"]]
-    summary = {
-        name: float(np.mean([step[name] for step in finite]))
-        for name in ("loss", "grad_norm")
-        if finite
-    }
-    summary["learning_rate"] = steps[-1]["learning_rate"]
-    if skipped := sum(step["skipped_images"] for step in steps):
-        summary["skipped_images"] = skipped
+    names = [*_FIRST, *sorted(steps[-1].keys() - {*_FIRST, "finite"})]
+    summary = {}
+    for name in names:
+        summarised = steps if name in _SUMMARIES else finite
+        # A step carried over from an older checkpoint may lack a scalar that is new.
+        values = [step[name] for step in summarised if name in step]
+        if values:
+            summary[name] = _SUMMARIES.get(name, _mean)(values)
+    for name in _OMITTED_AT_0:
+        if not summary.get(name):
+            summary.pop(name, None)
     if len(finite) < len(steps):
         summary["skipped_updates"] = len(steps) - len(finite)
     return summary
 
 
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
 def speed(setup: Setup, steps: int, seconds: float) -> dict[str, float]:
-    """Images a second, FLOP/s of a device, and the share of its peak where that is known."""
+    """Return images a second, FLOP/s of a device, and its share of the peak where that is known."""
     images_per_s = steps * setup.config.train.batch / seconds
-    rates = {
-        "images_per_s": images_per_s,
-        "flops_per_s": images_per_s * setup.train_flops / jax.device_count(),
-    }
+    flops_per_s = images_per_s * setup.train_flops / jax.device_count()
+    rates = {"images_per_s": images_per_s, "flops_per_s": flops_per_s}
     if chip := chip_of(jax.devices()[0].device_kind):
-        rates["mfu"] = rates["flops_per_s"] / chip.peak_flops
+        rates["mfu"] = flops_per_s / chip.peak_flops
     return rates
 
 
 class Watcher:
-    """Takes every step's metrics and logs a line per interval, read one step late so that no device waits for it."""
+    """Takes every step's scalars and logs a line per interval.
+
+    It reads them one step late, so that no device waits for the host.
+    """
 
     def __init__(self, setup: Setup, log: MetricLog, progress: Progress, carried: Mapping):
-        """`carried` is what `to_carry` gave when the run was last saved; {} at the start."""
-        self._setup, self._log, self._progress = setup, log, progress
-        self._known: list[Metrics] = list(carried.get("steps", []))  # of this interval, on the host
-        self._skipped: int = carried.get("skipped_updates", 0)  # in the whole run
-        self._pending: list[tuple[int, dict]] = []  # of this interval, still on the devices
+        """Continue from `carried`, the result of `to_carry` at the last save; {} at the start."""
+        self._setup = setup
+        self._log = log
+        self._progress = progress
+        self._on_host: list[Scalars] = list(carried.get("steps", []))  # of this interval
+        self._on_device: list[tuple[int, dict]] = []  # of this interval, not yet read
+        self._skipped: int = carried.get("skipped_updates", 0)  # in the entire run
         self._step = 0
-        self._timed, self._began = 0, None  # steps since the last line, and when they began
+        self._steps_timed = 0  # since the last line
+        self._began: float | None = None  # when the first of these began
 
-    def add(self, step: int, metrics: dict) -> None:
-        """Takes the metrics of a step just dispatched, after writing the line that fell due with the step before it."""
+    def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
+        """Take the scalars of a step just dispatched, after writing a line due before it."""
         self.write_due_line()
-        if self._began is None:  # not sooner: the first step's dispatch compiles
+        if self._began is None:  # only now: the dispatch of the first step compiles
             self._began = time.perf_counter()
-        self._pending.append((step, metrics))
-        self._step, self._timed = step, self._timed + 1
+        self._on_device.append((step, scalars))
+        self._step = step
+        self._steps_timed += 1
         self._progress.update(step)
 
     def write_due_line(self) -> None:
-        """Logs the interval if the newest step ends it; waits for that step then, and only then."""
+        """Log the interval if the newest step ends it. Only then wait for that step."""
         total = self._setup.config.train.steps
-        if not self._pending or (self._step % self._setup.config.log.every and self._step != total):
+        is_due = self._step % self._setup.config.log.every == 0 or self._step == total
+        if self._began is None or not self._on_device or not is_due:
             return
         self.read()
         seconds = time.perf_counter() - self._began
-        line = summarise(self._known) | speed(self._setup, self._timed, seconds)
+        line = summarise_interval(self._on_host) | speed(self._setup, self._steps_timed, seconds)
         self._log.scalars(self._step, line)
-        eta = {"eta_s": (total - self._step) * seconds / self._timed}
-        self._progress.write(format_line(self._step, total, line | eta))
-        self._known, self._timed, self._began = [], 0, time.perf_counter()
+        eta_s = (total - self._step) * seconds / self._steps_timed
+        self._progress.write(format_line(self._step, total, line | {"eta_s": eta_s}))
+        self._on_host = []
+        self._steps_timed = 0
+        self._began = time.perf_counter()
 
     def read(self) -> None:
-        """Waits for the steps so far.
+        """Wait for the steps so far.
 
-        `UserError` when more updates were not finite than train.skip_nonfinite allows.
+        Raises `UserError` if more updates were not finite than train.skip_nonfinite allows.
         """
-        for step, metrics in jax.device_get(self._pending):
-            values = {name: value.item() for name, value in metrics.items()}
-            self._known.append(values)
+        for step, scalars in jax.device_get(self._on_device):
+            values = {name: value.item() for name, value in scalars.items()}
+            self._on_host.append(values)
             self._skipped += not values["finite"]
             check(
                 self._skipped <= self._setup.config.train.skip_nonfinite,
-                f"step {step}: loss {values['loss']:g} and gradient norm {values['grad_norm']:g} are not both finite; "
-                "the last checkpoint is kept. Try a lower optimizer.learning_rate, optimizer.clip_norm=1, "
-                "model.qk_norm=True or precision.compute=float32 in a new --workdir, or pass over up to N such updates "
-                "with train.skip_nonfinite=N",
+                f"step {step}: loss {values['loss']:g} and gradient norm {values['grad_norm']:g} "
+                "are not both finite; the last checkpoint is kept. Try a lower "
+                "optimizer.learning_rate, optimizer.clip_norm=1, model.qk_norm=True or "
+                "precision.compute=float32 in a new --workdir, or skip up to N such updates with "
+                "train.skip_nonfinite=N",
             )
-        self._pending = []
+        self._on_device = []
 
-    def to_carry(self) -> dict:
-        """What a continued run needs so that its log has neither gap nor double."""
+    def to_carry(self) -> dict[str, Any]:
+        """Return what a continued run needs so that its log has neither a gap nor a duplicate."""
         self.read()
-        return {"steps": self._known, "skipped_updates": self._skipped}
+        return {"steps": self._on_host, "skipped_updates": self._skipped}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside does not count as training time."""
-        jax.block_until_ready(self._pending)
+        """Exclude the time spent inside from the training time."""
+        jax.block_until_ready(self._on_device)
         began = time.perf_counter()
         yield
         if self._began is not None:

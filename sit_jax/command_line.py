@@ -1,0 +1,117 @@
+"""The command line: its flags, its help, and --config.KEY=VALUE overrides."""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sit_jax import settings_help
+from sit_jax.errors import UserError, check, unknown_name
+from sit_jax.jobs.job import Overrides
+from sit_jax.jobs.table import JOBS
+
+_USAGE = """\
+python -m sit_jax.main --config configs/digits.py --workdir runs/digits
+       python -m sit_jax.main --workdir runs/digits --mode sample --config.sample.cfg_scale=4
+       python -m sit_jax.main --config configs/digits.py --mode preflight --topology v5e:4x4
+       python -m sit_jax.main --help-config [SECTION]"""
+_EPILOG = """\
+Settings are flags: --config.train.steps=1000, --config.sample.labels=3,1,4. --help-config lists
+the sections of settings, --help-config SECTION explains the settings of one. A workdir records its
+config, so --workdir on its own continues, samples or evaluates a run."""
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+    """Return the flags, and (key, text) of each --config.KEY=TEXT or --config.KEY TEXT.
+
+    --help and --help-config print and exit. Raises `UserError` for flags that make no sense
+    together.
+    """
+    flags, unknown = _parser().parse_known_args(argv)
+    if flags.help_config is not None:
+        print(settings_help.as_text(flags.help_config))
+        raise SystemExit(0)
+    if flags.mode not in JOBS:
+        raise unknown_name("mode", flags.mode, JOBS)
+    job = JOBS[flags.mode]
+    if job.uses_devices:
+        if flags.workdir is None:
+            _refuse("the following arguments are required: --workdir")
+        check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
+    for mode, other_job in JOBS.items():
+        for flag in other_job.flags:
+            is_given = bool(getattr(flags, flag.name))
+            check(
+                not is_given or mode == flags.mode,
+                f"--{flag.name} is for --mode {mode}, not {flags.mode}",
+            )
+    overrides = _overrides(unknown)
+    job.check(flags, overrides)
+    return flags, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    modes = "\n".join(f"  {name:<11} {job.help}" for name, job in JOBS.items())
+    parser = argparse.ArgumentParser(
+        "sit_jax",
+        usage=_USAGE,
+        description=f"Train, sample and evaluate scalable interpolant transformers.\n\n"
+        f"modes:\n{modes}",
+        epilog=textwrap.fill(" ".join(_EPILOG.split()), 88, break_on_hyphens=False),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        help="config file: configs/X.py, or configs/X.py:variant; default: the workdir's own",
+    )
+    parser.add_argument(
+        "--workdir", help="folder (local or gs://) of checkpoints, logs and results"
+    )
+    parser.add_argument("--mode", default="train", help="one of the modes above (default: train)")
+    parser.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="SECTION",
+        help="list the sections of settings, or explain the settings of one, and exit",
+    )
+    parser.add_argument(
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="several processes, one run (default: where jax finds a cluster, or "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set)",
+    )
+    for mode, job in JOBS.items():
+        if not job.flags:
+            continue
+        group = parser.add_argument_group(f"--mode {mode}")
+        for flag in job.flags:
+            if flag.metavar:
+                group.add_argument(f"--{flag.name}", metavar=flag.metavar, help=flag.help)
+            else:
+                group.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+    # One line instead of the usage.
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; see python -m sit_jax.main --help")
+
+
+def _overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (key, text) of the arguments that argparse does not know."""
+    overrides = []
+    remaining = list(arguments)
+    while remaining:
+        flag, equals, text = remaining.pop(0).partition("=")
+        check(
+            flag.startswith("--config."),
+            f"unknown flag {flag!r}; see python -m sit_jax.main --help",
+        )
+        if not equals and remaining and not remaining[0].startswith("--config."):
+            text = remaining.pop(0)
+        check(text, f"{flag} has no value; expected {flag}=VALUE")
+        overrides.append((flag.removeprefix("--config."), text))
+    return overrides

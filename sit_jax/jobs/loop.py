@@ -1,0 +1,166 @@
+"""The training loop and its effects: log lines, sheets, checkpoints, a trace, a clean stop."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from sit_jax import config as config_lib
+from sit_jax import hosts, storage
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.errors import UserError
+from sit_jax.image_io import encode_png
+from sit_jax.jobs import sampler
+from sit_jax.jobs.results import make_sheet
+from sit_jax.jobs.setup import Setup
+from sit_jax.jobs.watcher import Watcher
+from sit_jax.metric_log import MetricLog, Progress
+from sit_jax.train_state import TrainState
+
+Step = Callable[[TrainState, dict, Any], tuple[TrainState, dict]]
+
+
+class Loop:
+    """Runs steps and does, between them, everything that leaves the devices."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        workdir: epath.Path,
+        checkpoints: Checkpoints,
+        log: MetricLog,
+        progress: Progress,
+        watcher: Watcher,
+    ):
+        self._setup = setup
+        self._workdir = workdir
+        self._checkpoints = checkpoints
+        self._log = log
+        self._progress = progress
+        self._watcher = watcher
+        self._sampler = sampler.make_sampler(setup, sampler.open_guide(setup.config))
+        self._saved: int | None = None  # the step last handed to checkpoints
+
+    def run(
+        self,
+        train_step: Step,
+        state: TrainState,
+        batches: Iterator[dict],
+        start: int,
+        stop: threading.Event,
+        profile: tuple[int, int] | None,
+    ) -> int:
+        """Train from `start` until train.steps or `stop`.
+
+        Returns the step reached; its state is being saved.
+        """
+        config = self._setup.config
+        codec_params = self._setup.codec_params
+        self._saved = start
+        for step in range(start + 1, config.train.steps + 1):
+            # Dispatch the step. Nothing here waits for the devices.
+            batch = next(batches)
+            if profile and step == profile[0]:
+                start_profile(self._workdir / "profile")
+            state, scalars = train_step(state, batch, codec_params)
+            # Log the interval that ended with the step before, which the devices have finished.
+            self._watcher.add(step, scalars)
+            # Stop at the same step on all hosts.
+            is_last = step == config.train.steps or _must_stop(step, stop)
+            if profile and profile[0] <= step and (is_last or step == profile[1]):
+                jax.block_until_ready(scalars)
+                jax.profiler.stop_trace()
+                profile = None
+            # Save, then draw a sheet of samples, which does not count as training time.
+            if is_last or step % config.checkpoint.every == 0:
+                self._save(step, state)
+            if self._is_sheet_due(step):
+                with self._watcher.paused():
+                    self._draw_sheet(step, state.ema)
+            if is_last:
+                return step
+        return start
+
+    def _is_sheet_due(self, step: int) -> bool:
+        every = self._setup.config.log.sheet_every
+        return bool(every) and (step == self._setup.config.train.steps or step % every == 0)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        if step == self._saved:
+            return
+        self._saved = step
+        # The log's rows first: a run that continues from here then finds all of them.
+        self._watcher.write_due_line()
+        note = {"config": config_lib.flatten(self._setup.config), "log": self._watcher.to_carry()}
+        try:
+            self._checkpoints.wait()
+        except UserError as error:  # the previous save failed: say so, and go on with this one
+            self._progress.write(f"warning: {error}")
+        self._checkpoints.save(step, state.items(), note)
+
+    def _draw_sheet(self, step: int, ema: Any) -> None:
+        config = self._setup.config
+        indices = np.arange(config.log.sheet_count)
+        try:
+            batches = sampler.sample_images(self._setup, self._sampler, ema, indices)
+            images = np.concatenate([images[:, -1] for _, images, _ in batches])
+        except UserError as error:
+            # A young model under strong guidance may have no finite sample, which need not end the
+            # run.
+            self._progress.write(f"no sheet at step {step}: {error}")
+            return
+        if not hosts.is_first():
+            return
+        image = make_sheet(config, images)
+        self._log.image(step, "samples", image)
+        folder = self._workdir / "sheets"
+        folder.mkdir(exist_ok=True)
+        storage.write_bytes(folder / f"step_{step:08d}.png", encode_png(image))
+
+
+def _must_stop(step: int, stop: threading.Event) -> bool:
+    """Return whether to stop after this step, the same answer in all processes."""
+    if hosts.is_multiprocess():
+        return multihost_utils.reached_preemption_sync_point(step)
+    return stop.is_set()
+
+
+def start_profile(folder: epath.Path) -> None:
+    """Start a trace for TensorBoard's profile page and Perfetto (perfetto_trace.json.gz)."""
+    options = jax.profiler.ProfileOptions()
+    # Tracing Python slows it down several times, so that the trace would show mostly itself.
+    options.python_tracer_level = 0
+    jax.profiler.start_trace(str(folder), create_perfetto_trace=True, profiler_options=options)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM or Ctrl-C sets. A second signal ends the process at once.
+
+    With several processes, jax handles SIGTERM (see `hosts.join`): it agrees with the others on a
+    step to stop at. Ctrl-C is turned into SIGTERM there, and the event is never set.
+    """
+    event = threading.Event()
+    numbers = [signal.SIGINT] if hosts.is_multiprocess() else [signal.SIGINT, signal.SIGTERM]
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if hosts.is_multiprocess():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            event.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield event
+    finally:
+        for number, handler in handlers.items():
+            # None stands for a handler that was not installed from Python, such as jax's.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

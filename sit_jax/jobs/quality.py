@@ -1,0 +1,136 @@
+"""`--mode quality`: how many samples a classifier of the real images reads as their label.
+
+For small images, such as digits: the classifier sees pixels. It says nothing about photographs.
+"""
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sit_jax import hosts
+from sit_jax.errors import UserError, check
+from sit_jax.image_io import encode_png
+from sit_jax.jobs.data import open_source
+from sit_jax.jobs.job import Flag, Job, Overrides
+from sit_jax.jobs.results import Results, make_sheet
+from sit_jax.jobs.sampler import (
+    Guide,
+    labels_of,
+    make_sampler,
+    open_guide,
+    sample_images,
+    sampler_name,
+    sampler_settings,
+)
+from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.jobs.sweep import read_images
+from sit_jax.jobs.workdir import restore_weights
+from sit_jax.metrics.pixels import as_features, cross_validated_accuracy, fit_classifier
+from sit_jax.settings import Config
+
+
+def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
+    """Draw sample.count images with guidance and without; write workdir/quality/NAME.
+
+    The folder holds summary.json, settings.json and sheet.png, the first images drawn. Raises
+    `UserError` if fewer samples than --minimum are read as their label.
+    """
+    setup = set_up(config)
+    source = hosts.run_on_all(lambda: open_source(setup))
+    step, params = restore_weights(setup, workdir, config.sample.weights)
+    guide = open_guide(config)
+    # Evenly spaced, so that every class of a source sorted by class is drawn from.
+    count = min(config.sweep.reference_count, len(source))
+    indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+    images, labels = read_images(setup, source, indices)
+    features = as_features(images)
+    accuracy = cross_validated_accuracy(features, labels)
+    print(f"the classifier reads {accuracy:.1%} of the real images it was not trained on")
+    classifier = fit_classifier(features, labels)
+    name = sampler_name(config.sample, step)
+    results = Results(workdir / "quality", name, sampler_settings(setup, step, guide))
+    summary: dict[str, Any] = {
+        "samples": config.sample.count,
+        "real_images": len(images),
+        "classifier_accuracy": accuracy,
+        "agreement": {},
+    }
+    # With the config's guidance first, then without, in order of decreasing scale.
+    for scale in sorted({config.sample.cfg_scale, 1.0}, reverse=True):
+        drawn, drawn_labels, seconds = _draw(setup, params, guide, scale)
+        agreement = float(np.mean(classifier.predict(as_features(drawn)) == drawn_labels))
+        summary["agreement"][f"cfg {scale:g}"] = agreement
+        print(
+            f"cfg {scale:g}: {agreement:.1%} of {len(drawn)} samples are read as their label, "
+            f"{seconds:.1f} s",
+            flush=True,
+        )
+        if scale == config.sample.cfg_scale:
+            sheet = make_sheet(config, drawn[: config.log.sheet_count])
+            results.write_bytes("sheet.png", encode_png(sheet))
+    results.write_summary(summary)
+    print(f"sheet: {results.folder / 'sheet.png'}")
+    for minimum, (scale_name, agreement) in zip(
+        _minimums(flags), summary["agreement"].items(), strict=False
+    ):
+        check(
+            agreement >= minimum,
+            f"{scale_name}: {agreement:.1%} of the samples are read as their label, below "
+            f"--minimum {minimum:g}; train longer, or check the log for divergence",
+        )
+
+
+def _draw(
+    setup: Setup, params: Any, guide: Guide | None, cfg_scale: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return uint8 images [n, h, w, c], their labels [n] and the seconds it took."""
+    options = dataclasses.replace(
+        setup.config.sample,
+        cfg_scale=cfg_scale,
+        frames=None,
+        guide=setup.config.sample.guide if cfg_scale > 1 else None,
+    )
+    setup = set_up(dataclasses.replace(setup.config, sample=options))
+    sampler = make_sampler(setup, guide if cfg_scale > 1 else None)
+    indices = np.arange(options.count)
+    began = time.perf_counter()
+    batches = [images[:, -1] for _, images, _ in sample_images(setup, sampler, params, indices)]
+    return np.concatenate(batches), labels_of(setup, indices), time.perf_counter() - began
+
+
+def _minimums(flags: argparse.Namespace) -> list[float]:
+    """Return the fractions of --minimum."""
+    if flags.minimum is None:
+        return []
+    try:
+        fractions = [float(text) for text in flags.minimum.split(",")]
+    except ValueError:
+        fractions = []
+    if not fractions or not all(0 <= fraction <= 1 for fraction in fractions):
+        raise UserError(
+            f"--minimum is {flags.minimum!r}; expected one or two fractions from 0 to 1, such as "
+            "0.97,0.95"
+        )
+    return fractions
+
+
+def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
+    _minimums(flags)
+
+
+JOB = Job(
+    run,
+    "share of samples that a classifier of the real images reads as their label (small images)",
+    flags=(
+        Flag(
+            "minimum",
+            "fail if fewer samples are read as their label, with guidance and without: 0.97,0.95",
+            "FRACTIONS",
+        ),
+    ),
+    check=_check_flags,
+)

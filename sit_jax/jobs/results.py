@@ -1,0 +1,99 @@
+"""The folder of results that a job fills, and continues to fill after a kill."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from sit_jax import hosts, storage
+from sit_jax.image_io import ImageWriter, encode_png, sheet
+from sit_jax.jobs.workdir import make_workdir
+from sit_jax.settings import Config
+
+Row = dict[str, Any]
+_ROWS = "results.jsonl"
+
+
+class Results:
+    """PARENT/NAME-HASH, which holds results of one settings.json only: HASH depends on it.
+
+    Results are PNG images by index, or rows of results.jsonl, or both. All processes call every
+    method, in the same order; process 0 writes rows and files, and images are shared out.
+    """
+
+    def __init__(self, parent: epath.Path, name: str, settings: Mapping[str, Any]):
+        text = json.dumps(settings, indent=2)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+        self.folder = make_workdir(parent / f"{name}-{digest}")
+        self.write_text("settings.json", text + "\n")
+        self._images = ImageWriter(self.folder)
+
+    def missing_images(self, count: int) -> list[int]:
+        """Return the indices below `count` that have no image yet."""
+        return hosts.broadcast_from_first(lambda: self._images.missing(count))
+
+    def own_rows(self, size: int) -> Iterator[int]:
+        """Yield which of the `size` rows of a batch this process writes. Every process has all."""
+        yield from range(jax.process_index(), size, jax.process_count())
+
+    def write_image(self, index: int, image_hwc: np.ndarray) -> None:
+        """Write the image of an index. It marks that everything of this index is complete."""
+        self._images.write(index, image_hwc)
+
+    def read_rows(self) -> list[Row]:
+        """Return the rows written so far."""
+        return hosts.broadcast_from_first(lambda: _read_rows(self.folder / _ROWS))
+
+    def add_rows(self, rows: Sequence[Row]) -> None:
+        """Append rows to results.jsonl."""
+        if hosts.is_first():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            storage.append_text(self.folder / _ROWS, text)
+
+    def finish_images(self, count: int, config: Config) -> None:
+        """Wait until all processes have written their images, then write sheet.png of the first."""
+        hosts.gather(None)
+        if hosts.is_first():
+            shown = range(min(count, config.log.sheet_count))
+            images = np.stack([self._images.read(index) for index in shown])
+            self.write_bytes("sheet.png", encode_png(make_sheet(config, images)))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file beside the results."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file beside the results."""
+        if hosts.is_first():
+            storage.write_bytes(self.folder / name, data)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def make_sheet(config: Config, images_bhwc: np.ndarray) -> np.ndarray:
+    """Return a grid of uint8 images, laid out as sample.columns and sample.scale say."""
+    return sheet(images_bhwc, config.sample.columns, scale=config.sample.scale)
+
+
+def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
+    """Return a progress bar with an ETA, shown by process 0 if stderr is a terminal."""
+    return tqdm(total=total, unit=unit, disable=hosts.tqdm_disabled(), **options)
+
+
+def _read_rows(path: epath.Path) -> list[Row]:
+    """Return the complete rows. Remove a line truncated by a kill, so that its item is redone."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    lines_and_rows = list(storage.json_rows(text))
+    complete = b"".join(line + b"\n" for line, _ in lines_and_rows)
+    if complete != text:
+        storage.write_bytes(path, complete)
+    return [row for _, row in lines_and_rows]

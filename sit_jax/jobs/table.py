@@ -1,0 +1,14 @@
+"""Every job by its --mode."""
+
+from sit_jax.jobs import invert, likelihood, quality, sample, sweep, train
+from sit_jax.jobs.preflight import job as preflight
+
+JOBS = {
+    "train": train.JOB,
+    "sample": sample.JOB,
+    "sweep": sweep.JOB,
+    "invert": invert.JOB,
+    "likelihood": likelihood.JOB,
+    "quality": quality.JOB,
+    "preflight": preflight.JOB,
+}

@@ -1,0 +1,122 @@
+"""Help on settings, derived from their declarations.
+
+--help-config prints it as text. `python -m sit_jax.settings_help` writes it as tables into
+configs/README.md, which a test compares with the declarations.
+"""
+
+import dataclasses
+import textwrap
+import types
+import typing
+from typing import Any
+
+from etils import epath
+
+from sit_jax import storage
+from sit_jax.errors import unknown_name
+from sit_jax.laws import Choice, Setting, declared
+from sit_jax.settings import Config
+
+_WIDTH = 96
+_BEGIN = "<!-- settings tables: generated -->"
+_END = "<!-- end of settings tables -->"
+_GENERAL = "general"  # the settings outside any section
+
+
+def sections() -> dict[str, str]:
+    """Return {section: what its settings are about}."""
+    summaries = {_GENERAL: "Settings outside the sections."}
+    for field in dataclasses.fields(Config):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            summaries[field.name] = (field.type.__doc__ or "").split("\n")[0]
+    return summaries
+
+
+def settings_of(section: str) -> list[Setting]:
+    """Return the settings of a section. Raises `UserError` for an unknown one."""
+    if section not in sections():
+        raise unknown_name("section of settings", section, sections())
+    if section == _GENERAL:
+        return [entry for entry in declared(Config) if "." not in entry.key]
+    return [entry for entry in declared(Config) if entry.key.startswith(f"{section}.")]
+
+
+def as_text(section: str) -> str:
+    """Return the help of a section, or for "" the list of sections."""
+    if not section:
+        lines = ["Sections of settings; --help-config SECTION explains the settings of one.", ""]
+        lines += [f"  {name:<11} {summary}" for name, summary in sections().items()]
+        return "\n".join(lines)
+    entries = settings_of(section)
+    wrap = textwrap.TextWrapper(
+        _WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+    )
+    paragraphs = [sections()[section]]
+    for entry in entries:
+        lines = [f"--config.{entry.key}={shown(entry.default)}"]
+        lines += wrap.wrap(entry.help) + wrap.wrap(allowed(entry))
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs)
+
+
+def as_markdown() -> str:
+    """Return a Markdown table of each section."""
+    parts = []
+    for section, summary in sections().items():
+        lines = [
+            f"### `{section}`",
+            "",
+            summary,
+            "",
+            "| setting | default | values | meaning |",
+            "|---|---|---|---|",
+        ]
+        for entry in settings_of(section):
+            default = f"`{shown(entry.default)}`"
+            cells = (f"`{entry.key}`", default, allowed(entry), entry.help)
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def with_tables(document: str) -> str:
+    """Return the document with the tables between its two markers."""
+    before, _, remainder = document.partition(_BEGIN)
+    _, _, after = remainder.partition(_END)
+    return f"{before}{_BEGIN}\n\n{as_markdown()}\n\n{_END}{after}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as a command line takes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "()"
+    return str(value)
+
+
+def allowed(entry: Setting) -> str:
+    """Return the values that a setting may have, in a few words."""
+    kind = _type_name(entry.type)
+    law = entry.law.describe()
+    if isinstance(entry.law, Choice):
+        is_list = typing.get_origin(entry.type) is tuple
+        several = "one or more of: " if is_list else ""
+        return several + law + (", none" if isinstance(entry.type, types.UnionType) else "")
+    return f"{kind}: {law}" if law else kind
+
+
+_TYPE_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):  # X | None
+        return f"{_TYPE_NAMES[typing.get_args(kind)[0]]} or none"
+    if typing.get_origin(kind) is tuple:
+        return f"list of {_TYPE_NAMES[typing.get_args(kind)[0]].replace('number', 'numbers')}"
+    return _TYPE_NAMES[kind]
+
+
+if __name__ == "__main__":
+    readme = epath.Path("configs/README.md")
+    storage.write_text(readme, with_tables(readme.read_text()))

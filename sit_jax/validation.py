@@ -1,0 +1,107 @@
+"""What no single setting's law can say: settings that contradict each other."""
+
+from sit_jax import sharding
+from sit_jax.errors import check
+from sit_jax.latents import CODECS
+from sit_jax.laws import declared
+from sit_jax.models.sizes import size_by_name
+from sit_jax.sampling import ode, sde
+from sit_jax.settings import Config, Latents, Model, Sample, Sweep, get
+from sit_jax.transport import losses
+
+
+def validate(config: Config) -> None:
+    """Raise `UserError` for a value that breaks its law, or that contradicts another one."""
+    check(
+        config.likelihood.solver not in sde.SOLVERS,
+        f"likelihood.solver {config.likelihood.solver!r} solves an SDE, which gives no log p; "
+        f"expected one of an ODE: {', '.join(ode.SOLVERS)}",
+    )
+    for entry in declared(Config):
+        entry.law.check(entry.key, get(config, entry.key))
+    _check_model(config.model)
+    losses.check_weight(config.transport.loss_weight, config.transport.prediction)
+    _check_training(config)
+    _check_latents(config.latents)
+    _check_sampler(config.sample, config.data.classes)
+    _check_likelihood(config)
+    _check_sweep(config.sweep)
+    sharding.check_axes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def _check_model(model: Model) -> None:
+    size_by_name(
+        model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch
+    )
+
+
+def _check_training(config: Config) -> None:
+    train = config.train
+    check(
+        train.batch % train.accumulation == 0,
+        f"train.batch {train.batch} is not divisible by train.accumulation {train.accumulation}; "
+        "change either",
+    )
+    check(
+        config.precision.grad_reduce in ("float32", config.precision.compute),
+        "precision.grad_reduce is 'bfloat16', but gradients are computed in float32; set it to "
+        "float32, or precision.compute to bfloat16 as well",
+    )
+
+
+def _check_latents(latents: Latents) -> None:
+    check(
+        latents.path is None or latents.repo is None,
+        f"latents.path {latents.path!r} and latents.repo {latents.repo!r} are both given; set one "
+        "of them to none",
+    )
+
+
+def _check_sampler(sample: Sample, classes: int) -> None:
+    check(
+        not (sample.times and sample.steps),
+        "sample.times and sample.steps are both given; set sample.steps=none",
+    )
+    if sample.times:
+        ode.check_times("sample.times", sample.times)
+    if sample.solver in sde.SOLVERS:
+        check(
+            sample.grid is not None,
+            f"sample.solver {sample.solver!r} needs sample.steps, such as 250",
+        )
+    else:
+        ode.check_solver(sample.solver, sample.grid)
+    check(
+        sample.guide is None or sample.cfg_scale > 1,
+        f"sample.guide is {sample.guide!r}, but sample.cfg_scale is {sample.cfg_scale:g}, which "
+        "turns guidance off; set it above 1",
+    )
+    low_high = sample.cfg_interval
+    check(
+        len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1,
+        f"sample.cfg_interval is {low_high}; expected two times with 0 <= first < last <= 1",
+    )
+    for label in sample.labels:
+        check(
+            0 <= label < classes,
+            f"sample.labels holds {label}; expected 0 to {classes - 1} (data.classes)",
+        )
+
+
+def _check_likelihood(config: Config) -> None:
+    likelihood = config.likelihood
+    ode.check_solver(likelihood.solver, likelihood.steps, "likelihood")
+    check(
+        likelihood.dequantisation is None or CODECS[config.latents.codec].quantised,
+        f"likelihood.dequantisation is {likelihood.dequantisation!r}, but latents.codec "
+        f"{config.latents.codec!r} gives latents, which are continuous; set it to none",
+    )
+
+
+def _check_sweep(sweep: Sweep) -> None:
+    for key in ("solvers", "steps", "cfg_scales"):
+        check(getattr(sweep, key), f"sweep.{key} is empty; give one or more")
+    check(
+        sweep.forms or not set(sweep.solvers) & set(sde.SOLVERS),
+        "sweep.forms is empty, but an SDE needs one",
+    )
