@@ -1,1 +1,1 @@
-"""PyTorch checkpoints in and out."""
+"""Convert PyTorch checkpoints to workdirs and back, without PyTorch."""

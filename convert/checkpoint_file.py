@@ -1,4 +1,4 @@
-"""What a PyTorch SiT checkpoint holds, and which network it is of, whatever form it came in."""
+"""Read a PyTorch SiT checkpoint, in any of its formats, and infer the network from its tensors."""
 
 import argparse
 import dataclasses
@@ -16,22 +16,29 @@ from convert.torch_file import Tensor, in_memory, read_torch_file
 from sit_jax.errors import UserError, check
 from sit_jax.models.sizes import SIZES, Size
 
-RECORD = "sit_jax"  # where convert.to_torch leaves the config and the step, in args or the metadata of safetensors
-PARTS = ("model", "ema", "opt", "args")
+# The key of the config and step that convert.to_torch stores, in `args` or safetensors metadata.
+RECORD = "sit_jax"
+PARTS = ("model", "ema", "opt", "args")  # of a training checkpoint
+_REQUIRED_PARTS = ("model", "ema", "opt")
+_PART_OF_WEIGHTS = {"ema": "ema", "raw": "model"}  # --weights -> part
+
+_PATCHES = "x_embedder.proj.weight"
+_OUTPUT = "final_layer.linear.weight"
+_RANKS = {POSITION: 3, _PATCHES: 4, LABEL_TABLE: 2, _OUTPUT: 2}  # tensors that show the network
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
     "I64": np.int64,
-}
+}  # name in safetensors -> dtype
 
 StateDict = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Moments:
-    """AdamW's state: the steps it has taken, its averages as state dicts, and the settings of its one group."""
+class AdamWMoments:
+    """AdamW's state: its step count, both moments as state dicts, and its group's settings."""
 
     count: int
     exp_avg: StateDict
@@ -41,213 +48,253 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFile:
-    """A training checkpoint, or with ema alone a set of weights."""
+    """The content of a checkpoint. With only `ema` set it is one set of weights."""
 
     ema: StateDict
     model: StateDict | None
-    opt: Any  # as AdamW.state_dict() gave it; `moments` reads it
+    opt: Any  # as AdamW.state_dict() returned it; `read_moments` reads it
     args: dict[str, Any]
 
     @property
-    def record(self) -> dict[str, Any] | None:
-        """What convert.to_torch recorded: {"step": int, "config": dict}."""
+    def record(self) -> Mapping[str, Any] | None:
+        """The {"step": int, "config": dict} that convert.to_torch stored, or None."""
         record = self.args.get(RECORD)
-        return (
-            record if isinstance(record, Mapping) and {"step", "config"} <= record.keys() else None
-        )
+        if isinstance(record, Mapping) and {"step", "config"} <= record.keys():
+            return record
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What the tensors say of the network; the number of heads leaves no trace in them."""
+class SiTArchitecture:
+    """A network's dimensions, except the number of heads: no tensor's shape depends on it."""
 
     depth: int
     width: int
     patch: int
-    side: int  # of the square input
+    side: int  # of the square input: pixels, or latent cells
     channels: int
     classes: int
     learn_sigma: bool
 
     def size(self, heads: int | None) -> tuple[str, Size]:
-        """(nearest known name, size). `UserError` if the heads are neither known nor given."""
-        known = {
-            name: size
-            for name, size in SIZES.items()
-            if (size.depth, size.width, size.patch) == (self.depth, self.width, self.patch)
-        }
-        name = next(iter(known), "SiT-S/2")
-        check(
-            known or heads,
-            f"the tensors do not show the number of heads, and depth {self.depth}, width {self.width}, patch "
-            f"{self.patch} are of no known size; give --num_heads",
-        )
-        return name, Size(self.depth, self.width, heads or known[name].heads, self.patch)
+        """Return (name, size): the published name that fits, else "SiT-S/2" as a base to override.
+
+        Without `heads`, the number of heads is that of the published size.
+
+        Raises UserError if the network has no published size and `heads` is None.
+        """
+        for name, published in SIZES.items():
+            if (published.depth, published.width, published.patch) == (
+                self.depth,
+                self.width,
+                self.patch,
+            ):
+                return name, dataclasses.replace(published, heads=heads or published.heads)
+        if not heads:
+            raise UserError(
+                f"depth {self.depth}, width {self.width}, patch {self.patch} is not a published "
+                "size, and the tensors do not show the number of heads; give --num_heads"
+            )
+        return "SiT-S/2", Size(self.depth, self.width, heads, self.patch)
 
 
 def read(path: str, weights: str | None = None) -> CheckpointFile:
-    """A `.pt` or `.safetensors` file. `weights` (ema, raw) takes these of a training checkpoint, and them alone.
+    """Return the content of a `.pt` or `.safetensors` file; tensors are read when they are used.
 
-    `UserError` if it holds no state dict or half of a training checkpoint.
+    `weights` ("ema" or "raw") takes only these weights of a training checkpoint.
+
+    Raises UserError if the file holds no state dict, or an incomplete training checkpoint.
     """
-    content, args = (
-        _read_safetensors(path) if path.endswith(".safetensors") else (read_torch_file(path), {})
-    )
+    content: Any
+    args: Any = {}
+    if path.endswith(".safetensors"):
+        content, args = _read_safetensors(path)
+    else:
+        content = read_torch_file(path)
     check(
         isinstance(content, Mapping) and content,
-        f"{path} holds {type(content).__name__}, no state dict",
+        f"{path} holds {type(content).__name__}, not a state dict; expected tensors by name, or "
+        "{model, ema, opt, args} as the reference's train.py saves them",
     )
-    parts = {
+    parts: dict[str, Any] = {
         part: content[part] for part in PARTS if not isinstance(content.get(part), Tensor | None)
     }
     if not parts:
-        check(not weights, f"{path} holds one set of weights; leave --weights out")
+        check(not weights, f"{path} holds only one set of weights; leave --weights out")
         return CheckpointFile(_state_dict(path, content), None, None, args)
+
     args = parts.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    wanted = PARTS[:3] if weights is None else [{"ema": "ema", "raw": "model"}[weights]]
-    if missing := [part for part in wanted if part not in parts]:
-        there = "--weights " + " or ".join(
-            w for w, part in (("ema", "ema"), ("raw", "model")) if part in parts
-        )
-        raise UserError(
-            f"{path} is half of a training checkpoint: {', '.join(missing)} of model, ema, opt and args missing; "
-            "bring the whole file"
-            + (f", or take its weights alone with {there}" if there != "--weights " else "")
-        )
-    states = {
-        part: _state_dict(f"{part} of {path}", parts[part]) for part in wanted if part != "opt"
-    }
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
     if weights:
-        return CheckpointFile(*states.values(), None, None, args)
-    return CheckpointFile(states["ema"], states["model"], parts["opt"], args)
+        part = _PART_OF_WEIGHTS[weights]
+        _check_complete(path, parts, (part,))
+        return CheckpointFile(_state_dict(f"{part} of {path}", parts[part]), None, None, args)
+    _check_complete(path, parts, _REQUIRED_PARTS)
+    model = _state_dict(f"model of {path}", parts["model"])
+    ema = _state_dict(f"ema of {path}", parts["ema"])
+    return CheckpointFile(ema, model, parts["opt"], args)
 
 
-def architecture(path: str, tensors: StateDict) -> Architecture:
-    """`UserError` if these are the tensors of something else."""
+def _check_complete(path: str, parts: Mapping[str, Any], required: tuple[str, ...]) -> None:
+    missing = [part for part in required if part not in parts]
+    if not missing:
+        return
+    usable = [weights for weights, part in _PART_OF_WEIGHTS.items() if part in parts]
+    remedy = f", or take only its weights with --weights {' or '.join(usable)}" if usable else ""
+    raise UserError(
+        f"{path} is an incomplete training checkpoint: it has no {' and no '.join(missing)}, "
+        f"expected model, ema, opt and args; bring the complete file{remedy}"
+    )
+
+
+def infer_architecture(path: str, tensors: StateDict) -> SiTArchitecture:
+    """Return the architecture that the tensors' shapes show.
+
+    Raises UserError if they are the tensors of another kind of network.
+    """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    ranks = {
-        POSITION: 3,
-        "x_embedder.proj.weight": 4,
-        LABEL_TABLE: 2,
-        "final_layer.linear.weight": 2,
-    }
-    lacking = [name for name, rank in ranks.items() if len(shapes.get(name, ())) != rank]
-    some = ", ".join(list(shapes)[:2])
+    missing = [name for name, rank in _RANKS.items() if len(shapes.get(name, ())) != rank]
     check(
-        not lacking,
-        f"{path} is no SiT: it has no {' and no '.join(lacking)}, but {len(shapes)} tensors as {some}",
+        not missing,
+        f"{path} is not a SiT: it has no {' and no '.join(missing)}, but {len(shapes)} tensors "
+        f"such as {', '.join(list(shapes)[:2])}",
     )
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    tokens, (labels, _), (out, _) = (
-        shapes[name] for name in (POSITION, LABEL_TABLE, "final_layer.linear.weight")
-    )
-    grid = math.isqrt(tokens[1])
+    width, channels, patch, _ = shapes[_PATCHES]
+    tokens = shapes[POSITION][1]
+    grid = math.isqrt(tokens)
     check(
-        grid**2 == tokens[1],
-        f"{path}: {POSITION} has shape {list(tokens)}, whose {tokens[1]} tokens are no square",
+        grid**2 == tokens,
+        f"{path}: {POSITION} has shape {list(shapes[POSITION])}; expected a square number of "
+        f"tokens, not {tokens}",
     )
     features = patch**2 * channels
+    out_features = shapes[_OUTPUT][0]
     check(
-        out in (features, 2 * features),
-        f"{path}: final_layer.linear.weight has shape {list(shapes['final_layer.linear.weight'])}, expected "
-        f"[{features}, {width}], or [{2 * features}, {width}] with learn_sigma",
+        out_features in (features, 2 * features),
+        f"{path}: {_OUTPUT} has shape {list(shapes[_OUTPUT])}, expected [{features}, {width}], "
+        f"or [{2 * features}, {width}] with learn_sigma",
     )
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    return Architecture(
-        len(blocks), width, patch, grid * patch, channels, labels - 1, out == 2 * features
+    return SiTArchitecture(
+        depth=len(blocks),
+        width=width,
+        patch=patch,
+        side=grid * patch,
+        channels=channels,
+        classes=shapes[LABEL_TABLE][0] - 1,  # the last row is the null label's
+        learn_sigma=out_features == 2 * features,
     )
 
 
 def _read_safetensors(path: str) -> tuple[StateDict, dict[str, Any]]:
+    """Return the tensors, and {RECORD: ...} if convert.to_torch wrote the file, else {}."""
     try:
         file = safetensors.safe_open(path, "numpy")
-        tensors = {name: _lazy(file, name) for name in file.keys()}
-        args = json.loads((file.metadata() or {}).get(RECORD, "null"))
+        names = file.keys()
+        tensors = {name: _lazy_tensor(file, name) for name in names}
+        record = json.loads((file.metadata() or {}).get(RECORD, "null"))
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} is no readable safetensors file ({reason}); bring a whole one"
+            f"{path} is not a readable safetensors file ({reason}); bring the complete file"
         ) from error
-    return tensors, {RECORD: args} if args else {}
+    return tensors, {RECORD: record} if record else {}
 
 
-def _lazy(file: Any, name: str) -> Tensor:
-    part = file.get_slice(name)
+def _lazy_tensor(file: Any, name: str) -> Tensor:
+    header = file.get_slice(name)
     return Tensor(
-        tuple(part.get_shape()), np.dtype(_DTYPES[part.get_dtype()]), lambda: file.get_tensor(name)
+        shape=tuple(header.get_shape()),
+        dtype=np.dtype(_DTYPES[header.get_dtype()]),
+        read=lambda: file.get_tensor(name),
     )
 
 
-def _state_dict(what: str, entry: Any) -> StateDict:
-    """The tensors of an entry by name, without DistributedDataParallel's prefix, each checked when it is read."""
+def _state_dict(source: str, entry: Any) -> StateDict:
+    """Return an entry's tensors by name, without the prefix of DistributedDataParallel.
+
+    Each tensor's values are checked when they are read. `source` names the entry in messages.
+
+    Raises UserError if the entry is not a state dict.
+    """
     check(
-        isinstance(entry, Mapping) and entry, f"{what} is no state dict; expected tensors by name"
+        isinstance(entry, Mapping) and entry,
+        f"{source} is not a state dict; expected tensors by name",
     )
     others = [str(name) for name, value in entry.items() if not isinstance(value, Tensor)]
     check(
         not others,
-        f"{what} is no state dict: {', '.join(others[:4])} is no tensor; expected tensors by name",
+        f"{source} is not a state dict: {', '.join(others[:4])} is not a tensor; "
+        "expected tensors by name",
     )
     wrapped = all(str(name).startswith("module.") for name in entry)
-    names = {
-        str(name).removeprefix("module.") if wrapped else str(name): tensor
-        for name, tensor in entry.items()
-    }
-    return {name: _checked(what, name, tensor) for name, tensor in names.items()}
+    prefix = "module." if wrapped else ""
+    tensors = {str(name).removeprefix(prefix): tensor for name, tensor in entry.items()}
+    return {name: _checked(source, name, tensor) for name, tensor in tensors.items()}
 
 
-def _checked(what: str, name: str, tensor: Tensor) -> Tensor:
+def _checked(source: str, name: str, tensor: Tensor) -> Tensor:
+    """Return the tensor as float32, whose `read` raises UserError for integers, NaN or infinity."""
+
     def read() -> np.ndarray:
         floating = tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16
         check(
             floating,
-            f"{what}: {name} holds {tensor.dtype} numbers; expected float32, float16 or bfloat16",
+            f"{source}: {name} holds {tensor.dtype} numbers; expected float32, float16 or bfloat16",
         )
         values = tensor.read().astype(np.float32, copy=False)
-        if not np.isfinite(
-            [values.min(initial=0), values.max(initial=0)]
-        ).all():  # no temporary while all is well
+        # The extremes show any NaN or infinity, without a temporary array in the usual case.
+        extremes = [values.min(initial=0), values.max(initial=0)]
+        if not np.isfinite(extremes).all():
             bad = np.count_nonzero(~np.isfinite(values))
             raise UserError(
-                f"{what}: {name} holds {bad} NaN or infinite values of {values.size}; bring an earlier file"
+                f"{source}: {name} holds {bad} NaN or infinite values of {values.size}; "
+                "bring an earlier checkpoint"
             )
         return values
 
     return Tensor(tensor.shape, tensor.dtype, read)
 
 
-def moments(path: str, opt: Any, model: StateDict, depth: int) -> Moments:
-    """AdamW's state, whose parameters are numbered in the model's order; pos_embed, never trained, has none: zeros.
+def read_moments(path: str, opt: Any, model: StateDict, depth: int) -> AdamWMoments:
+    """Return AdamW's state from `opt`, whose parameters are numbered in the model's order.
 
-    `UserError` if it is not whole.
+    pos_embed is not trained, so AdamW has no state for it; its moments are zeros here.
+
+    Raises UserError if `opt` is incomplete, or the state of a variant of AdamW.
     """
     names = [name for name, *_ in entries(depth)]
     try:
-        (settings,), state = opt["param_groups"], opt["state"]
-        numbered = dict(zip(names, settings["params"], strict=True))
-        trained = {name: state[number] for name, number in numbered.items() if name != POSITION}
+        (settings,) = opt["param_groups"]
+        number_of = dict(zip(names, settings["params"], strict=True))
+        trained = {
+            name: opt["state"][number] for name, number in number_of.items() if name != POSITION
+        }
         (count,) = {int(np.asarray(entry["step"])) for entry in trained.values()}
-        still = {POSITION: in_memory(np.zeros(model[POSITION].shape, np.float32))}
-        averages = [
-            still
-            | {
+        zeros = in_memory(np.zeros(model[POSITION].shape, np.float32))
+        moments: dict[str, StateDict] = {}
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = {POSITION: zeros} | {
                 name: _checked(f"opt of {path}", f"{key} of {name}", entry[key])
                 for name, entry in trained.items()
             }
-            for key in ("exp_avg", "exp_avg_sq")
-        ]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"opt of {path} is not AdamW's whole state of this model ({type(error).__name__}: {error}); expected one "
-            f"group of {len(names)} parameters with step, exp_avg and exp_avg_sq for all but {POSITION}, or take the "
-            "weights alone with --weights ema or raw"
+            f"opt of {path} is not the complete AdamW state of this model "
+            f"({type(error).__name__}: {error}); expected one group of {len(names)} parameters "
+            f"with step, exp_avg and exp_avg_sq for all but {POSITION}; "
+            "or take only the weights with --weights ema or raw"
         ) from error
     unsupported = [name for name in ("amsgrad", "maximize") if settings.get(name)]
     check(
         not unsupported,
-        f"opt of {path} uses {unsupported}, which is not plain AdamW; take --weights ema alone",
+        f"opt of {path} uses {' and '.join(unsupported)}; expected plain AdamW; "
+        "take only the weights with --weights ema or raw",
     )
-    return Moments(
-        count, *averages, {key: value for key, value in settings.items() if key != "params"}
+    return AdamWMoments(
+        count=count,
+        exp_avg=moments["exp_avg"],
+        exp_avg_sq=moments["exp_avg_sq"],
+        settings={key: value for key, value in settings.items() if key != "params"},
     )

@@ -1,10 +1,11 @@
-"""What the three converters have in common: one line for a mistake, and an output that is there whole or not at all."""
+"""Shared by the three converters: the argument parser, one-line errors, and atomic output."""
 
 import argparse
 import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 from etils import epath
 from safetensors import SafetensorError
@@ -12,31 +13,38 @@ from safetensors import SafetensorError
 from sit_jax import storage
 from sit_jax.errors import UserError, check
 
-_MARGIN = 10**7  # bytes beside the numbers
+_MARGIN = 10**7  # bytes of free space required beyond the size of the arrays
 
 
-def parser(module: str, description: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        f"python -m convert.{module}", description=description, allow_abbrev=False
+class _Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake as UserError instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parser(module: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser for `python -m convert.MODULE`, which has --overwrite already."""
+    converter_parser = _Parser(
+        f"python -m convert.{module}",
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
     )
-    made.add_argument(
+    converter_parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the output, which stays until the new is whole",
+        help="replace an existing output; the old one is kept until the new one is complete",
     )
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message}; see python -m convert.{module} --help")
-
-    made.error = refuse
-    return made
+    return converter_parser
 
 
 def run(main: Callable[[Sequence[str]], None]) -> int:
-    """The exit status of a converter: 0, or 2 after one line on stderr for a mistake of the user's."""
+    """Run a converter and return its exit status: 0, or 2 after a one-line error on stderr."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # an accelerator here may be busy with a training run
+    # Convert on the CPU: a training run may be using this machine's accelerator.
+    jax.config.update("jax_platforms", "cpu")
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -47,36 +55,41 @@ def run(main: Callable[[Sequence[str]], None]) -> int:
 
 @contextlib.contextmanager
 def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
-    """Yields where to write the file or workdir `out`, of about `size` bytes; it takes its name when the block ends.
+    """Yield a temporary path beside `out`, a file or workdir of about `size` bytes.
 
-    `UserError` if it exists and is not to be overwritten, or cannot be written.
+    The temporary path is renamed to `out` when the block ends, and removed if the block fails.
+
+    Raises UserError if `out` already exists and `overwrite` is not set, is a folder other than a
+    workdir, or cannot be written.
     """
     path = epath.Path(out)
     check(
         not storage.is_remote(path),
-        f"{out!r} is not on a local disk; convert into a folder there and copy it",
+        f"{out!r} is not on a local disk; convert into a local folder and copy the result",
     )
     check(
         overwrite or not path.exists(),
-        f"{out!r} exists; give another name, or --overwrite to replace it",
+        f"{out!r} already exists; give another name, or --overwrite to replace it",
     )
-    replaceable = not path.is_dir() or (path / "config.json").exists()
     check(
-        replaceable,
-        f"{out!r} is a folder but no workdir, so --overwrite leaves it alone; give another name",
+        not path.is_dir() or (path / "config.json").exists(),
+        f"{out!r} is a folder but not a workdir, so --overwrite does not replace it; "
+        "give another name",
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
         needed = size + size // 20 + _MARGIN
+        free = shutil.disk_usage(path.parent).free
         check(
             needed <= free,
-            f"{out!r} needs about {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there; make room",
+            f"{out!r} needs about {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free; "
+            "make room or give another place",
         )
         with storage.beside(path) as new:
             yield new
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{out!r} could not be written ({reason}); make room or give another place; nothing of it is left behind"
+            f"{out!r} could not be written ({reason}); make room or give another place; "
+            "the incomplete output has been removed"
         ) from error

@@ -1,9 +1,10 @@
-"""A PyTorch SiT checkpoint -> a workdir that samples and trains on.
+"""Convert a PyTorch SiT checkpoint into a workdir to sample from or to continue training in.
 
 python -m convert.from_torch SiT-XL-2-256x256.pt runs/xl
 """
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -11,12 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 import optax
 from etils import epath
 
 from convert import checkpoint_file, cli, recipe
-from convert.checkpoint_file import Architecture, CheckpointFile, Moments
+from convert.checkpoint_file import AdamWMoments, CheckpointFile, SiTArchitecture, StateDict
 from convert.names import LABEL_TABLE, POSITION, check_tensors, params_from_torch, torch_shapes
 from convert.torch_file import in_memory
 from sit_jax import config as config_lib
@@ -25,47 +27,74 @@ from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError, check
 from sit_jax.jobs.setup import Setup
 from sit_jax.models.embeddings import position_embedding
-from sit_jax.models.sizes import Size, size_by_name, tokens
-from sit_jax.settings import Config
+from sit_jax.models.sizes import size_by_name, tokens
+
+_DESCRIPTION = """\
+Convert a PyTorch SiT checkpoint into a workdir to sample from or to continue training in. A
+training checkpoint continues at its own step with its EMA and AdamW moments. A bare state dict, and
+a checkpoint converted with --weights or to another image size or number of classes, starts a new
+training at step 0. PyTorch is not needed, and no code in the file is run."""
+_EPILOG = """\
+Every setting in sit_jax/settings.py is also a flag, such as --config.transport.path=GVP. A setting
+that neither the file nor a flag gives has the value of the reference's train.py."""
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.parser(
-        "from_torch", "Makes a workdir of a PyTorch SiT checkpoint (.pt, .safetensors)."
-    )
+    """Parse the command line and convert."""
+    parser = cli.parser("from_torch", _DESCRIPTION, _EPILOG)
     parser.add_argument(
         "checkpoint",
-        help="{model, ema, opt, args} of the reference's train.py, or a bare state dict",
+        help="a .pt or .safetensors file: a training checkpoint {model, ema, opt, args} of the "
+        "reference's train.py, or a bare state dict",
     )
-    parser.add_argument("workdir", help="the folder to be made")
+    parser.add_argument("workdir", help="the folder to create")
     parser.add_argument(
-        "--num_heads", type=int, help="of a network that is none of the twelve sizes"
+        "--num_heads",
+        type=int,
+        metavar="N",
+        help="the number of attention heads, which the tensors do not show; needed only if the "
+        "network has none of the twelve published sizes and the file has no record of "
+        "convert.to_torch",
     )
     parser.add_argument(
         "--image_size",
         type=int,
         metavar="PIXELS",
-        help="another resolution: pos_embed is recomputed",
+        help="change the image size: the position embedding is recomputed, and a new training "
+        "starts at step 0",
     )
     parser.add_argument(
-        "--num_classes", type=int, help="other classes: the label table is drawn anew"
+        "--num_classes",
+        type=int,
+        metavar="N",
+        help="change the number of classes: the label table is initialised again, all other "
+        "weights are kept, and a new training starts at step 0",
     )
     parser.add_argument(
-        "--weights", choices=("ema", "raw"), help="of a training checkpoint, these weights alone"
+        "--weights",
+        choices=("ema", "raw"),
+        help="take only these weights of a training checkpoint: the EMA (ema) or the trained "
+        "parameters (raw); a new training starts at step 0",
     )
-    parser.epilog = (
-        "Every setting of sit_jax/settings.py is a flag, too: --config.transport.path=GVP"
-    )
-    flags, rest = parser.parse_known_args(argv)
+    flags, settings_flags = parser.parse_known_args(argv)
     overrides = []
-    for flag in rest:
+    for flag in settings_flags:
         key, _, text = flag.removeprefix("--config.").partition("=")
         check(
             flag.startswith("--config.") and text,
             f"unknown argument {flag!r}; settings are --config.KEY=VALUE",
         )
         overrides.append((key, text))
-    convert(**vars(flags), overrides=overrides)
+    convert(
+        flags.checkpoint,
+        flags.workdir,
+        num_heads=flags.num_heads,
+        image_size=flags.image_size,
+        num_classes=flags.num_classes,
+        weights=flags.weights,
+        overrides=overrides,
+        overwrite=flags.overwrite,
+    )
 
 
 def convert(
@@ -79,127 +108,162 @@ def convert(
     overrides: Sequence[tuple[str, str]] = (),
     overwrite: bool = False,
 ) -> None:
-    """Writes `workdir`. `UserError` for what cannot be used; then nothing is left behind.
+    """Write `workdir` from a checkpoint; the command line's flags explain the arguments.
 
-    A training checkpoint continues where it was: parameters, EMA, moments and step. Weights alone, and a checkpoint
-    whose image size or classes are changed, start a new training at step 0.
+    A training checkpoint continues with its parameters, EMA, moments and step. A single set of
+    weights, and a checkpoint whose image size or classes change, start a new training at step 0.
+
+    Raises UserError if the checkpoint cannot be used; then nothing is left behind.
     """
-    file = checkpoint_file.read(checkpoint, weights)
-    found = checkpoint_file.architecture(checkpoint, file.ema)
-    model = file.record["config"]["model"] if file.record else {}
-    heads = num_heads or (_size(model).heads if model else None)
-    name, size = found.size(heads)
-    size_by_name(name, **vars(size))  # heads that do not divide the width
-    wanted = _changed(found, image_size, num_classes)
-    continues = file.opt and wanted == found
-    moments = (
-        checkpoint_file.moments(checkpoint, file.opt, file.ema, size.depth) if continues else None
-    )
-    values = config_lib.default()
-    if file.record:
-        values.update(file.record["config"])
-    else:
-        values.update_from_flattened_dict(
-            recipe.from_args(file.args, moments.settings if moments else {})
-        )
-    values.update_from_flattened_dict(recipe.network_settings(name, size, wanted))
-    copies = 4 if moments else 2 if file.model else 1
-    needed = copies * sum(4 * int(np.prod(tensor.shape)) for tensor in file.ema.values())
+    source = checkpoint_file.read(checkpoint, weights)
+    architecture = checkpoint_file.infer_architecture(checkpoint, source.ema)
+    name, size = architecture.size(num_heads or _recorded_heads(source))
+    size_by_name(name, **vars(size))  # refuses heads that do not divide the width
+    new_architecture = _resized(architecture, image_size, num_classes)
+    moments = None
+    if source.opt and new_architecture == architecture:
+        moments = checkpoint_file.read_moments(checkpoint, source.opt, source.ema, size.depth)
+    step = _first_step(source, moments)
+    settings = _recorded_settings(source, moments)
+    settings.update_from_flattened_dict(recipe.network_settings(name, size, new_architecture))
+
+    needed = _bytes(source, moments)
     with cli.output(workdir, needed, overwrite) as new:
-        config = _write_config(storage.make_writable_folder(new), values, overrides)
+        storage.make_writable_folder(new)
+        config = config_lib.from_values(settings.to_dict(), overrides)
         setup = Setup(config, sharding.make_mesh(-1, 1, 1))
-        file = _adapt(file, found, wanted, setup)
-        _check_shapes(checkpoint, file, moments, setup)
-        _describe(file, found, wanted, setup)
+        adapted = _adapt(source, architecture, new_architecture, setup)
+        _check_shapes(checkpoint, adapted, moments, setup)
+        _describe(adapted, architecture, new_architecture, setup)
         print(f"writing {needed / 1e6:,.0f} MB ...", flush=True)
-        step = file.record["step"] if moments and file.record else moments.count if moments else 0
         note = {
             "converted_from": os.path.basename(checkpoint),
             "config": config_lib.flatten(config),
         }
-        _save(new / "checkpoints", step, _items(file, moments, setup), note)
-    what = (
-        "parameters, EMA and AdamW's moments"
-        if moments
-        else "parameters and EMA"
-        if file.model
-        else "weights alone"
-    )
-    print(f"{what} at step {step} -> {workdir}")
+        _save(new / "checkpoints", step, _checkpoint_items(adapted, moments, setup), note)
+        storage.write_text(new / "config.json", config_lib.to_json(config))
+    if moments:
+        converted = "parameters, EMA and AdamW's moments"
+    elif source.model:
+        converted = "parameters and EMA"
+    else:
+        converted = "one set of weights"
+    print(f"{converted} at step {step} -> {workdir}")
     print(f"sample:   python -m sit_jax.main --mode sample --workdir {workdir}")
     print(f"train on: python -m sit_jax.main --workdir {workdir} --config.data.path=PATH")
 
 
-def _size(model: dict[str, Any]) -> Size:
-    return size_by_name(
-        model["name"], **{part: model[part] for part in ("depth", "width", "heads", "patch")}
-    )
+def _recorded_heads(source: CheckpointFile) -> int | None:
+    """Return the number of heads that convert.to_torch recorded, if it wrote the file."""
+    model = source.record["config"]["model"] if source.record else None
+    if not model:
+        return None
+    fields = {field: model[field] for field in ("depth", "width", "heads", "patch")}
+    return size_by_name(model["name"], **fields).heads
 
 
-def _changed(found: Architecture, image_size: int | None, num_classes: int | None) -> Architecture:
-    """The architecture with another image size in pixels, and other classes, where they are given."""
-    side = found.side
+def _resized(
+    architecture: SiTArchitecture, image_size: int | None, num_classes: int | None
+) -> SiTArchitecture:
+    """Return the architecture with the given image size in pixels and number of classes."""
     if image_size is not None:
-        cell = recipe.pixels_per_cell(found.channels)
-        side, rest = divmod(image_size, cell)
+        cell = recipe.pixels_per_cell(architecture.channels)
+        side, remainder = divmod(image_size, cell)
         check(
-            side > 0 and not rest,
+            side > 0 and not remainder,
             f"--image_size is {image_size}; expected a multiple of {cell} pixels",
         )
-        tokens(side, found.patch)
-    classes = found.classes if num_classes is None else num_classes
-    check(classes > 0, f"--num_classes is {classes}; expected more than 0")
-    return dataclasses.replace(found, side=side, classes=classes)
+        tokens(side, architecture.patch)  # refuses a size that the patches do not tile
+        architecture = dataclasses.replace(architecture, side=side)
+    if num_classes is not None:
+        architecture = dataclasses.replace(architecture, classes=num_classes)
+    check(
+        architecture.classes > 0, f"--num_classes is {architecture.classes}; expected more than 0"
+    )
+    return architecture
 
 
-def _write_config(workdir: epath.Path, values: Any, overrides: Sequence[tuple[str, str]]) -> Config:
-    path = workdir / "config.json"
-    storage.write_text(path, values.to_json())
-    config = config_lib.load(str(path), overrides)
-    storage.write_text(path, config_lib.to_json(config))
-    return config
+def _first_step(source: CheckpointFile, moments: AdamWMoments | None) -> int:
+    """Return the step of the new workdir's checkpoint: the recorded one, or AdamW's count."""
+    if moments is None:
+        return 0
+    return source.record["step"] if source.record else moments.count
+
+
+def _recorded_settings(
+    source: CheckpointFile, moments: AdamWMoments | None
+) -> ml_collections.ConfigDict:
+    """Return the settings that the file records; those of the reference's recipe elsewhere."""
+    settings = config_lib.default()
+    if source.record:
+        settings.update(source.record["config"])
+    else:
+        adamw = moments.settings if moments else {}
+        settings.update_from_flattened_dict(recipe.from_args(source.args, adamw))
+    return settings
+
+
+def _bytes(source: CheckpointFile, moments: AdamWMoments | None) -> int:
+    """Return the size of the arrays to write, in float32."""
+    if moments:
+        copies = 4  # parameters, EMA and two moments
+    elif source.model:
+        copies = 2
+    else:
+        copies = 1
+    return copies * 4 * _count(source.ema)
+
+
+def _count(state_dict: StateDict) -> int:
+    """Return the number of parameters."""
+    return sum(math.prod(tensor.shape) for tensor in state_dict.values())
 
 
 def _adapt(
-    file: CheckpointFile, found: Architecture, wanted: Architecture, setup: Setup
+    source: CheckpointFile, old: SiTArchitecture, new: SiTArchitecture, setup: Setup
 ) -> CheckpointFile:
-    """The file with the tensors that another image size or class count asks for."""
-    new = {}
-    if wanted.side != found.side:
-        new[POSITION] = position_embedding(found.width, wanted.side // found.patch)[None]
-    if wanted.classes != found.classes:
-        new[LABEL_TABLE] = np.asarray(
-            jax.jit(lambda: setup.init_params()["y_embedder"]["embedding"])()
-        )
-    new = {name: in_memory(array) for name, array in new.items()}
-    return dataclasses.replace(file, ema=file.ema | new, model=file.model and file.model | new)
+    """Replace the tensors that depend on the image size or the classes, where these change."""
+    arrays = {}
+    if new.side != old.side:
+        arrays[POSITION] = position_embedding(new.width, new.side // new.patch)[None]
+    if new.classes != old.classes:
+        # Under jit only the label table is computed, not the rest of a fresh network.
+        table = jax.jit(lambda: setup.init_params()["y_embedder"]["embedding"])()
+        arrays[LABEL_TABLE] = np.asarray(table)
+    replaced = {name: in_memory(array) for name, array in arrays.items()}
+    model = source.model | replaced if source.model else None
+    return dataclasses.replace(source, ema=source.ema | replaced, model=model)
 
 
 def _check_shapes(
-    checkpoint: str, file: CheckpointFile, moments: Moments | None, setup: Setup
+    checkpoint: str, source: CheckpointFile, moments: AdamWMoments | None, setup: Setup
 ) -> None:
-    """`UserError` that names what is missing, unexpected or mis-shaped in any part of the file."""
+    """Compare the tensors of every part of the file with those of the network.
+
+    Raises UserError that names the missing, unexpected and mis-shaped ones.
+    """
     expected = torch_shapes(setup.abstract_state.params, setup.size)
-    states = {"ema": file.ema, "model": file.model} if file.model else {"the state dict": file.ema}
+    parts = {"the state dict": source.ema}
+    if source.model:
+        parts = {"ema": source.ema, "model": source.model}
     if moments:
-        states |= {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
-    for what, state in states.items():
-        check_tensors(
-            f"{what} of {checkpoint}",
-            {name: tensor.shape for name, tensor in state.items()},
-            expected,
-        )
+        parts |= {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
+    for part, state_dict in parts.items():
+        shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+        check_tensors(f"{part} of {checkpoint}", shapes, expected)
 
 
-def _items(file: CheckpointFile, moments: Moments | None, setup: Setup) -> dict[str, Any]:
-    """What the checkpoint holds, as JAX arrays, which Orbax copies once; numpy's it would copy twice."""
+def _checkpoint_items(
+    source: CheckpointFile, moments: AdamWMoments | None, setup: Setup
+) -> dict[str, Any]:
+    """Return the checkpoint's items. They are JAX arrays: Orbax would copy NumPy arrays twice."""
 
-    def tree(state_dict):
+    def tree(state_dict: StateDict) -> Any:
         return jax.device_put(params_from_torch(state_dict, setup.size))
 
-    items = {"ema": tree(file.ema)}
-    if file.model:
-        items["params"] = tree(file.model)
+    items = {"ema": tree(source.ema)}
+    if source.model:
+        items["params"] = tree(source.model)
     if moments:
         items["opt_state"] = optax.tree.set(
             setup.abstract_state.opt_state,
@@ -216,38 +280,44 @@ def _save(folder: epath.Path, step: int, items: dict[str, Any], note: dict[str, 
         try:
             checkpoints.wait()
         except UserError:
-            time.sleep(
-                1
-            )  # one of Orbax's writers has failed; the others make folders until they notice
+            # After one of Orbax's writers has failed, the others still create folders for a moment.
+            time.sleep(1)
             raise
 
 
 def _describe(
-    file: CheckpointFile, found: Architecture, wanted: Architecture, setup: Setup
+    source: CheckpointFile, old: SiTArchitecture, new: SiTArchitecture, setup: Setup
 ) -> None:
-    """Prints what was found, and whatever of it does not stay as it was."""
-    size, (height, width, channels) = setup.size, setup.input_shape
-    count = sum(int(np.prod(tensor.shape)) for tensor in file.ema.values())
+    """Print the network, and a note on everything that the conversion changes."""
+    size = setup.size
+    height, width, channels = setup.input_shape
     print(
-        f"depth {size.depth}, width {size.width}, {size.heads} heads, patch {size.patch}: {count / 1e6:.1f} M "
-        f"parameters; sees {height}x{width}x{channels}, {wanted.classes} classes, learn_sigma {wanted.learn_sigma}"
+        f"depth {size.depth}, width {size.width}, {size.heads} heads, patch {size.patch}: "
+        f"{_count(source.ema) / 1e6:.1f} M parameters; input {height}x{width}x{channels}, "
+        f"{new.classes} classes, learn_sigma {new.learn_sigma}"
     )
-    if setup.config.model.name != (said := file.args.get("model", setup.config.model.name)):
-        print(f"note: args say {said}, the tensors another network; the tensors count")
-    others = {str(tensor.dtype) for tensor in file.ema.values()} - {"float32"}
-    if others:
-        print(f"note: {' and '.join(sorted(others))} weights become float32")
-    if wanted.side != found.side:
+    name = setup.config.model.name
+    recorded_name = source.args.get("model", name)
+    if recorded_name != name:
         print(
-            f"note: pos_embed is recomputed for {wanted.side} instead of {found.side} cells a side; the rest is kept"
+            f"note: args name {recorded_name}, but the tensors are of another network; "
+            "the tensors decide"
         )
-    if wanted.classes != found.classes:
+    other_types = {str(tensor.dtype) for tensor in source.ema.values()} - {"float32"}
+    if other_types:
+        print(f"note: {' and '.join(sorted(other_types))} weights become float32")
+    if new.side != old.side:
         print(
-            f"note: the label table is drawn anew for {wanted.classes} instead of {found.classes} classes; "
-            "everything else is kept"
+            f"note: pos_embed is recomputed for {new.side} instead of {old.side} cells per side; "
+            "all other weights are kept"
         )
-    if file.opt and wanted != found:
-        print("note: that is a new training: it starts at step 0, with new moments")
+    if new.classes != old.classes:
+        print(
+            f"note: the label table is initialised again for {new.classes} instead of "
+            f"{old.classes} classes; all other weights are kept"
+        )
+    if source.opt and new != old:
+        print("note: this is a new training: it starts at step 0, with new moments")
 
 
 if __name__ == "__main__":

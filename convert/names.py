@@ -1,6 +1,11 @@
-"""The two-way table between the PyTorch SiT's state dict and our parameter tree: name and layout of each tensor."""
+"""The table between the PyTorch SiT's state dict and our parameter tree: names and layouts.
 
-from collections.abc import Callable, Iterator, Mapping
+Shape suffixes: i, o input and output features; h, w rows and columns of a patch; f = (h, w, i);
+n heads; 3 query, key, value; t tokens; d width.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +16,7 @@ from sit_jax.models.sizes import Size
 
 
 class Layout(NamedTuple):
-    """Two functions (array, size) -> array, each the other's inverse."""
+    """Two functions (array, size) -> array, each the inverse of the other."""
 
     to_ours: Callable[[np.ndarray, Size], np.ndarray]
     to_torch: Callable[[np.ndarray, Size], np.ndarray]
@@ -19,30 +24,32 @@ class Layout(NamedTuple):
 
 _SAME = Layout(lambda x, size: x, lambda x, size: x)
 _LINEAR = Layout(lambda w_oi, size: w_oi.T, lambda w_io, size: w_io.T)
-_PATCHES = Layout(  # OIHW <-> [(h, w, in), out]
+_PATCHES = Layout(  # [o, i, h, w] <-> [(h, w, i), o]
     lambda w_oihw, size: w_oihw.transpose(2, 3, 1, 0).reshape(-1, size.width),
     lambda w_fo, size: w_fo.reshape(size.patch, size.patch, -1, size.width).transpose(3, 2, 0, 1),
 )
-_QKV = Layout(  # [(3, heads, head), in] <-> [in, 3, heads, head]
+_QKV = Layout(  # [(3, heads, head width), i] <-> [i, 3, heads, head width]
     lambda w_oi, size: w_oi.T.reshape(size.width, 3, size.heads, -1),
     lambda w_i3nh, size: w_i3nh.reshape(size.width, -1).T,
 )
-_QKV_BIAS = Layout(
+_QKV_BIAS = Layout(  # [(3, heads, head width)] <-> [3, heads, head width]
     lambda b_o, size: b_o.reshape(3, size.heads, -1), lambda b_3nh, size: b_3nh.reshape(-1)
 )
 _POSITION = Layout(lambda x_1td, size: x_1td[0], lambda x_td, size: x_td[None])
 
 
-def _layer(torch_name: str, ours: str) -> dict[str, tuple[str, Layout]]:
+def _layer(torch_name: str, our_path: str) -> dict[str, tuple[str, Layout]]:
+    """Return the two entries of a linear layer."""
     return {
-        f"{torch_name}.weight": (f"{ours}/kernel", _LINEAR),
-        f"{torch_name}.bias": (f"{ours}/bias", _SAME),
+        f"{torch_name}.weight": (f"{our_path}/kernel", _LINEAR),
+        f"{torch_name}.bias": (f"{our_path}/bias", _SAME),
     }
 
 
-LABEL_TABLE, POSITION = "y_embedder.embedding_table.weight", "pos_embed"
-# torch name -> (our path, layout), in the order of torch's parameters(). "blocks.N." stands for every block; ours are
-# stacked on a leading axis.
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+POSITION = "pos_embed"
+# torch name -> (our path, layout), in the order of torch's parameters(). "blocks.N." stands for
+# every block; our tree stacks the blocks on a leading axis.
 TABLE: dict[str, tuple[str, Layout]] = {
     POSITION: ("pos_embed", _POSITION),
     "x_embedder.proj.weight": ("x_embedder/kernel", _PATCHES),
@@ -61,24 +68,31 @@ TABLE: dict[str, tuple[str, Layout]] = {
 }
 
 
-def entries(depth: int) -> Iterator[tuple[str, str, int | None, Layout]]:
-    """(torch name, our path, layer or None, layout) of every tensor, in torch's order: blocks one after the other."""
-    before, blocks, after = [], [], []
-    for name, (path, layout) in TABLE.items():
-        (blocks if ".N." in name else after if blocks else before).append((name, path, layout))
-    yield from ((name, path, None, layout) for name, path, layout in before)
-    for layer in range(depth):
-        yield from (
-            (name.replace("N", str(layer), 1), path, layer, layout) for name, path, layout in blocks
-        )
-    yield from ((name, path, None, layout) for name, path, layout in after)
+class Entry(NamedTuple):
+    """One tensor of a state dict."""
+
+    torch_name: str
+    path: str  # in our tree
+    layer: int | None  # its index on the leading axis of a stacked leaf
+    layout: Layout
 
 
-def params_from_torch(state_dict: Mapping[str, Any], size: Size) -> dict:
-    """The parameter tree, float32, of a state dict (name -> array, or what np.asarray makes one of)."""
-    tree: dict = {}
-    for name, path, layer, layout in entries(size.depth):
-        value = layout.to_ours(np.asarray(state_dict[name]), size)
+def entries(depth: int) -> Iterator[Entry]:
+    """Yield every tensor in torch's order, in which the blocks follow one another."""
+    for in_blocks, group in itertools.groupby(TABLE.items(), lambda item: ".N." in item[0]):
+        rows = list(group)
+        layers: Iterable[int | None] = range(depth) if in_blocks else [None]
+        for layer in layers:
+            for name, (path, layout) in rows:
+                torch_name = name if layer is None else name.replace("N", str(layer), 1)
+                yield Entry(torch_name, path, layer, layout)
+
+
+def params_from_torch(state_dict: Mapping[str, Any], size: Size) -> dict[str, Any]:
+    """Return the float32 parameter tree of a state dict: name -> anything np.asarray accepts."""
+    tree: dict[str, Any] = {}
+    for torch_name, path, layer, layout in entries(size.depth):
+        value = layout.to_ours(np.asarray(state_dict[torch_name]), size)
         *parents, leaf = path.split("/")
         node = tree
         for parent in parents:
@@ -90,36 +104,46 @@ def params_from_torch(state_dict: Mapping[str, Any], size: Size) -> dict:
     return tree
 
 
-def params_to_torch(tree: Mapping, size: Size) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor of the state dict, in its order."""
-    for name, path, layer, layout in entries(size.depth):
+def params_to_torch(tree: Mapping[str, Any], size: Size) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, array) of every tensor of the state dict, in torch's order."""
+    for torch_name, path, layer, layout in entries(size.depth):
         value: Any = tree
         for part in path.split("/"):
             value = value[part]
-        yield name, layout.to_torch(np.asarray(value if layer is None else value[layer]), size)
+        if layer is not None:
+            value = value[layer]
+        yield torch_name, layout.to_torch(np.asarray(value), size)
 
 
 def torch_shapes(params: Any, size: Size) -> dict[str, tuple[int, ...]]:
-    """name -> shape of the state dict that a tree of (abstract) parameters corresponds to."""
-    numbers = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
-    return {name: value.shape for name, value in params_to_torch(numbers, size)}
+    """Return name -> shape of the state dict that a tree of (abstract) parameters becomes."""
+    # Broadcast zeros have a shape but, at any size, the memory of a single number.
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
+    return {name: value.shape for name, value in params_to_torch(zeros, size)}
 
 
 def check_tensors(
-    what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    source: str, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """`UserError` that names the tensors of `what` which are missing, unexpected or of another shape."""
+    """Compare the tensors of `source` with the expected ones, both as name -> shape.
+
+    Raises UserError that names the missing, unexpected and mis-shaped tensors.
+    """
     problems = [
-        f"{n} is missing, expected shape {list(s)}" for n, s in expected.items() if n not in found
+        f"{name} is missing, expected shape {list(shape)}"
+        for name, shape in expected.items()
+        if name not in shapes
     ]
     problems += [
-        f"{n} of shape {list(s)} is unexpected" for n, s in found.items() if n not in expected
+        f"{name} of shape {list(shape)} is unexpected"
+        for name, shape in shapes.items()
+        if name not in expected
     ]
     problems += [
-        f"{n} has shape {list(found[n])}, expected {list(s)}"
-        for n, s in expected.items()
-        if n in found and tuple(found[n]) != tuple(s)
+        f"{name} has shape {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != tuple(shape)
     ]
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{what} does not fit: {'; '.join(problems[:4])}{more}")
+        raise UserError(f"{source} does not fit: {'; '.join(problems[:4])}{more}")

@@ -1,12 +1,13 @@
-"""The config of a PyTorch SiT run: its arguments and optimizer settings as our settings, and back."""
+"""Translate a PyTorch SiT run's arguments and optimizer settings to our settings, and back."""
 
 from typing import Any
 
-from convert.checkpoint_file import Architecture
+from convert.checkpoint_file import SiTArchitecture
 from sit_jax.models.sizes import SIZES, Size
 from sit_jax.settings import Config, get
 
-# What the reference's training script does where a file does not say; train.steps is its 1400 epochs of ImageNet.
+# The reference training script's own values, for everything that a file does not record.
+# train.steps is its 1400 epochs of ImageNet.
 REFERENCE = {
     "data.source": "folder",
     "data.split": "all",
@@ -20,7 +21,7 @@ REFERENCE = {
     "log.sheet_every": 10_000,
     "sample.cfg_scale": 4.0,
 }
-# The reference's argument <-> our setting.
+# The reference's argument -> our setting.
 ARGUMENTS = {
     "path_type": "transport.path",
     "prediction": "transport.prediction",
@@ -36,52 +37,51 @@ ARGUMENTS = {
     "sample_every": "log.sheet_every",
     "cfg_scale": "sample.cfg_scale",
 }
-_CODEC, _CELL, _LATENT_CHANNELS = (
-    "sd-vae",
-    8,
-    4,
-)  # the SD-VAE: 8 x 8 pixels a latent cell of 4 channels
+# Stable Diffusion's autoencoder makes one latent cell of 4 channels from 8 x 8 pixels.
+_CODEC = "sd-vae"
+_CELL = 8
+_LATENT_CHANNELS = 4
 
 
 def pixels_per_cell(channels: int) -> int:
-    """Image pixels along one side of a cell of the network's input: what sees 4 channels sees latents."""
+    """Return the image pixels along one side of an input cell: an input of 4 channels is latent."""
     return _CELL if channels == _LATENT_CHANNELS else 1
 
 
 def input_settings(side: int, channels: int) -> dict[str, Any]:
-    """The settings by which the network sees [side, side, channels]."""
+    """Return the settings that give the network an input of [side, side, channels]."""
     if channels == _LATENT_CHANNELS:
         return {"latents.codec": _CODEC, "data.image_size": side * _CELL, "data.channels": 3}
     return {"latents.codec": "pixels", "data.image_size": side, "data.channels": channels}
 
 
-def network_settings(name: str, size: Size, found: Architecture) -> dict[str, Any]:
-    """The settings of the network: a known name where all of it is, its parts otherwise."""
-    known = vars(SIZES[name])
-    parts = {
-        f"model.{part}": None if value == known[part] else value
-        for part, value in vars(size).items()
+def network_settings(name: str, size: Size, architecture: SiTArchitecture) -> dict[str, Any]:
+    """Return the network's settings: a published name, and the fields of `size` that differ."""
+    published = vars(SIZES[name])
+    overrides = {
+        f"model.{field}": None if value == published[field] else value
+        for field, value in vars(size).items()
     }
     return {
         "model.name": name,
-        **parts,
-        "model.learn_sigma": found.learn_sigma,
-        "data.classes": found.classes,
-        **input_settings(found.side, found.channels),
+        **overrides,
+        "model.learn_sigma": architecture.learn_sigma,
+        "data.classes": architecture.classes,
+        **input_settings(architecture.side, architecture.channels),
     }
 
 
 def from_args(args: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Our settings of a run with these arguments and AdamW settings, as the reference understands them."""
-    found = {ours: args[theirs] for theirs, ours in ARGUMENTS.items() if theirs in args}
-    settings = REFERENCE | found
-    path, prediction = (
-        settings.get("transport.path", "Linear"),
-        settings.get("transport.prediction", "velocity"),
-    )
-    if (
-        prediction == "velocity"
-    ):  # its loss weight does nothing there, and for these paths its eps neither
+    """Return our settings of a run with these arguments and AdamW settings (empty: not recorded).
+
+    Arguments that the reference ignores become their defaults.
+    """
+    recorded = {ours: args[theirs] for theirs, ours in ARGUMENTS.items() if theirs in args}
+    settings = REFERENCE | recorded
+    path = settings.get("transport.path", "Linear")
+    prediction = settings.get("transport.prediction", "velocity")
+    if prediction == "velocity":
+        # The reference then ignores the loss weight and, except for VP, both eps.
         settings["transport.loss_weight"] = "none"
         if path != "VP":
             settings |= {"transport.train_eps": None, "transport.sample_eps": None}
@@ -94,9 +94,15 @@ def from_args(args: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]
 
 
 def to_args(config: Config, size: Size, image_size: int) -> dict[str, Any]:
-    """The reference's arguments of a run with this config; no model where the reference has no name for the size."""
+    """Return the reference's arguments of a run with this config.
+
+    They lack `model` if the reference has no name for the size.
+    """
     args = {theirs: get(config, ours) for theirs, ours in ARGUMENTS.items()}
-    args["loss_weight"] = None if args["loss_weight"] == "none" else args["loss_weight"]
-    names = [name for name, known in SIZES.items() if known == size]
+    if args["loss_weight"] == "none":
+        args["loss_weight"] = None
     args |= {"image_size": image_size, "num_classes": config.data.classes}
-    return args | ({"model": names[0]} if names else {})
+    names = [name for name, published in SIZES.items() if published == size]
+    if names:
+        args["model"] = names[0]
+    return args

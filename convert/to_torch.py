@@ -1,4 +1,4 @@
-"""A workdir -> a checkpoint that the PyTorch reference loads.
+"""Convert a workdir into a checkpoint that the PyTorch reference loads.
 
 python -m convert.to_torch runs/xl xl.pt
 """
@@ -18,17 +18,23 @@ from safetensors.numpy import save_file
 
 from convert import cli, recipe
 from convert.checkpoint_file import RECORD
-from convert.names import POSITION, params_to_torch
+from convert.names import POSITION, entries, params_to_torch
 from convert.torch_writer import TorchWriter
 from sit_jax import config as config_lib
 from sit_jax import sharding, train_state
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.errors import check
+from sit_jax.errors import check, require
 from sit_jax.jobs.setup import Setup
-from sit_jax.jobs.workdir import newest_complete, weights_of
+from sit_jax.jobs.workdir import newest_step, restore_items
+from sit_jax.settings import Config
 
-# AdamW's settings that the reference leaves alone. Every key is written: load_state_dict takes the group as it is.
-_GROUP = {
+_DESCRIPTION = """\
+Convert a workdir's newest complete checkpoint into a file that the PyTorch reference loads. A
+training checkpoint and a .safetensors file also record the config and the step for
+convert.from_torch; a bare state dict in a .pt file has no place for them. PyTorch is not needed."""
+# AdamW's settings that the reference leaves at their defaults. load_state_dict replaces the entire
+# group, so every key is needed.
+_GROUP_DEFAULTS = {
     "amsgrad": False,
     "maximize": False,
     "foreach": None,
@@ -37,70 +43,89 @@ _GROUP = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
+_ADAM = "ScaleByAdamState"  # optax's state of AdamW: count, mu and nu
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.parser(
-        "to_torch", "Writes a workdir's newest checkpoint for the PyTorch reference."
-    )
-    parser.add_argument("workdir")
+    """Parse the command line and convert."""
+    parser = cli.parser("to_torch", _DESCRIPTION)
+    parser.add_argument("workdir", help="the folder of the run, with config.json and checkpoints")
     parser.add_argument(
         "out",
-        help=".pt: {model, ema, opt, args}; .safetensors: the EMA alone, or what --weights says",
+        help="the file to write; NAME.pt is a training checkpoint {model, ema, opt, args}, or a "
+        "bare state dict if the workdir has no AdamW moments; NAME.safetensors is one set of "
+        "weights, the EMA unless --weights is given",
     )
     parser.add_argument(
-        "--weights", choices=("ema", "raw"), help="these weights alone, as a bare state dict"
+        "--weights",
+        choices=("ema", "raw"),
+        help="write only these weights, as a bare state dict: the EMA (ema) or the trained "
+        "parameters (raw)",
     )
-    convert(**vars(parser.parse_args(argv)))
+    flags = parser.parse_args(argv)
+    convert(flags.workdir, flags.out, weights=flags.weights, overwrite=flags.overwrite)
 
 
 def convert(workdir: str, out: str, *, weights: str | None = None, overwrite: bool = False) -> None:
-    """Writes `out`, which is there whole or not at all. `UserError` for what cannot be written.
+    """Write `out` from the newest complete checkpoint of a workdir.
 
-    A workdir of converted weights without moments becomes a bare state dict, as it was.
+    A checkpoint without moments, such as one of converted weights, becomes a bare state dict.
+
+    Raises UserError if the reference could not load the result; then nothing is left behind.
     """
     suffix = os.path.splitext(out)[1]
     check(
         suffix in (".pt", ".safetensors"),
         f"{out!r} ends in {suffix!r}; expected .pt or .safetensors",
     )
-    recorded, folder = epath.Path(workdir) / "config.json", epath.Path(workdir) / "checkpoints"
+    setup = Setup(_read_config(workdir), sharding.make_mesh(-1, 1, 1))
+    folder = epath.Path(workdir) / "checkpoints"
+    with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
+        step = require(
+            newest_step(checkpoints),
+            f"{str(folder)!r} holds no complete checkpoint; train first",
+        )
+        export = _Export(workdir, setup, checkpoints, step)
+        if weights is None and (suffix == ".safetensors" or not export.has_moments):
+            weights = "ema"
+        if weights is None:
+            export.check_adamw()
+        size = export.size_in_bytes(copies=1 if weights else 4)
+        with cli.output(out, size, overwrite) as new:
+            if suffix == ".safetensors":
+                export.write_safetensors(new, weights or "ema")
+            else:
+                export.write_torch(new, weights)
+    written = "parameters, EMA, AdamW's moments and settings"
+    if weights:
+        written = f"the {weights} weights"
+    print(f"{written} of step {step} -> {out}")
+
+
+def _read_config(workdir: str) -> Config:
+    """Return the config of a workdir.
+
+    Raises UserError if it is not a workdir, or its network has no counterpart in PyTorch.
+    """
+    path = epath.Path(workdir)
     check(
-        recorded.exists() and folder.exists(),
-        f"{workdir!r} is no workdir; expected config.json and checkpoints",
+        (path / "config.json").exists() and (path / "checkpoints").exists(),
+        f"{workdir!r} is not a workdir; expected config.json and checkpoints",
     )
-    config = config_lib.load(str(recorded))
+    config = config_lib.load(str(path / "config.json"))
     check(
         not config.model.qk_norm,
-        f"{workdir!r} has model.qk_norm, which the PyTorch SiT has no tensors for",
+        f"{workdir!r} has model.qk_norm, for which the PyTorch SiT has no tensors; "
+        "only a run with model.qk_norm=false can be converted",
     )
-    with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
-        step = newest_complete(checkpoints)
-        check(step is not None, f"{str(folder)!r} holds no whole checkpoint; train first")
-        export = _Export(Setup(config, sharding.make_mesh(-1, 1, 1)), checkpoints, step)
-        alone = weights or ("ema" if suffix == ".safetensors" or not export.has_moments else None)
-        with cli.output(out, export.bytes(copies=1 if alone else 4), overwrite) as new:
-            if suffix == ".safetensors":
-                tensors = {
-                    name: np.ascontiguousarray(tensor) for name, tensor in export.weights(alone)
-                }
-                save_file(tensors, new, {"format": "pt", RECORD: json.dumps(export.record)})
-            else:
-                with open(new, "wb") as file, TorchWriter(file) as writer:
-                    bare = (
-                        {name: writer.tensor(tensor) for name, tensor in export.weights(alone)}
-                        if alone
-                        else None
-                    )
-                    writer.finish(bare or export.training(writer))
-    what = f"the {alone} weights" if alone else "parameters, EMA, AdamW's moments and settings"
-    print(f"{what} of step {step} -> {out}")
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
 class _Export:
-    """One checkpoint, read an item at a time, so that no more than one of them is in memory."""
+    """One checkpoint to write. It is read one item at a time, to limit memory to one item."""
 
+    workdir: str
     setup: Setup
     checkpoints: Checkpoints
     step: int
@@ -111,57 +136,111 @@ class _Export:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the reference's format has no place for, for the way back."""
+        """What convert.from_torch needs in addition to the reference's own format."""
         return {"step": self.step, "config": dataclasses.asdict(self.setup.config)}
 
-    def bytes(self, copies: int) -> int:
-        return copies * sum(
-            4 * leaf.size for leaf in jax.tree.leaves(self.setup.abstract_state.params)
+    def size_in_bytes(self, copies: int) -> int:
+        """Return the size of so many copies of the parameters, in float32."""
+        leaves = jax.tree.leaves(self.setup.abstract_state.params)
+        return copies * 4 * sum(leaf.size for leaf in leaves)
+
+    def check_adamw(self) -> None:
+        """Raise UserError unless the optimizer state is AdamW's, the only one the format holds."""
+        state = self.setup.abstract_state
+        names = list(_names_of_array_states(state.opt_state))
+        is_adamw = names == [_ADAM]
+        if is_adamw:
+            # A masked AdamW has moments of only some parameters.
+            moments = jax.tree.leaves(optax.tree.get(state.opt_state, _ADAM).mu)
+            is_adamw = len(moments) == len(jax.tree.leaves(state.params))
+        check(
+            is_adamw,
+            f"the optimizer state of {self.workdir!r} is {' and '.join(names) or 'empty'}; "
+            f"expected AdamW's {_ADAM} of every parameter; write only the weights with "
+            "--weights ema or raw",
         )
 
-    def weights(self, which: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, tensor) of the EMA or the raw weights."""
-        item = {"ema": "ema", "raw": "params"}[which]
+    def write_safetensors(self, path: epath.Path, weights: str) -> None:
+        """Write one set of weights, with the record in the metadata."""
+        tensors = {name: np.ascontiguousarray(array) for name, array in self._weights(weights)}
+        save_file(tensors, path, {"format": "pt", RECORD: json.dumps(self.record)})
+
+    def write_torch(self, path: epath.Path, weights: str | None) -> None:
+        """Write one set of weights, or with None {model, ema, opt, args}."""
+        with open(path, "wb") as file, TorchWriter(file) as writer:
+            if weights:
+                writer.finish(self._state_dict(writer, weights))
+            else:
+                writer.finish(self._training_checkpoint(writer))
+
+    def _weights(self, weights: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (name, array) of the EMA ("ema") or the trained parameters ("raw")."""
+        item = {"ema": "ema", "raw": "params"}[weights]
         target = getattr(self.setup.abstract_state, item)
-        return params_to_torch(
-            weights_of(self.checkpoints, self.step, {item: target})[item], self.setup.size
-        )
+        tree = restore_items(self.checkpoints, self.step, {item: target})[item]
+        return params_to_torch(tree, self.setup.size)
 
-    def training(self, writer: TorchWriter) -> dict[str, Any]:
-        """{model, ema, opt, args}, as the reference's train.py saves it."""
-        model, ema = (
-            {n: writer.tensor(t) for n, t in self.weights(which)} for which in ("raw", "ema")
-        )
-        config, size = self.setup.config, self.setup.size
+    def _state_dict(self, writer: TorchWriter, weights: str) -> dict[str, Any]:
+        return {name: writer.tensor(array) for name, array in self._weights(weights)}
+
+    def _training_checkpoint(self, writer: TorchWriter) -> dict[str, Any]:
+        """Write all tensors; return {model, ema, opt, args} as the reference's train.py does."""
+        image_size = self.setup.input_shape[0] * recipe.pixels_per_cell(self.setup.input_shape[2])
+        args = recipe.to_args(self.setup.config, self.setup.size, image_size)
+        return {
+            "model": self._state_dict(writer, "raw"),
+            "ema": self._state_dict(writer, "ema"),
+            "opt": self._optimizer_state(writer),
+            # A dict and not the reference's Namespace, which torch.load refuses by default.
+            "args": args | {RECORD: self.record},
+        }
+
+    def _optimizer_state(self, writer: TorchWriter) -> dict[str, Any]:
+        """Write the moments; return AdamW's state dict, whose parameters are numbered in order."""
         target = self.setup.abstract_state.opt_state
-        state = self.checkpoints.restore(self.step, {"opt_state": target})["opt_state"]
-        adam = optax.tree.get(state, "ScaleByAdamState")
-        moments = zip(params_to_torch(adam.mu, size), params_to_torch(adam.nu, size), strict=True)
-        entries = {
+        opt_state = self.checkpoints.restore(self.step, {"opt_state": target})["opt_state"]
+        adam = optax.tree.get(opt_state, _ADAM)
+        averages = params_to_torch(adam.mu, self.setup.size)
+        squares = params_to_torch(adam.nu, self.setup.size)
+        moments = enumerate(zip(averages, squares, strict=True))
+        state = {
             number: {
                 "step": writer.tensor(np.asarray(adam.count, np.float32)),
                 "exp_avg": writer.tensor(average),
                 "exp_avg_sq": writer.tensor(square),
             }
-            for number, ((name, average), (_, square)) in enumerate(moments)
-            if name != POSITION  # never trained: AdamW has no state of it
+            for number, ((name, average), (_, square)) in moments
+            if name != POSITION  # not trained, so AdamW has no state for it
         }
-        o = config.optimizer
+        count = len(list(entries(self.setup.size.depth)))
+        optimizer = self.setup.config.optimizer
         group = {
             "lr": float(self.setup.schedule(int(adam.count))),
-            "betas": (o.b1, o.b2),
-            "eps": o.eps,
+            "betas": (optimizer.b1, optimizer.b2),
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
+            **_GROUP_DEFAULTS,
+            "params": list(range(count)),
         }
-        group |= {"weight_decay": o.weight_decay, **_GROUP, "params": list(range(len(model)))}
-        image_size = self.setup.input_shape[0] * recipe.pixels_per_cell(self.setup.input_shape[2])
-        # A dict, not the reference's Namespace, which torch.load refuses by default.
-        args = recipe.to_args(config, size, image_size) | {RECORD: self.record}
-        return {
-            "model": model,
-            "ema": ema,
-            "opt": {"state": entries, "param_groups": [group]},
-            "args": args,
-        }
+        return {"state": state, "param_groups": [group]}
+
+
+def _names_of_array_states(node: Any) -> Iterator[str]:
+    """Yield the class names of the optax states, at any depth, whose own fields hold arrays.
+
+    Scalars, such as a step count, and wrappers of other states do not count.
+    """
+
+    def is_inner_state(child: Any) -> bool:
+        return hasattr(child, "_fields") and child is not node
+
+    children = jax.tree.leaves(node, is_leaf=is_inner_state)
+    if hasattr(node, "_fields") and any(
+        child.ndim for child in children if not is_inner_state(child)
+    ):
+        yield type(node).__name__
+    for child in filter(is_inner_state, children):
+        yield from _names_of_array_states(child)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Reads the tensors of a torch.save file without torch, and without running anything that is in it.
+"""Read the tensors of a torch.save file without torch, and without running any code in the file.
 
-Such a file is a zip: `data.pkl` holds the structure, `data/KEY` the raw storages. Before PyTorch 1.6 it was a row of
-pickles with the storages behind them, and some published weights still are. The unpickler below knows the handful of
-names that a checkpoint is made of and refuses every other, so a hostile file cannot call anything.
+Such a file is a zip: `data.pkl` holds the structure, `data/KEY` the raw storages. Before PyTorch
+1.6 it was a sequence of pickles followed by the storages, and some published weights still have
+that format. The unpickler below allows only the few names that checkpoints need and refuses all
+others, so a hostile file cannot call anything.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -37,31 +38,40 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that stays in its file until `read`, or np.asarray, asks for it: no model need be in memory twice."""
+    """A tensor that stays in its file until `read` or np.asarray loads it.
+
+    So converting a model never needs two copies of it in memory.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)
 
 
 def in_memory(array: np.ndarray) -> Tensor:
+    """Return an array as a Tensor."""
     return Tensor(array.shape, array.dtype, lambda: array)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
+    """A flat run of `count` numbers, which tensors are views of."""
+
     dtype: np.dtype
     count: int
     read: Callable[[], bytes]
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_) -> Tensor:
-    last = (
-        offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else -1
-    )
+def _rebuild_tensor(
+    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: object
+) -> Tensor:
+    """Return a view of a storage. `offset` and `strides` count elements."""
+    last = -1  # index of the last element; an empty tensor has none
+    if all(shape):
+        last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if min([offset, *shape, *strides]) < 0 or last >= storage.count:
         raise pickle.UnpicklingError(
             f"a tensor of shape {shape} reaches past its storage of {storage.count} elements"
@@ -69,14 +79,14 @@ def _rebuild_tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple
 
     def read() -> np.ndarray:
         values = np.frombuffer(storage.read(), storage.dtype, storage.count)[offset:]
-        return np.lib.stride_tricks.as_strided(
-            values, shape, [s * values.itemsize for s in strides], writeable=False
-        )
+        strides_in_bytes = [stride * values.itemsize for stride in strides]
+        return np.lib.stride_tricks.as_strided(values, shape, strides_in_bytes, writeable=False)
 
     return Tensor(tuple(shape), storage.dtype, read)
 
 
-_ALLOWED = {
+# Everything that a file may refer to.
+_ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("argparse", "Namespace"): argparse.Namespace,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
@@ -86,9 +96,9 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """`storage(dtype, key, count)` finds what a tensor is made of."""
+    """An unpickler restricted to _ALLOWED. `storage(dtype, key, count)` returns a tensor's data."""
 
-    def __init__(self, file: BinaryIO, storage: Callable[[np.dtype, str, int], _Storage]):
+    def __init__(self, file: IO[bytes], storage: Callable[[np.dtype, str, int], _Storage]):
         super().__init__(file, encoding="utf-8")
         self._storage = storage
 
@@ -105,33 +115,36 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch_file(path: str) -> Any:
-    """What torch.save wrote, with a `Tensor` for each tensor. `UserError` for anything that is not such a file."""
+    """Return the object that torch.save wrote, with a `Tensor` in place of each tensor.
+
+    Raises UserError if the file is not a complete torch.save file.
+    """
     with _readable(path):
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
 
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[None]:
+    """Turn any exception into a UserError that names the file."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # a damaged or hostile pickle fails in as many ways as there are opcodes
+    # A damaged or hostile pickle can fail in as many ways as there are opcodes.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path} is no readable PyTorch checkpoint ({reason}); expected a whole file written by torch.save"
+            f"{path} is not a readable PyTorch checkpoint ({reason}); "
+            "expected a complete file written by torch.save"
         ) from error
 
 
 def _read_zip(path: str) -> Any:
     archive = zipfile.ZipFile(path)
-    roots = [
-        name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")
-    ]
+    names = archive.namelist()
+    roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise pickle.UnpicklingError("it holds no data.pkl")
     root = roots[0]
-    if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
+    if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
         raise pickle.UnpicklingError("its numbers are big-endian")
 
     def storage(dtype: np.dtype, key: str, count: int) -> _Storage:
@@ -142,7 +155,7 @@ def _read_zip(path: str) -> Any:
             )
 
         def read() -> bytes:
-            with _readable(path):  # its checksum may be wrong
+            with _readable(path):  # reading verifies the entry's checksum
                 return archive.read(entry)
 
         return _Storage(dtype, count, read)
@@ -152,7 +165,11 @@ def _read_zip(path: str) -> Any:
 
 
 def _read_legacy(path: str) -> Any:
-    """Five pickles (magic, version, machine, content, storage keys), then a count and the numbers for each key."""
+    """Read the format before PyTorch 1.6.
+
+    It consists of five pickles (magic number, version, machine, content, storage keys), then, for
+    each key in turn, an element count of 8 bytes and the numbers.
+    """
     offsets: dict[str, int] = {}
     storages: dict[str, _Storage] = {}
 
@@ -166,11 +183,11 @@ def _read_legacy(path: str) -> Any:
 
     with open(path, "rb") as file:
         if _Unpickler(file, storage).load() != _LEGACY_MAGIC:
-            raise pickle.UnpicklingError("its first number is not PyTorch's")
+            raise pickle.UnpicklingError("it does not start with PyTorch's magic number")
         _, _, content, keys = (_Unpickler(file, storage).load() for _ in range(4))
         for key in keys:
             offsets[key] = file.tell() + 8
             file.seek(offsets[key] + storages[key].count * storages[key].dtype.itemsize)
         if file.tell() > os.path.getsize(path) or storages.keys() - offsets.keys():
-            raise pickle.UnpicklingError("it ends too soon")
+            raise pickle.UnpicklingError("it is truncated")
     return content

@@ -1,4 +1,4 @@
-"""pytorch-fid's Inception weights: every name and shape, unchanged in a safetensors file."""
+"""pytorch-fid's Inception weights keep every name and shape in a safetensors file."""
 
 import json
 import zlib
@@ -27,17 +27,16 @@ def test_the_names_and_shapes_are_the_networks():
 
 
 def test_every_tensor_arrives(tmp_path, weights):
-    counters = {
-        "Mixed_7c.branch_pool.bn.num_batches_tracked": np.array(0)
-    }  # torchvision's, of no use here
+    # torchvision's counter, which inference does not use.
+    counters = {"Mixed_7c.branch_pool.bn.num_batches_tracked": np.array(0)}
     path = checkpoints.save(tmp_path / "in.pth", weights | counters)
     out = tmp_path / "out.safetensors"
     inception.convert(path, str(out))
-    found = load_file(out)
-    assert found.keys() == weights.keys()
+    tensors = load_file(out)
+    assert tensors.keys() == weights.keys()
     for name, want in weights.items():
-        np.testing.assert_array_equal(found[name], want, err_msg=name)
-    with pytest.raises(UserError, match="exists; give another name, or --overwrite"):
+        np.testing.assert_array_equal(tensors[name], want, err_msg=name)
+    with pytest.raises(UserError, match="already exists; give another name, or --overwrite"):
         inception.convert(path, str(out))
 
 
@@ -59,7 +58,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights):
             {**weights, "fc.bias": np.full(1008, np.nan, np.float32)},
             "fc.bias holds NaN or infinite values",
         ),
-        ([1], "holds list, no state dict"),
+        ([1], "holds list, not a state dict"),
     ]
     for content, message in cases:
         path = checkpoints.save(tmp_path / "in.pth", content)

@@ -1,4 +1,4 @@
-"""The name table: every tensor once, both ways, for any size; and what does not fit it."""
+"""The name table covers every tensor once, both ways, for any size; others are refused."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def test_the_table_covers_every_tensor_once(learn_sigma):
     assert sorted(path for path, _ in TABLE.values()) == ours
 
 
-def test_the_order_is_that_of_torchs_parameters():
+def test_the_order_is_the_order_of_torchs_parameters():
     manifest = goldens.load("model")[0]
     want = manifest["train_ckpt"]["opt_param_names"]
     content = read_torch_file(str(goldens.FOLDER / "sit_train_ckpt.pt"))
@@ -41,11 +41,15 @@ def test_the_order_is_that_of_torchs_parameters():
 def test_from_to_from_is_the_identity_bitwise(name, learn_sigma, classes, channels):
     real = SIZES[name]
     size = Size(depth=2, width=4 * real.heads, heads=real.heads, patch=real.patch)
-    network = dict(side=2 * real.patch, channels=channels, classes=classes, learn_sigma=learn_sigma)
+    network = {
+        "side": 2 * real.patch,
+        "channels": channels,
+        "classes": classes,
+        "learn_sigma": learn_sigma,
+    }
     before = checkpoints.state_dict(0, size, **network)
-    before["pos_embed"].view(np.uint32)[...] = (
-        0x7FC12345  # a NaN with a payload is a number like any other here
-    )
+    # The conversion also keeps the payload of a NaN.
+    before["pos_embed"].view(np.uint32)[...] = 0x7FC12345
     tree = params_from_torch(before, size)
     after = dict(params_to_torch(tree, size))
     assert list(after) == list(before)
@@ -53,17 +57,17 @@ def test_from_to_from_is_the_identity_bitwise(name, learn_sigma, classes, channe
         np.testing.assert_array_equal(
             after[tensor].view(np.uint32), before[tensor].view(np.uint32), err_msg=tensor
         )
-    again = params_from_torch(after, size)
+    second_tree = params_from_torch(after, size)
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32)),
         tree,
-        again,
+        second_tree,
     )
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_shapes_of_the_published_sizes(name):
-    """At full size, with no memory behind it: the counts of the paper's models (latents 32x32x4, 1000 classes)."""
+def test_the_published_sizes_have_the_published_number_of_parameters(name):
+    """Compare parameter counts, in millions, with the paper's: latents of 32x32x4, 1000 classes."""
     size = SIZES[name]
     shapes = checkpoints.shapes(size, side=32, classes=1000, learn_sigma=True)
     assert shapes["x_embedder.proj.weight"] == (size.width, 4, size.patch, size.patch)
@@ -76,14 +80,15 @@ def test_shapes_of_the_published_sizes(name):
         assert sum(map(np.prod, shapes.values())) / 1e6 == pytest.approx(published[name], abs=0.005)
 
 
-def test_what_does_not_fit_is_named_with_both_shapes():
+def test_tensors_that_do_not_fit_are_named_with_both_shapes():
     expected = checkpoints.shapes()
-    found = {name: shape for name, shape in expected.items() if name != "blocks.1.mlp.fc1.bias"}
-    found |= {"extra.weight": (3, 4), "final_layer.linear.bias": (7,)}
+    shapes = {name: shape for name, shape in expected.items() if name != "blocks.1.mlp.fc1.bias"}
+    shapes |= {"extra.weight": (3, 4), "final_layer.linear.bias": (7,)}
     with pytest.raises(UserError) as caught:
-        check_tensors("ema of x.pt", found, expected)
+        check_tensors("ema of x.pt", shapes, expected)
     assert str(caught.value) == (
-        "ema of x.pt does not fit: blocks.1.mlp.fc1.bias is missing, expected shape [64]; extra.weight of shape [3, 4] "
-        "is unexpected; final_layer.linear.bias has shape [7], expected [16]"
+        "ema of x.pt does not fit: blocks.1.mlp.fc1.bias is missing, expected shape [64]; "
+        "extra.weight of shape [3, 4] is unexpected; "
+        "final_layer.linear.bias has shape [7], expected [16]"
     )
     check_tensors("ema of x.pt", expected, expected)

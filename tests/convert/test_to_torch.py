@@ -1,8 +1,10 @@
-"""to_torch: what it writes goes back bitwise, and into the reference's own load_state_dict and AdamW."""
+"""to_torch: its files convert back bitwise, and load into the reference's modules and AdamW."""
 
 import errno
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 from convert import cli, from_torch, to_torch
@@ -10,6 +12,7 @@ from convert.torch_file import Tensor, read_torch_file
 from convert.torch_writer import TorchWriter
 from sit_jax import config as config_lib
 from sit_jax.errors import UserError
+from sit_jax.jobs.setup import Setup
 from sit_jax.models.sizes import Size
 from tests import checkpoints, goldens
 
@@ -28,24 +31,24 @@ SIZES = {
 
 
 def bits(content):
-    """A file's content with the bytes of its tensors."""
+    """Return a file's content with each tensor as (shape, dtype, bytes)."""
     if isinstance(content, dict):
         return {key: bits(value) for key, value in content.items()}
-    return (
-        (content.shape, str(content.dtype), content.read().tobytes())
-        if isinstance(content, Tensor)
-        else content
-    )
+    if isinstance(content, Tensor):
+        return content.shape, str(content.dtype), content.read().tobytes()
+    return content
 
 
 @pytest.mark.parametrize("case", SIZES)
 def test_from_to_from_is_the_identity(tmp_path, case):
-    """Weights, EMA, moments, count and optimizer settings, through two workdirs."""
+    """Weights, EMA, moments, count and optimizer settings pass through two workdirs."""
     size, network = SIZES[case]
     path = checkpoints.save(tmp_path / "a.pt", checkpoints.training(size, **network))
     from_torch.convert(path, str(tmp_path / "run"), num_heads=size.heads)
     to_torch.convert(str(tmp_path / "run"), str(tmp_path / "b.pt"))
-    from_torch.convert(str(tmp_path / "b.pt"), str(tmp_path / "again"))  # the heads are on record
+    from_torch.convert(
+        str(tmp_path / "b.pt"), str(tmp_path / "again")
+    )  # which has a record of the heads
     to_torch.convert(str(tmp_path / "again"), str(tmp_path / "c.pt"))
     a, b, c = (bits(read_torch_file(str(tmp_path / f"{name}.pt"))) for name in "abc")
     assert b == c
@@ -63,8 +66,12 @@ def test_from_to_from_is_the_identity(tmp_path, case):
 
 
 def test_the_step_and_every_setting_come_back(tmp_path):
-    """Also those the reference has no place for: here a count that lags behind the step, as skipped updates make it."""
-    path, run = checkpoints.save(tmp_path / "a.pt", checkpoints.training(count=5)), tmp_path / "run"
+    """Also those that the reference has no place for.
+
+    Here AdamW's count is behind the step, as after skipped updates.
+    """
+    path = checkpoints.save(tmp_path / "a.pt", checkpoints.training(count=5))
+    run = tmp_path / "run"
     settings = {
         "optimizer.clip_norm": "1.0",
         "optimizer.warmup_steps": "10",
@@ -84,20 +91,18 @@ def test_the_step_and_every_setting_come_back(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize(("weights", "entry"), [("ema", "ema"), ("raw", "model")])
-def test_weights_alone(tmp_path, suffix, weights, entry):
+def test_a_single_set_of_weights(tmp_path, suffix, weights, entry):
     content = checkpoints.training()
     from_torch.convert(
         checkpoints.save(tmp_path / "a.pt", content), str(tmp_path / "run"), num_heads=2
     )
     out = str(tmp_path / f"b.{suffix}")
     to_torch.convert(str(tmp_path / "run"), out, weights=weights)
-    heads = (
-        None if suffix == "safetensors" else 2
-    )  # safetensors has room for a record, a bare state dict has not
+    # safetensors has a place for the record, a bare state dict does not.
+    heads = None if suffix == "safetensors" else 2
     from_torch.convert(out, str(tmp_path / "again"), num_heads=heads)
-    to_torch.convert(
-        str(tmp_path / "again"), str(tmp_path / "c.pt")
-    )  # without moments a bare state dict again
+    # A workdir without moments becomes a bare state dict.
+    to_torch.convert(str(tmp_path / "again"), str(tmp_path / "c.pt"))
     back = read_torch_file(str(tmp_path / "c.pt"))
     assert list(back) == list(content[entry])
     for name, want in content[entry].items():
@@ -105,8 +110,8 @@ def test_weights_alone(tmp_path, suffix, weights, entry):
 
 
 @pytest.mark.torch
-def test_the_reference_loads_it(tmp_path):
-    """torch's own loader as it is by default, load_state_dict(strict=True), AdamW.load_state_dict, and a step."""
+def test_the_reference_loads_a_training_checkpoint(tmp_path):
+    """Use torch.load with its defaults, both load_state_dict, and then take a step."""
     torch = pytest.importorskip("torch")
     from tests import torch_sit
 
@@ -138,7 +143,7 @@ def test_the_reference_loads_it(tmp_path):
 
 
 @pytest.mark.torch
-def test_safetensors_load_into_the_reference(tmp_path):
+def test_the_reference_loads_safetensors(tmp_path):
     pytest.importorskip("torch")
     from safetensors.torch import load_file
 
@@ -165,42 +170,86 @@ def run(tmp_path):
 
 def test_bad_input_is_one_line_and_leaves_nothing(run, monkeypatch, capsys):
     parent = run.parent
-    (parent / "there.pt").write_bytes(b"old")
+    (parent / "existing.pt").write_bytes(b"old")
     config = config_lib.load(str(run / "config.json"), [("model.qk_norm", "True")])
     cases = [
-        (str(parent / "nothing"), "b.pt", "is no workdir; expected config.json and checkpoints"),
+        (str(parent / "nothing"), "b.pt", "is not a workdir; expected config.json and checkpoints"),
         (str(run), "b.bin", "ends in '.bin'; expected .pt or .safetensors"),
-        (str(run), "there.pt", "there.pt' exists; give another name, or --overwrite to replace it"),
+        (
+            str(run),
+            "existing.pt",
+            "existing.pt' already exists; give another name, or --overwrite to replace it",
+        ),
     ]
     for workdir, out, message in cases:
         with pytest.raises(UserError, match=message):
             to_torch.convert(workdir, str(parent / out))
-    assert (parent / "there.pt").read_bytes() == b"old"
-    to_torch.convert(str(run), str(parent / "there.pt"), overwrite=True)
-    assert len(read_torch_file(str(parent / "there.pt"))) == 32
+    assert (parent / "existing.pt").read_bytes() == b"old"
+    to_torch.convert(str(run), str(parent / "existing.pt"), overwrite=True)
+    assert len(read_torch_file(str(parent / "existing.pt"))) == 32
 
     def full(writer, array):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(TorchWriter, "tensor", full)
-        patch.setattr("sys.argv", ["to_torch", str(run), str(parent / "there.pt"), "--overwrite"])
+        patch.setattr(
+            "sys.argv", ["to_torch", str(run), str(parent / "existing.pt"), "--overwrite"]
+        )
         assert cli.run(to_torch.main) == 2
     error = capsys.readouterr().err
-    assert (
-        "there.pt' could not be written (No space left on device); make room" in error
-        and error.count("\n") == 1
-    )
-    assert len(read_torch_file(str(parent / "there.pt"))) == 32  # the one before
+    assert "existing.pt' could not be written (No space left on device); make room" in error
+    assert error.count("\n") == 1
+    assert len(read_torch_file(str(parent / "existing.pt"))) == 32  # still the previous one
     (run / "config.json").write_text(config_lib.to_json(config))
     with pytest.raises(
-        UserError, match="has model.qk_norm, which the PyTorch SiT has no tensors for"
+        UserError, match="has model.qk_norm, for which the PyTorch SiT has no tensors"
     ):
         to_torch.convert(str(run), str(parent / "b.pt"))
-    assert {entry.name for entry in parent.iterdir()} == {"a.pt", "run", "there.pt"}
+    assert {entry.name for entry in parent.iterdir()} == {"a.pt", "run", "existing.pt"}
+
+
+OTHER_OPTIMIZERS = {
+    "muon": (lambda: optax.contrib.muon(1e-3), "ScaleByAdamState and MuonState"),
+    "momentum": (lambda: optax.sgd(1e-3, momentum=0.9), "TraceState"),
+    "sgd": (lambda: optax.sgd(1e-3), "empty"),
+    "adam and momentum": (
+        lambda: optax.chain(optax.adamw(1e-3), optax.trace(0.9)),
+        "ScaleByAdamState and TraceState",
+    ),
+    "adamw of some parameters": (
+        lambda: optax.masked(
+            optax.adamw(1e-3), lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+        ),
+        "ScaleByAdamState",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_OPTIMIZERS)
+def test_an_optimizer_other_than_adamw_is_refused_and_its_weights_are_not(
+    tmp_path, monkeypatch, case
+):
+    make_optimizer, states = OTHER_OPTIMIZERS[case]
+    content = checkpoints.training()
+    from_torch.convert(
+        checkpoints.save(tmp_path / "a.pt", content), str(tmp_path / "run"), num_heads=2
+    )
+    monkeypatch.setattr(Setup, "optimizer", property(lambda setup: make_optimizer()))
+    with pytest.raises(UserError) as caught:
+        to_torch.convert(str(tmp_path / "run"), str(tmp_path / "b.pt"))
+    assert str(caught.value) == (
+        f"the optimizer state of '{tmp_path}/run' is {states}; expected AdamW's ScaleByAdamState "
+        "of every parameter; write only the weights with --weights ema or raw"
+    )
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.pt", "run"}
+    to_torch.convert(str(tmp_path / "run"), str(tmp_path / "b.pt"), weights="ema")
+    assert bits(read_torch_file(str(tmp_path / "b.pt"))) == bits(
+        read_torch_file(str(tmp_path / "a.pt"))["ema"]
+    )
 
 
 def test_a_damaged_checkpoint_is_not_exported(run):
     (run / "checkpoints" / "0" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
         to_torch.convert(str(run), str(run.parent / "b.pt"))

@@ -1,4 +1,4 @@
-"""torch.save files without torch: what is read, what is written, and that nothing in a file is ever run."""
+"""torch.save files are read and written without torch, and no code in a file is ever run."""
 
 import argparse
 import os
@@ -22,13 +22,13 @@ CONTENT = {
 }
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_written_file_is_read_back(tmp_path):
     plain = {
         "args": {
             "lr": 1e-4,
             "betas": (0.9, 0.999),
             "name": "ü",
-            "on": True,
+            "flag": True,
             "none": None,
             "big": 2**40,
         }
@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("mmap", [False, True])
-def test_torch_loads_what_is_written(tmp_path, mmap):
+def test_torch_loads_a_written_file(tmp_path, mmap):
     torch = pytest.importorskip("torch")
     path = checkpoints.save(
         tmp_path / "x.pt", {"tensors": CONTENT, "list": [1, (0.9, 0.999), None, True]}
@@ -62,8 +62,8 @@ def test_torch_loads_what_is_written(tmp_path, mmap):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("zipped", [False, True], ids=["legacy", "zip"])
-def test_what_torch_writes_is_read(tmp_path, zipped):
-    """Both formats: before PyTorch 1.6 there was no zip, and published Inception weights are of that time."""
+def test_a_file_written_by_torch_is_read(tmp_path, zipped):
+    """Both formats: PyTorch before 1.6 wrote no zip, and published weights may be that old."""
     torch = pytest.importorskip("torch")
     base = torch.arange(12.0).reshape(3, 4)
     module = torch.nn.Linear(2, 2)
@@ -81,18 +81,20 @@ def test_what_torch_writes_is_read(tmp_path, zipped):
     data = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[:-20])
     with pytest.raises(
-        UserError, match="cut.pt is no readable PyTorch checkpoint .*expected a whole file"
+        UserError, match="cut.pt is not a readable PyTorch checkpoint .*expected a complete file"
     ):
         read_torch_file(str(tmp_path / "cut.pt"))
 
 
-def test_arguments_may_be_a_namespace():
+def test_args_may_be_a_namespace():
     assert isinstance(
         read_torch_file(str(goldens.FOLDER / "sit_train_ckpt.pt"))["args"], argparse.Namespace
     )
 
 
 class Hostile:
+    """Pickles as a call of a function, which a careless unpickler would make."""
+
     def __init__(self, function, *arguments):
         self.call = function, arguments
 
@@ -106,7 +108,7 @@ class Hostile:
 )
 def test_a_hostile_file_runs_nothing(tmp_path, zipped, place):
     trace = tmp_path / "trace"
-    for evil, named in (
+    for evil, function_name in (
         (Hostile(os.mkdir, str(trace)), "mkdir"),
         (Hostile(eval, f"__import__('os').mkdir({str(trace)!r})"), "builtins.eval"),
         (Hostile(getattr, argparse.Namespace, "__init__"), "builtins.getattr"),
@@ -118,21 +120,22 @@ def test_a_hostile_file_runs_nothing(tmp_path, zipped, place):
         else:
             (tmp_path / "x.pt").write_bytes(data)
         with pytest.raises(
-            UserError, match=f"it refers to .*{named.rpartition('.')[2]}, which no checkpoint needs"
+            UserError,
+            match=f"it refers to .*{function_name.rpartition('.')[2]}, which no checkpoint needs",
         ):
             read_torch_file(str(tmp_path / "x.pt"))
         assert not trace.exists()
 
 
-def test_a_hostile_length_reads_nothing_outside(tmp_path):
+def test_a_hostile_shape_reads_nothing_outside_its_storage(tmp_path):
     path = checkpoints.save(tmp_path / "x.pt", {"w": np.arange(4, dtype=np.float32)})
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     shape = pickle.dumps((4,), 2)[2:-1]
-    for far in ((5,), (-1,), (2**62,)):
+    for hostile_shape in ((5,), (-1,), (2**62,)):
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in entries.items():
-                archive.writestr(name, data.replace(shape, pickle.dumps(far, 2)[2:-1]))
+                archive.writestr(name, data.replace(shape, pickle.dumps(hostile_shape, 2)[2:-1]))
         with pytest.raises(UserError, match="reaches past its storage of 4 elements"):
             read_torch_file(path)
 
@@ -143,25 +146,25 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     (tmp_path / "cut.pt").write_bytes(
         data[: int(keep * len(data)) if isinstance(keep, float) else keep]
     )
-    with pytest.raises(UserError, match="cut.pt is no readable PyTorch checkpoint") as caught:
+    with pytest.raises(UserError, match="cut.pt is not a readable PyTorch checkpoint") as caught:
         read_torch_file(str(tmp_path / "cut.pt"))
     assert "\n" not in str(caught.value)
 
 
-def test_flipped_bytes_are_noticed_when_they_are_read(tmp_path):
+def test_flipped_bytes_are_detected_when_the_tensor_is_read(tmp_path):
     path = checkpoints.save(tmp_path / "x.pt", {"w": np.full(1000, 3.25, np.float32)})
     data = bytearray((tmp_path / "x.pt").read_bytes())
     data[data.index(np.float32(3.25).tobytes()) + 1000] ^= 0xFF
     (tmp_path / "x.pt").write_bytes(data)
     tensor = read_torch_file(path)["w"]
-    with pytest.raises(UserError, match="x.pt is no readable PyTorch checkpoint .*CRC"):
+    with pytest.raises(UserError, match="x.pt is not a readable PyTorch checkpoint .*CRC"):
         tensor.read()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, world\n" * 100, b"PK\x03\x04" + bytes(100)])
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(UserError, match="x.pt is no readable PyTorch checkpoint"):
+    with pytest.raises(UserError, match="x.pt is not a readable PyTorch checkpoint"):
         read_torch_file(str(tmp_path / "x.pt"))
     with pytest.raises(UserError, match="No such file"):
         read_torch_file(str(tmp_path / "missing.pt"))
