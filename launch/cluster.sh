@@ -1,15 +1,16 @@
 # shellcheck shell=bash
-# Sourced by the scripts that run sit_jax.main on other machines: their arguments, --dry_run, compiler flags, and TPUs
-# that come and go. `arguments` are those of sit_jax.main: what follows -- on the command line.
+# Functions for the scripts that run sit_jax.main on other machines: options, --dry_run, compiler
+# flags, and TPUs that may be preempted. Sourced by those scripts.
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/lib.sh
 . "$root/launch/lib.sh"
 
-arguments=()
+arguments=() # those of sit_jax.main: everything after -- on the command line
 dry_run='' flags=''
 
-# read_arguments OPTIONS SWITCHES ARGUMENT...: sets the variable of each --option VALUE (or =VALUE) and --switch.
+# read_arguments OPTIONS SWITCHES ARGUMENT...: read --OPTION VALUE, --OPTION=VALUE and --SWITCH into
+# the variables of these names.
 read_arguments() {
     local options="$1 flags" switches="$2 dry_run" argument option
     shift 2
@@ -20,14 +21,16 @@ read_arguments() {
             -h | --help) usage; exit ;;
             --) arguments=("$@"); break ;;
             --?*) ;;
-            *) die "unexpected '$argument'; the arguments of sit_jax.main go after --; see --help" ;;
+            *) die "unexpected '$argument'; arguments of sit_jax.main go after --; see --help" ;;
         esac
         option=${argument%%=*}
         option=${option#--}
-        case " $switches " in *" ${argument#--} "*) printf -v "$option" yes; continue ;; esac
+        case " $switches " in
+            *" ${argument#--} "*) printf -v "$option" yes; continue ;;
+        esac
         case " $options " in
             *" $option "*) ;;
-            *) die "unknown option --$option; the arguments of sit_jax.main go after --; see --help" ;;
+            *) die "unknown option --$option; arguments of sit_jax.main go after --; see --help" ;;
         esac
         case $argument in
             *=*) argument=${argument#*=} ;;
@@ -38,39 +41,51 @@ read_arguments() {
     done
 }
 
-# need OPTION...: stops if one of these options was not given.
-need() {
+# require_options OPTION...: stop if one of these options was not given.
+require_options() {
     local option
     for option in "$@"; do
         [ "${!option}" ] || die "--$option is missing; see --help"
     done
 }
 
-# need_remote_run: stops unless sit_jax.main gets a config that is copied and a workdir that outlives the machine.
-need_remote_run() {
+# Stop unless sit_jax.main gets a workdir that outlives the machine, and a config (if any) that is
+# copied to the machine.
+require_remote_arguments() {
     local argument previous='' config='' workdir=''
     for argument in ${arguments[@]+"${arguments[@]}"}; do
-        case $argument in --config=*) config=${argument#*=} ;; --workdir=*) workdir=${argument#*=} ;; esac
-        case $previous in --config) config=$argument ;; --workdir) workdir=$argument ;; esac
+        case $argument in
+            --config=*) config=${argument#*=} ;;
+            --workdir=*) workdir=${argument#*=} ;;
+        esac
+        case $previous in
+            --config) config=$argument ;;
+            --workdir) workdir=$argument ;;
+        esac
         previous=$argument
     done
     case $workdir in
-        '') die "no --workdir; give the arguments of sit_jax.main after --, such as --workdir gs://BUCKET/FOLDER" ;;
+        '') die "no --workdir; give the arguments of sit_jax.main after --," \
+            "such as --workdir gs://BUCKET/FOLDER" ;;
         *://*) ;;
-        *) die "--workdir '$workdir' would go with the machine; expected one in a bucket, such as gs://BUCKET/FOLDER" ;;
+        *) die "--workdir '$workdir' would be lost with the machine; expected a folder in a" \
+            "bucket, such as gs://BUCKET/FOLDER" ;;
     esac
     case $config in
         '' | configs/*) ;;
-        *) die "--config '$config' is not copied to the machine; put it in configs/, as seen from the repository" ;;
+        *) die "--config '$config' is not copied to the machine; put the file into the folder" \
+            "configs of this repository and give --config configs/NAME.py" ;;
     esac
 }
 
-need_tool() {
-    [ "$dry_run" ] || command -v "$1" >/dev/null || die "$1 is not installed; see $2 (--dry_run needs no tool)"
+# require_tool COMMAND URL: stop if the command is not installed and is needed.
+require_tool() {
+    [ "$dry_run" ] || command -v "$1" >/dev/null ||
+        die "$1 is not installed; see $2 (--dry_run works without it)"
 }
 
-# The words as one line that a shell reads back as they are.
-quoted() {
+# Print the words as one line that a shell splits into the same words.
+quote() {
     local word escape="'\\''" separator=''
     for word in "$@"; do
         case $word in '' | *[!A-Za-z0-9_./:=,@%+-]*) word="'${word//\'/$escape}'" ;; esac
@@ -79,70 +94,77 @@ quoted() {
     done
 }
 
+# Run the command, or print it if --dry_run was given.
 run() {
     if [ "$dry_run" ]; then
-        printf '%s\n' "$(quoted "$@")"
+        printf '%s\n' "$(quote "$@")"
     else
         "$@"
     fi
 }
 
-# The flags of a file of compiler_flags/ on one line: one --flag=value a line, # begins a comment.
+# Print the flags of a file as one line. The file holds one --flag=value per line; a comment starts
+# with #.
 read_flags() {
     local line words=()
-    [ -f "$1" ] || die "--flags '$1' is no file; those that come along are launch/compiler_flags/*.flags"
+    [ -f "$1" ] ||
+        die "--flags '$1' is not a file; this repository has launch/compiler_flags/*.flags"
     while IFS= read -r line || [ "$line" ]; do
         line=${line%%#*}
         line=${line%"${line##*[! ]}"}
         [ "$line" ] || continue
         [[ $line = --?*=?* && $line != *' '* ]] ||
-            die "$1 holds the line '$line'; expected --flag=value or # and a comment"
+            die "$1 holds the line '$line'; expected --flag=value or a comment after #"
         words+=("$line")
     done <"$1"
     printf '%s' "${words[*]-}"
 }
 
-# main_line VARIABLE PYTHON...: the shell line that runs sit_jax.main, with the compiler flags in VARIABLE.
-main_line() {
-    local environment=() line
+# main_command VARIABLE PYTHON...: print the shell command that runs sit_jax.main, with the compiler
+# flags in the environment variable VARIABLE.
+main_command() {
+    local environment=() flags_line
     if [ "$flags" ]; then
-        line=$(read_flags "$flags") || exit
-        environment=(env "$1=$line")
+        flags_line=$(read_flags "$flags") || exit
+        environment=(env "$1=$flags_line")
     fi
     shift
-    quoted ${environment[@]+"${environment[@]}"} "$@" ${arguments[@]+"${arguments[@]}"}
+    quote ${environment[@]+"${environment[@]}"} "$@" ${arguments[@]+"${arguments[@]}"}
 }
 
-# Passes on what training says; succeeds if it says that it stopped early, saved.
-says_it_stopped() {
+# Copy standard input to standard output. Succeed if training reported that it saved and stopped
+# early. (Not awk: Debian's buffers its output in blocks, which would delay the log.)
+reports_early_stop() {
     local line early=''
-    while IFS= read -r line || [ "$line" ]; do # not awk: Debian's holds lines back until it has a block of them
+    while IFS= read -r line || [ "$line" ]; do
         printf '%s\n' "$line"
         case $line in *', saved; the same command continues'*) early=yes ;; esac
     done
     [ "$early" ]
 }
 
-# train COMMAND...: its status, but $STOPPED_EARLY instead of 0 where training stopped early, saved. xpk starts a
-# workload again at that status.
+# train COMMAND...: return the command's status, or $STOPPED_EARLY in place of 0 if training saved
+# and stopped early. xpk restarts a workload that ends with this status.
 STOPPED_EARLY=42
 train() {
     local statuses
-    { "$@" | says_it_stopped; statuses=("${PIPESTATUS[@]}"); } || true # || keeps set -e out until they are read
+    # `|| true` keeps set -e from ending the script before the statuses are read.
+    { "$@" | reports_early_stop; statuses=("${PIPESTATUS[@]}"); } || true
     if [ "${statuses[*]}" = "0 0" ]; then return "$STOPPED_EARLY"; fi
     return "${statuses[0]}"
 }
 
-# What follows is of tpu_vm.sh and queued_resources.sh. Each has its own create_tpu, delete_tpu (gcloud commands that
-# go through run) and tpu_state, which prints the state, READY when it can be used, nothing when there is none.
+# The functions below are for tpu_vm.sh and queued_resources.sh. Each of these defines create_tpu
+# and delete_tpu (gcloud commands, called through `run`) and tpu_state, which prints the state of
+# the TPU: READY when it can be used, nothing when it does not exist.
 
 # shellcheck disable=SC2034 # spot is read by create_tpu
 name='' zone='' type='' version='' project='' spot='' delete=''
 
 read_tpu_arguments() {
     read_arguments "name zone type version project" "spot delete" "$@"
-    need name zone type
-    need_remote_run
+    require_options name zone type
+    require_remote_arguments
     place=(--zone="$zone")
     [ -z "$project" ] || place+=(--project="$project")
     [ "$version" ] || case $type in # https://cloud.google.com/tpu/docs/runtimes
@@ -150,10 +172,11 @@ read_tpu_arguments() {
         v5litepod-*) version=v2-alpha-tpuv5-lite ;;
         v5p-*) version=v2-alpha-tpuv5 ;;
         v6e-*) version=v2-alpha-tpuv6e ;;
-        *) die "--type '$type' has no known runtime; expected v4-N, v5litepod-N, v5p-N or v6e-N, or give --version too" ;;
+        *) die "--type '$type' has no known runtime; expected v4-N, v5litepod-N, v5p-N or v6e-N," \
+            "or give --version as well" ;;
     esac
-    need_tool gcloud https://cloud.google.com/sdk/docs/install
-    remote_line="cd sit_jax && $(main_line LIBTPU_INIT_ARGS .venv/bin/python -m sit_jax.main)"
+    require_tool gcloud https://cloud.google.com/sdk/docs/install
+    remote_command="cd sit_jax && $(main_command LIBTPU_INIT_ARGS .venv/bin/python -m sit_jax.main)"
 }
 
 on_all_workers() {
@@ -162,14 +185,18 @@ on_all_workers() {
 
 copy_and_install() {
     local archive="${TMPDIR:-/tmp}/sit_jax.$name.tar.gz"
-    run tar -czf "$archive" -C "$root" configs convert launch sit_jax pyproject.toml requirements.txt &&
-        run gcloud compute tpus tpu-vm scp "$archive" "$name:sit_jax.tar.gz" "${place[@]}" --worker=all &&
+    local copied=(configs convert launch sit_jax pyproject.toml requirements.txt)
+    local unpack='mkdir -p sit_jax && tar -xzf sit_jax.tar.gz -C sit_jax'
+    run tar -czf "$archive" -C "$root" "${copied[@]}" &&
+        run gcloud compute tpus tpu-vm scp "$archive" "$name:sit_jax.tar.gz" "${place[@]}" \
+            --worker=all &&
         run rm "$archive" &&
-        on_all_workers 'mkdir -p sit_jax && tar -xzf sit_jax.tar.gz -C sit_jax && bash sit_jax/launch/on_tpu_vm.sh'
+        on_all_workers "$unpack && bash sit_jax/launch/on_tpu_vm.sh"
 }
 
-# ask COMMAND...: what gcloud describes, nothing if it is not there, UNREACHABLE (and why) if gcloud cannot tell.
-ask() {
+# query COMMAND...: print the output of a gcloud command that describes a resource, nothing if the
+# resource does not exist, or UNREACHABLE (and gcloud's message on stderr) if gcloud cannot tell.
+query() {
     local answer
     if answer=$("$@" 2>/dev/null); then
         printf '%s' "$answer"
@@ -179,12 +206,14 @@ ask() {
     fi
 }
 
-# make_ready ATTEMPT: returns when the TPU is READY: makes it, waits for it, or replaces it where it was preempted.
+# make_ready ATTEMPT: return when the TPU is READY. Create the TPU if it does not exist, wait while
+# it starts, and delete it first if it was preempted. A failure to create or to reach it is an error
+# on the first attempt, and is retried on later ones, since the TPU worked before.
 make_ready() {
     local state last=unknown
     while :; do
         state=$(tpu_state)
-        [ "$state" = "$last" ] || say "$name: ${state:-not there}"
+        [ "$state" = "$last" ] || say "$name: ${state:-does not exist}"
         last=$state
         case $state in
             READY) return ;;
@@ -192,22 +221,25 @@ make_ready() {
                 say "creating $name"
                 if create_tpu; then continue; fi
                 [ "$1" -gt 1 ] || die "$name could not be created (gcloud's reason is above)"
-                say "no new TPU yet; trying again"
+                say "no TPU is available yet; trying again"
                 ;;
             PREEMPTED | TERMINATED | SUSPENDED)
                 say "deleting $name, which was preempted"
                 if delete_tpu; then continue; fi
                 ;;
-            UNREACHABLE) [ "$1" -gt 1 ] || die "gcloud cannot tell how $name is (its reason is above)" ;;
+            UNREACHABLE)
+                [ "$1" -gt 1 ] || die "gcloud cannot read the state of $name (its reason is above)"
+                ;;
             FAILED | STOPPED | HIDDEN | UNKNOWN)
-                die "$name is $state; see why, or delete it and run this again: $(dry_run=yes delete_tpu)"
+                die "$name is $state; find out why, or delete it and run this again:" \
+                    "$(dry_run=yes delete_tpu)"
                 ;;
         esac
         sleep 30
     done
 }
 
-# True if the TPU is READY and still is a minute later: the state follows a preemption late.
+# Succeed if the TPU is READY and stays so for a minute: its state lags behind a preemption.
 stays_ready() {
     local _
     for _ in 1 2 3 4 5 6; do
@@ -216,13 +248,14 @@ stays_ready() {
     done
 }
 
-# Makes the TPU, runs sit_jax.main on all its workers, and does so again after each preemption until training is done.
+# Create the TPU and run sit_jax.main on all its workers; repeat both after each preemption, until
+# training is done.
 train_on_tpu() {
     local status attempt=0
     if [ "$dry_run" ]; then
         create_tpu
         copy_and_install
-        on_all_workers "$remote_line"
+        on_all_workers "$remote_command"
         [ -z "$delete" ] || delete_tpu
         return
     fi
@@ -230,20 +263,20 @@ train_on_tpu() {
         attempt=$((attempt + 1))
         make_ready "$attempt"
         status=0
-        { copy_and_install && train on_all_workers "$remote_line"; } || status=$?
+        { copy_and_install && train on_all_workers "$remote_command"; } || status=$?
         if [ "$status" -eq 0 ]; then break; fi
         if ! stays_ready; then
-            say "$name was lost; replacing it and going on from the last checkpoint"
+            say "$name was lost; replacing it and continuing from the last checkpoint"
         elif [ "$status" -eq "$STOPPED_EARLY" ]; then
-            say "training stopped early, saved; going on"
+            say "training stopped early after saving; continuing"
         else
-            die "status $status (its reason is above); $name is kept: run this again, or delete it:" \
-                "$(dry_run=yes delete_tpu)"
+            die "failed with status $status (the reason is above); $name still exists: run this" \
+                "again, or delete it: $(dry_run=yes delete_tpu)"
         fi
     done
     if [ "$delete" ]; then
         delete_tpu
     else
-        say "done; $name is kept, and paid for, until you run: $(dry_run=yes delete_tpu)"
+        say "done; $name still exists, and is billed, until you run: $(dry_run=yes delete_tpu)"
     fi
 }

@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU that is asked for as a queued resource, through preemptions; --help explains.
+# Train on a Cloud TPU requested as a queued resource and continue after preemptions; see --help.
 set -euo pipefail
 # shellcheck source=launch/cluster.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/cluster.sh"
 
 usage() {
     cat <<'END_OF_USAGE'
-usage: bash launch/queued_resources.sh --name NAME --zone ZONE --type TYPE [options] -- ARGUMENTS OF sit_jax.main
+usage: bash launch/queued_resources.sh --name NAME --zone ZONE --type TYPE [options] -- ARGUMENTS
 
     bash launch/queued_resources.sh --name sit --zone us-west4-a --type v5litepod-16 --spot -- \
         --config configs/imagenet.py --workdir gs://BUCKET/sit
 
-Asks for the TPU in Google Cloud's queue, waits until the request is ACTIVE, and goes on as tpu_vm.sh does: copies this
-repository to all workers, installs it, and runs sit_jax.main. After a preemption it deletes the request, queues anew,
-and runs the same command, which goes on from the last checkpoint in the workdir.
+Request the TPU in Google Cloud's queue and wait until the request is ACTIVE. Then do the same as
+tpu_vm.sh: copy this repository to all workers, install it, and run sit_jax.main with ARGUMENTS.
+After a preemption, delete the request, queue a new one, and run the same command, which continues
+from the last checkpoint in the workdir.
 
 --type TYPE        accelerator type: v4-N, v5litepod-N, v5p-N, v6e-N
---version VERSION  runtime (default: the one for JAX on that type)
---project PROJECT  default: gcloud's
---spot             Spot capacity: cheaper, may be preempted
+--version VERSION  runtime (default: the runtime for JAX on that type)
+--project PROJECT  Google Cloud project (default: gcloud's)
+--spot             request Spot capacity, which is cheaper but may be preempted
 --flags FILE       compiler flags, such as launch/compiler_flags/v5e.flags (default: none)
 --delete           delete the request and its TPU when training is done
---dry_run          print the commands, run none; gcloud need not be installed
+--dry_run          print the commands and run none of them; gcloud need not be installed
 END_OF_USAGE
 }
 
@@ -29,14 +30,18 @@ create_tpu() {
     run gcloud compute tpus queued-resources create "$name" "${place[@]}" --node-id="$name" \
         --accelerator-type="$type" --runtime-version="$version" ${spot:+--spot}
 }
-delete_tpu() { run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet; }
+delete_tpu() {
+    run gcloud compute tpus queued-resources delete "$name" "${place[@]}" --force --quiet
+}
 
-# An ACTIVE request says little of its TPU, which may be gone: what is asked then is the TPU.
+# An ACTIVE request does not imply that its TPU still exists, so query the TPU as well.
 tpu_state() {
     local state
-    state=$(ask gcloud compute tpus queued-resources describe "$name" "${place[@]}" --format='value(state.state)')
+    state=$(query gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
+        --format='value(state.state)')
     if [ "$state" = ACTIVE ]; then
-        state=$(ask gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)')
+        state=$(query gcloud compute tpus tpu-vm describe "$name" "${place[@]}" \
+            --format='value(state)')
         state=${state:-TERMINATED}
     fi
     printf '%s' "$state"

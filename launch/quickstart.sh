@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to pictures: installs, trains a small SiT on handwritten digits and draws samples; --help explains.
+# Install, train a small SiT on handwritten digits and draw samples; see --help.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: bash launch/quickstart.sh [workdir]
 
-Installs the base into .venv (once), trains a small SiT on scikit-learn's handwritten digits, draws 200 samples, and
-says how many of them a classifier reads as the digit that was asked for. Everything goes to the workdir (default:
-runs/digits in the repository). Run again, it goes on where it stopped.
+Install the base into .venv (only the first time), train a small SiT on scikit-learn's handwritten
+digits, draw 200 samples, and report how many of them a classifier reads as the requested digit. All
+output goes to the workdir (default: runs/digits in the repository). When run again, it continues
+from the last checkpoint.
 
 PYTHON=/path/to/python3.11   the interpreter that makes .venv
 END
@@ -19,7 +20,7 @@ case ${1:-} in
     -*) usage >&2; exit 2 ;;
     '') workdir=runs/digits ;;
     /* | *://*) workdir=$1 ;;
-    *) workdir=$PWD/$1 ;; # as seen from the caller's folder, which is left now
+    *) workdir=$PWD/$1 ;; # relative to the caller's folder, not to the repository root
 esac
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . launch/lib.sh
@@ -28,15 +29,16 @@ set_up 3
 say "training; checkpoints and logs go to $workdir"
 .venv/bin/python -m sit_jax.main --config configs/digits.py --workdir "$workdir"
 say "drawing samples"
-.venv/bin/python tests/benchmarks/digits_quality.py --workdir "$workdir"
+.venv/bin/python -m sit_jax.main --mode quality --workdir "$workdir" \
+    --config.sample.count=200 --minimum 0.97,0.95
 
 cat <<END
 
-Done; the path of the sample sheet is printed above. What next, from $PWD:
-  other labels, more guidance:
+Done; the path of the sample sheet is printed above. Next steps, from $PWD:
+  other labels, stronger guidance:
     .venv/bin/python -m sit_jax.main --workdir "$workdir" --mode sample \\
         --config.sample.labels=3,8 --config.sample.cfg_scale=4
-  your own folder of class folders of images (here 64x64, two classes):
+  your own images, in one folder per class (here 64x64, two classes):
     .venv/bin/python -m sit_jax.main --config configs/folder.py --workdir runs/mine \\
         --config.data.path=/path/to/images --config.data.classes=2
   the tests:

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Draws samples of the published SiT-XL/2: installs, downloads, converts, samples; --help explains.
+# Download and convert the published SiT-XL/2 and draw samples of it; see --help.
 set -euo pipefail
 
 file=SiT-XL-2-256.pt
-sha256=e645b5cd82d1d645cfd9b7c96041b56b2a0aa61faed90c0869e79be02ab55aca # as two projects that use it have recorded
+# As recorded by two projects that use this file.
+sha256=e645b5cd82d1d645cfd9b7c96041b56b2a0aa61faed90c0869e79be02ab55aca
 home=https://huggingface.co/nyu-visionx/SiT-collections
-# Where its authors keep it now, and the address in their README, which they have announced to give up.
+# Its authors keep the file at the first address. The second is the one in their README, which they
+# have announced they will give up.
 urls=(
     "$home/resolve/main/$file"
     "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/$file?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
@@ -13,37 +15,51 @@ urls=(
 vae=stabilityai/sd-vae-ft-mse
 folder=runs/pretrained
 
-# The PyTorch reference's sample.py: its eight labels, its guidance, and the defaults of its two samplers.
-common=("--config.sample.labels=207,360,387,974,88,979,417,279" --config.sample.cfg_scale=4
-    --config.sample.cfg_channels=3 --config.sample.count=8 --config.sample.batch=8 --config.sample.columns=4)
-ode=(--config.sample.solver=dopri5 --config.sample.steps=none --config.sample.atol=1e-6 --config.sample.rtol=1e-3)
-sde=(--config.sample.solver=euler-maruyama --config.sample.steps=249 --config.sample.diffusion_form=sigma
-    --config.sample.diffusion_norm=1 --config.sample.last_step=mean --config.sample.last_step_size=0.04)
+# From sample.py of the PyTorch reference: its eight labels, its guidance, and the defaults of its
+# two samplers.
+common=(
+    "--config.sample.labels=207,360,387,974,88,979,417,279" --config.sample.cfg_scale=4
+    --config.sample.cfg_channels=3 --config.sample.count=8 --config.sample.batch=8
+    --config.sample.columns=4
+)
+ode=(
+    --config.sample.solver=dopri5 --config.sample.steps=none --config.sample.atol=1e-6
+    --config.sample.rtol=1e-3
+)
+sde=(
+    --config.sample.solver=euler-maruyama --config.sample.steps=249
+    --config.sample.diffusion_form=sigma --config.sample.diffusion_norm=1
+    --config.sample.last_step=mean --config.sample.last_step_size=0.04
+)
 
 usage() {
     cat <<END
 usage: bash launch/sample_pretrained.sh [ode|sde] [options] [--config.KEY=VALUE ...]
 
-Installs the base into .venv (once), downloads the published SiT-XL/2 for ImageNet 256x256 (2.7 GB; goes on where it
-was cut), converts it, and draws the reference's eight labels with guidance 4: by default as its sample.py with ODE
-(dopri5), or with SDE (Euler-Maruyama, 250 evaluations). Everything goes to $folder in the repository (6 GB), the
-VAE to Hugging Face's cache; what is there is used again. The path of the sheet is printed at the end.
-Meant for an accelerator: one evaluation of the eight images takes about 40 s of a CPU core.
+Install the base into .venv (only the first time), download the published SiT-XL/2 for ImageNet
+256x256 (2.7 GB; an interrupted download is resumed), convert it, and draw the reference's eight
+labels with guidance 4, as its sample.py does: with ODE by default (dopri5), or with SDE
+(Euler-Maruyama, 250 evaluations). Files go to $folder in the repository (6 GB), the VAE to
+Hugging Face's cache; existing ones are used again. The last line printed is the path of the sheet.
+Meant for an accelerator: one evaluation of the eight images takes a CPU core about 40 s.
 
---checkpoint FILE   a .pt or .safetensors of your own in place of the download
---workdir WORKDIR   where the converted model and its samples go (default: $folder/ and the name of the file)
---vae FOLDER        config.json and diffusion_pytorch_model.safetensors of a VAE, in place of $vae
---config.KEY=VALUE  any setting of sit_jax/settings.py, such as --config.sample.seed=1 --config.sample.labels=1,2,3
+--checkpoint FILE   your own .pt or .safetensors in place of the download
+--workdir WORKDIR   folder of the converted model and its samples (default: in $folder,
+                    named after the file)
+--vae FOLDER        folder with a VAE's config.json and diffusion_pytorch_model.safetensors, in
+                    place of $vae
+--config.KEY=VALUE  any setting of sit_jax/settings.py, such as --config.sample.seed=1 or
+                    --config.sample.labels=1,2,3
 
 PYTHON=/path/to/python3.11   the interpreter that makes .venv
 
-Without a network: put $file (sha256 $sha256)
-of $home into $folder, and give the two files of
-https://huggingface.co/$vae with --vae.
+Without a network: copy $file (sha256 $sha256)
+from $home into $folder, and the two files
+of https://huggingface.co/$vae into a folder for --vae.
 END
 }
 
-# As seen from the caller's folder, which is left below.
+# Print a path relative to the caller's folder, which is left below, as an absolute path.
 absolute() { case $1 in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$PWD/$1" ;; esac; }
 
 refuse() { printf 'error: %s; see bash launch/sample_pretrained.sh --help\n' "$*" >&2; exit 2; }
@@ -59,11 +75,17 @@ while [ $# -gt 0 ]; do
         --checkpoint=* | --workdir=* | --vae=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
         --checkpoint | --workdir | --vae)
             [ "${2:-}" ] || refuse "$1 has no value"
-            given=$(absolute "$2")
+            path=$(absolute "$2")
             case $1 in
-                --checkpoint) [ -f "$given" ] || refuse "--checkpoint $2 is no file"; checkpoint=$given ;;
-                --workdir) workdir=$given ;;
-                --vae) [ -d "$given" ] || refuse "--vae $2 is no folder"; decoder="--config.latents.path=$given" ;;
+                --checkpoint)
+                    [ -f "$path" ] || refuse "--checkpoint $2 is not a file"
+                    checkpoint=$path
+                    ;;
+                --workdir) workdir=$path ;;
+                --vae)
+                    [ -d "$path" ] || refuse "--vae $2 is not a folder"
+                    decoder="--config.latents.path=$path"
+                    ;;
             esac
             shift
             ;;
@@ -74,26 +96,30 @@ done
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . launch/lib.sh
 
+# is_published FILE: succeed if the file has the published sha256.
 is_published() {
     .venv/bin/python -c 'import hashlib, sys
 with open(sys.argv[1], "rb") as file:
     sys.exit(hashlib.file_digest(file, "sha256").hexdigest() != sys.argv[2])' "$1" "$sha256"
 }
 
-# Leaves the published file at $folder/$file, whole and checked, or stops. A cut one stays beside it for the next time.
+# Download the published file to $folder/$file and check it, or stop. An interrupted download stays
+# beside it and is resumed the next time.
 download() {
     local target=$folder/$file part=$folder/$file.part url fetched=''
     if [ -e "$target" ]; then
-        is_published "$target" || die "$target is not the published file (its sha256 is not $sha256); remove it to" \
-            "download it again, or use it as it is: --checkpoint $PWD/$target"
+        is_published "$target" ||
+            die "$target is not the published file (its sha256 is not $sha256); remove it to" \
+                "download it again, or use it as it is: --checkpoint $PWD/$target"
         return
     fi
     mkdir -p "$folder"
     for url in "${urls[@]}"; do
         say "downloading $url (2.7 GB)"
-        # Too slow for a minute is a failure; 416, nothing left to send, is none if the file is whole.
-        if curl --fail --location --connect-timeout 30 --speed-time 60 --speed-limit 1000 --continue-at - \
-            --output "$part" "$url"; then
+        # Less than 1 kB/s for a minute is a failure. Status 416 (nothing left to send) also counts
+        # as one, but is harmless if the file is complete.
+        if curl --fail --location --connect-timeout 30 --speed-time 60 --speed-limit 1000 \
+            --continue-at - --output "$part" "$url"; then
             fetched=yes
             break
         fi
@@ -102,13 +128,15 @@ download() {
         mv "$part" "$target"
     elif [ "$fetched" ]; then
         mv "$part" "$target.refused"
-        die "what $url sent is not the published file (its sha256 is not $sha256); it is kept as" \
-            "$PWD/$target.refused: if you trust it, give it with --checkpoint, or else run this again"
+        die "the file from $url is not the published file (its sha256 is not $sha256); it is kept" \
+            "as $PWD/$target.refused: if you trust it, give it with --checkpoint, otherwise run" \
+            "this again"
     else
-        die "$file could not be downloaded (curl's reason is above); run this again, which goes on with what is in" \
-            "$part (remove it to begin anew), or bring the file (2.7 GB, sha256 $sha256) from $home to" \
-            "$PWD/$target; without a network, bring config.json and diffusion_pytorch_model.safetensors of" \
-            "https://huggingface.co/$vae as well, into a folder for --vae"
+        die "$file could not be downloaded (curl's reason is above); run this again to resume" \
+            "from $part (remove that file to start over), or copy the file (2.7 GB, sha256" \
+            "$sha256) from $home to $PWD/$target; without a network, also copy config.json and" \
+            "diffusion_pytorch_model.safetensors of https://huggingface.co/$vae into a folder" \
+            "for --vae"
     fi
 }
 
@@ -116,6 +144,7 @@ set_up 3
 name=${checkpoint:-$file}
 name=${name##*/}
 workdir=${workdir:-$folder/${name%.*}}
+# Identifies the converted file, so that another file of the same name is not mistaken for it.
 source=${checkpoint:-$file}
 [ ! "$checkpoint" ] || source="$checkpoint, $(wc -c <"$checkpoint") bytes"
 if [ ! -e "$workdir/config.json" ]; then
@@ -127,9 +156,10 @@ if [ ! -e "$workdir/config.json" ]; then
     .venv/bin/python -m convert.from_torch "$checkpoint" "$workdir"
     printf '%s\n' "$source" >"$workdir/converted-from"
 elif [ "$checkpoint" ] && [ "$(cat "$workdir/converted-from" 2>/dev/null)" != "$source" ]; then
-    die "$workdir was not converted from $source; give another place with --workdir"
+    die "$workdir was not converted from $source; give another folder with --workdir"
 fi
 say "sampling"
 if [ "$sampler" = sde ]; then solver=("${sde[@]}"); else solver=("${ode[@]}"); fi
+# ${settings[@]+...}: bash 3.2 treats an empty array as unset.
 .venv/bin/python -m sit_jax.main --mode sample --workdir "$workdir" \
-    "$decoder" "${common[@]}" "${solver[@]}" ${settings[@]+"${settings[@]}"} # bash 3.2 calls an empty array unset
+    "$decoder" "${common[@]}" "${solver[@]}" ${settings[@]+"${settings[@]}"}

@@ -1,36 +1,39 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM, through preemptions; --help explains.
+# Train on a Cloud TPU VM and continue after preemptions; see --help.
 set -euo pipefail
 # shellcheck source=launch/cluster.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/cluster.sh"
 
 usage() {
     cat <<'END_OF_USAGE'
-usage: bash launch/tpu_vm.sh --name NAME --zone ZONE --type TYPE [options] -- ARGUMENTS OF sit_jax.main
+usage: bash launch/tpu_vm.sh --name NAME --zone ZONE --type TYPE [options] -- ARGUMENTS
 
     bash launch/tpu_vm.sh --name sit --zone us-west4-a --type v5litepod-16 --spot -- \
         --config configs/imagenet.py --workdir gs://BUCKET/sit
 
-Creates the TPU VM (one that is there is used), copies this repository to all its workers, installs it, and runs
-sit_jax.main on all of them. After a preemption: deletes what is left, creates it again, and runs the same command,
-which goes on from the last checkpoint in the workdir. Where capacity may be short, queued_resources.sh waits in line.
+Create the TPU VM (or use the one that already exists), copy this repository to all its workers,
+install it, and run sit_jax.main with ARGUMENTS on all of them. After a preemption, delete what is
+left of the VM, create it again, and run the same command, which continues from the last checkpoint
+in the workdir. Where capacity is short, use queued_resources.sh, which waits in a queue.
 
 --type TYPE        accelerator type: v4-N, v5litepod-N, v5p-N, v6e-N
---version VERSION  runtime (default: the one for JAX on that type)
---project PROJECT  default: gcloud's
---spot             a Spot VM: cheaper, may be preempted
+--version VERSION  runtime (default: the runtime for JAX on that type)
+--project PROJECT  Google Cloud project (default: gcloud's)
+--spot             create a Spot VM, which is cheaper but may be preempted
 --flags FILE       compiler flags, such as launch/compiler_flags/v5e.flags (default: none)
 --delete           delete the TPU when training is done
---dry_run          print the commands, run none; gcloud need not be installed
+--dry_run          print the commands and run none of them; gcloud need not be installed
 END_OF_USAGE
 }
 
 create_tpu() {
-    run gcloud compute tpus tpu-vm create "$name" "${place[@]}" --accelerator-type="$type" --version="$version" \
-        ${spot:+--spot}
+    run gcloud compute tpus tpu-vm create "$name" "${place[@]}" --accelerator-type="$type" \
+        --version="$version" ${spot:+--spot}
 }
 delete_tpu() { run gcloud compute tpus tpu-vm delete "$name" "${place[@]}" --quiet; }
-tpu_state() { ask gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)'; }
+tpu_state() {
+    query gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state)'
+}
 
 read_tpu_arguments "$@"
 train_on_tpu

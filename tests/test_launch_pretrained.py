@@ -1,4 +1,7 @@
-"""launch/sample_pretrained.sh: its download, from a server here; its decisions; and all of it on a small model."""
+"""launch/sample_pretrained.sh: its download, from a local server; its decisions; a complete run.
+
+The complete run converts and samples a small model in the published format.
+"""
 
 import dataclasses
 import hashlib
@@ -12,27 +15,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sit_jax import main
+from sit_jax import command_line, main
 from sit_jax.settings import Sample
 from tests.benchmarks import convert, vae
 from tests.machine import BASH, ROOT, Machine, refusal
 
 SCRIPT = "sample_pretrained.sh"
-NAME, HOST = "SiT-XL-2-256.pt", "https://huggingface.co/nyu-visionx/SiT-collections"
+NAME = "SiT-XL-2-256.pt"
+WORKDIR = "runs/pretrained/SiT-XL-2-256"
+HOST = "https://huggingface.co/nyu-visionx/SiT-collections"
 CONTENT = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-DROPBOX = "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/$file?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
+DROPBOX = (
+    "https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0/$file"
+    "?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
+)
 PUBLISHED = "e645b5cd82d1d645cfd9b7c96041b56b2a0aa61faed90c0869e79be02ab55aca"
 LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` from byte to byte, but breaks off at `cut`; notes (path, Range) of what it was asked."""
+    """Serves `content`, from the requested byte on, but breaks off after `cut` bytes.
+
+    `requests` lists the (path, Range header) of each request.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.cut, self.asked = CONTENT, None, []
+        self.content = CONTENT
+        self.cut = None
+        self.requests = []
 
     @property
     def address(self):
@@ -41,11 +54,12 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        wanted, content = self.headers["Range"], self.server.content
-        self.server.asked.append((self.path, wanted))
-        first = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
-        self.send_response(416 if first >= len(content) else 206 if wanted else 200)
-        if wanted and first < len(content):
+        requested = self.headers["Range"]
+        content = self.server.content
+        self.server.requests.append((self.path, requested))
+        first = int(requested.removeprefix("bytes=").removesuffix("-")) if requested else 0
+        self.send_response(416 if first >= len(content) else 206 if requested else 200)
+        if requested and first < len(content):
             self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content[first:])))
         self.end_headers()
@@ -66,7 +80,7 @@ def server():
 
 
 class Pretrained(Machine):
-    """A machine whose script knows the server's file in place of the published one, and has begun no conversion."""
+    """A machine whose script downloads the local server's file in place of the published one."""
 
     def __init__(self, folder, address):
         super().__init__(folder)
@@ -74,27 +88,27 @@ class Pretrained(Machine):
             (self.bin / "curl").symlink_to(curl)
         script = self.root / "launch" / SCRIPT
         text = script.read_text()
-        here = {
+        replacements = {
             "$home/resolve/main/$file": f"{address}/new",
             DROPBOX: f"{address}/old",
             PUBLISHED: SHA256,
         }
-        for theirs, ours in here.items():
-            assert text.count(theirs) == 1
-            text = text.replace(theirs, ours)
+        for published, local in replacements.items():
+            assert text.count(published) == 1
+            text = text.replace(published, local)
         script.write_text(text)
         self.folder = self.root / "runs" / "pretrained"
-        self.workdir = self.folder / NAME.removesuffix(".pt")
-        self.workdir.mkdir(parents=True)  # which the stand-in for the conversion does not do
+        self.workdir = self.root / WORKDIR
+        self.workdir.mkdir(parents=True)  # since the stand-in for the conversion does not make it
 
     def sample(self, *arguments, **options):
-        """What it ran, without the installation."""
+        """Run the script and return the Python commands that it ran, without the installation."""
         result = self.run(SCRIPT, *arguments, **options)
         assert result.returncode == 0, result.stderr
         return [call for call in self.calls() if " -m pip " not in call]
 
     def refuse(self, *arguments, **options):
-        """The error, which is the last line: curl's reasons come before it."""
+        """Run the script and return its error, the last line: curl's messages precede it."""
         result = self.run(SCRIPT, *arguments, **options)
         assert result.returncode == 2 and result.stderr.count("error: ") == 1
         return result.stderr[result.stderr.index("error: ") :]
@@ -105,58 +119,68 @@ def machine(tmp_path, server):
     return Pretrained(tmp_path, server.address)
 
 
-def sampling(*solver, workdir=f"runs/pretrained/{NAME.removesuffix('.pt')}", decoder=None):
+def sampling(*solver, workdir=WORKDIR, decoder="repo=stabilityai/sd-vae-ft-mse"):
+    """Return the command that the script samples with."""
     settings = [
-        "labels=" + ",".join(map(str, LABELS)), "cfg_scale=4", "cfg_channels=3", "count=8", "batch=8", "columns=4",
+        "labels=" + ",".join(map(str, LABELS)),
+        "cfg_scale=4",
+        "cfg_channels=3",
+        "count=8",
+        "batch=8",
+        "columns=4",
         *solver,
-    ]  # fmt: skip
+    ]
     flags = [
-        f"--config.latents.{decoder or 'repo=stabilityai/sd-vae-ft-mse'}",
+        f"--config.latents.{decoder}",
         *(f"--config.sample.{setting}" for setting in settings),
     ]
     return " ".join([f"unset: -m sit_jax.main --mode sample --workdir {workdir}", *flags])
 
 
 ODE = ("solver=dopri5", "steps=none", "atol=1e-6", "rtol=1e-3")
-SDE = ("solver=euler-maruyama", "steps=249", "diffusion_form=sigma", "diffusion_norm=1", "last_step=mean",
-       "last_step_size=0.04")  # fmt: skip
-CONVERSION = f"unset: -m convert.from_torch runs/pretrained/{NAME} runs/pretrained/{NAME.removesuffix('.pt')}"
+SDE = (
+    "solver=euler-maruyama",
+    "steps=249",
+    "diffusion_form=sigma",
+    "diffusion_norm=1",
+    "last_step=mean",
+    "last_step_size=0.04",
+)
+CONVERSION = f"unset: -m convert.from_torch runs/pretrained/{NAME} {WORKDIR}"
 
 
 @needs_curl
-def test_it_downloads_converts_and_samples_and_uses_again_what_is_there(machine, server):
+def test_it_downloads_converts_and_samples_and_reuses_existing_files(machine, server):
     assert machine.sample() == [CONVERSION, sampling(*ODE)]
     assert (machine.folder / NAME).read_bytes() == CONTENT
-    assert server.asked == [("/new", None)]
-    assert machine.sample("ode") == [CONVERSION, sampling(*ODE)]  # the conversion has left nothing
+    assert server.requests == [("/new", None)]
+    # The stand-in for the conversion leaves no model, so the file is converted again.
+    assert machine.sample("ode") == [CONVERSION, sampling(*ODE)]
     (machine.workdir / "config.json").touch()
     assert machine.sample("sde") == [sampling(*SDE)]
     (machine.folder / NAME).unlink()
     assert machine.sample("sde", "--config.sample.seed=1") == [sampling(*SDE, "seed=1")]
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @needs_curl
-def test_a_cut_download_goes_on_where_it_was_cut(machine, server):
+def test_an_interrupted_download_is_resumed(machine, server):
+    target = machine.folder / NAME
+    part = machine.folder / f"{NAME}.part"
     server.cut = 4000
     line = machine.refuse()
-    assert (
-        "could not be downloaded" in line and "run this again" in line and not machine.calls()[1:]
-    )
-    assert server.asked == [("/new", None), ("/old", "bytes=4000-")]
-    assert (machine.folder / f"{NAME}.part").read_bytes() == CONTENT[:4000] and not (
-        machine.folder / NAME
-    ).exists()
+    assert "could not be downloaded" in line and "run this again" in line
+    assert not machine.calls()[1:]
+    assert server.requests == [("/new", None), ("/old", "bytes=4000-")]
+    assert part.read_bytes() == CONTENT[:4000] and not target.exists()
     server.cut = None
     assert machine.sample() == [CONVERSION, sampling(*ODE)]
-    assert server.asked[2:] == [("/new", "bytes=4000-")]
-    assert (machine.folder / NAME).read_bytes() == CONTENT and not (
-        machine.folder / f"{NAME}.part"
-    ).exists()
+    assert server.requests[2:] == [("/new", "bytes=4000-")]
+    assert target.read_bytes() == CONTENT and not part.exists()
 
 
 @needs_curl
-def test_a_download_that_was_killed_when_it_was_whole_is_used(machine):
+def test_a_download_that_was_complete_when_killed_is_used(machine):
     (machine.folder / f"{NAME}.part").write_bytes(CONTENT)
     assert machine.sample() == [CONVERSION, sampling(*ODE)]
     assert (machine.folder / NAME).read_bytes() == CONTENT
@@ -167,43 +191,43 @@ def test_a_download_that_was_killed_when_it_was_whole_is_used(machine):
 def test_another_file_is_refused_and_kept_aside(machine, server, content):
     server.content = content
     line = machine.refuse()
-    assert (
-        f"is not the published file (its sha256 is not {SHA256})" in line
-        and f"{NAME}.refused" in line
-    )
-    assert (machine.folder / f"{NAME}.refused").read_bytes() == content and not (
-        machine.folder / NAME
-    ).exists()
+    assert f"is not the published file (its sha256 is not {SHA256})" in line
+    assert f"{NAME}.refused" in line
+    assert (machine.folder / f"{NAME}.refused").read_bytes() == content
+    assert not (machine.folder / NAME).exists()
     server.content = CONTENT
     assert machine.sample() == [CONVERSION, sampling(*ODE)]
 
 
-def test_a_file_brought_by_hand_is_used_without_a_network_if_it_is_the_published_one(
-    machine, server
-):
+def test_a_copied_file_is_used_without_a_network_if_it_is_the_published_one(machine, server):
     server.shutdown()
     (machine.folder / NAME).write_bytes(CONTENT[:-1])
     assert f"{NAME} is not the published file" in machine.refuse()
     (machine.folder / NAME).write_bytes(CONTENT)
     machine.calls()
-    assert machine.sample() == [CONVERSION, sampling(*ODE)] and not server.asked
+    assert machine.sample() == [CONVERSION, sampling(*ODE)] and not server.requests
 
 
 @needs_curl
-def test_without_a_network_it_says_what_to_bring_and_where_to(machine, server):
+def test_without_a_network_it_says_which_files_to_copy_and_where(machine, server):
     server.shutdown()
     server.server_close()
     line = machine.refuse()
     assert line.count("\n") == 1
-    for part in (
-        f"{NAME} could not be downloaded", SHA256, HOST, str(machine.folder / NAME), "--vae",
-        "config.json and diffusion_pytorch_model.safetensors", "https://huggingface.co/stabilityai/sd-vae-ft-mse",
-    ):  # fmt: skip
-        assert part in line
+    for words in (
+        f"{NAME} could not be downloaded",
+        SHA256,
+        HOST,
+        str(machine.folder / NAME),
+        "--vae",
+        "config.json and diffusion_pytorch_model.safetensors",
+        "https://huggingface.co/stabilityai/sd-vae-ft-mse",
+    ):
+        assert words in line
     assert not machine.calls()[1:]
 
 
-def test_a_file_and_a_vae_of_ones_own_are_those_that_the_caller_sees(machine, tmp_path):
+def test_paths_are_relative_to_the_folder_of_the_caller(machine, tmp_path):
     here = tmp_path / "here"
     (here / "my vae").mkdir(parents=True)
     (here / "0400000.pt").write_bytes(b"mine")
@@ -215,7 +239,7 @@ def test_a_file_and_a_vae_of_ones_own_are_those_that_the_caller_sees(machine, tm
     assert machine.sample(*arguments, cwd=here) == [conversion, sample]
     (workdir / "config.json").touch()
     assert machine.sample(*arguments, cwd=here) == [sample]
-    # Another file of that name is not taken for the one that was converted.
+    # Another file of that name is not mistaken for the converted one.
     (here / "0400000.pt").write_bytes(b"other")
     line = refusal(machine.run(SCRIPT, *arguments, cwd=here))
     assert "runs/pretrained/0400000 was not converted from" in line and "--workdir" in line
@@ -233,15 +257,15 @@ def test_a_file_and_a_vae_of_ones_own_are_those_that_the_caller_sees(machine, tm
         (["ddim"], "unknown argument ddim"),
         (["--steps=3"], "unknown argument --steps=3"),
         (["--checkpoint"], "--checkpoint has no value"),
-        (["--checkpoint=no.pt"], "--checkpoint no.pt is no file"),
-        (["--vae", "no"], "--vae no is no folder"),
+        (["--checkpoint=no.pt"], "--checkpoint no.pt is not a file"),
+        (["--vae", "no"], "--vae no is not a folder"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_is_done(machine, arguments, words):
+def test_a_mistake_is_reported_in_one_line_before_anything_runs(machine, arguments, words):
     assert words in refusal(machine.run(SCRIPT, *arguments)) and not machine.calls()
 
 
-def test_a_failed_conversion_ends_it(machine):
+def test_a_failed_conversion_stops_the_script(machine):
     (machine.folder / NAME).write_bytes(CONTENT)
     assert machine.run(SCRIPT, FAILS="convert.from_torch").returncode != 0
     assert machine.calls()[-1] == CONVERSION and not (machine.workdir / "converted-from").exists()
@@ -257,16 +281,17 @@ def test_a_failed_conversion_ends_it(machine):
         ),
     ],
 )
-def test_main_knows_every_flag_of_a_sampler(solver, expected):
+def test_main_accepts_every_flag_of_a_sampler(solver, expected):
     recipe = ["--config", str(ROOT / "configs" / "imagenet.py"), *sampling(*solver).split()[3:]]
-    config = main.load_config(*main.parse(recipe))
-    shared = dict(cfg_scale=4.0, count=8, batch=8, columns=4, labels=tuple(LABELS))
+    config = main.load_config(*command_line.parse(recipe))
+    shared = {"cfg_scale": 4.0, "count": 8, "batch": 8, "columns": 4, "labels": tuple(LABELS)}
     assert config.sample == dataclasses.replace(expected, **shared)
     assert config.latents.repo == "stabilityai/sd-vae-ft-mse"
 
 
-def test_all_of_it_on_a_small_model_in_the_published_format(tmp_path):
-    machine, autoencoder = Machine(tmp_path), tmp_path / "vae"
+def test_a_complete_run_on_a_small_model_in_the_published_format(tmp_path):
+    machine = Machine(tmp_path)
+    autoencoder = tmp_path / "vae"
     python = machine.root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!{BASH}\n[ "$2" = pip ] || exec "{sys.executable}" "$@"\n')
@@ -277,7 +302,7 @@ def test_all_of_it_on_a_small_model_in_the_published_format(tmp_path):
     vae.write_folder(autoencoder, (32, 32, 32, 32))
 
     def sample(*arguments):
-        """What it printed, and the folder of the sheet."""
+        """Run the script and return (its output, the folder of the sheet)."""
         shrink = ["--config.sample.steps=2", f"--checkpoint={checkpoint}", f"--vae={autoencoder}"]
         environment = {
             "PYTHONPATH": str(ROOT),
@@ -290,31 +315,23 @@ def test_all_of_it_on_a_small_model_in_the_published_format(tmp_path):
         assert last.startswith("sheet: runs/pretrained/SiT-XL-2-256/samples/")
         return result.stdout, (machine.root / last.removeprefix("sheet: ")).parent
 
-    printed, folder = sample("sde")
-    assert (
-        "depth 12, width 384, 6 heads, patch 8" in printed and "sees 8x8x4, 1000 classes" in printed
-    )
+    output, folder = sample("sde")
+    assert "depth 12, width 384, 6 heads, patch 8" in output
+    assert "input 8x8x4, 1000 classes" in output
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
     assert images.shape == (8, 64, 64, 3) and (images.std(axis=(1, 2, 3)) > 1).all()
     assert np.asarray(Image.open(folder / "sheet.png")).shape == (2 * 66 + 2, 4 * 66 + 2, 3)
     settings = json.loads((folder / "settings.json").read_text())
-    assert (settings["solver"], settings["labels"], settings["cfg_scale"]) == (
-        "euler-maruyama",
-        LABELS,
-        4,
-    )
+    assert settings["solver"] == "euler-maruyama" and settings["labels"] == LABELS
+    assert settings["cfg_scale"] == 4
     assert settings["latents"]["path"] == str(autoencoder) and settings["latents"]["repo"] is None
 
-    files = {path: path.stat().st_mtime_ns for path in machine.root.rglob("*") if path.is_file()}
-    printed, again = sample("sde")
-    assert (
-        again == folder
-        and "sampling 0 of 8 images" in printed
-        and "parameters; sees" not in printed
-    )
-    images, checkpoints = (
-        list(folder.glob("0*.png")),
-        list((folder.parents[1] / "checkpoints").rglob("*")),
-    )
+    # A second run converts nothing and samples nothing.
+    times = {path: path.stat().st_mtime_ns for path in machine.root.rglob("*") if path.is_file()}
+    output, second_folder = sample("sde")
+    assert second_folder == folder
+    assert "sampling 0 of 8 images" in output and "parameters; sees" not in output
+    images = list(folder.glob("0*.png"))
+    checkpoints = list((folder.parents[1] / "checkpoints").rglob("*"))
     kept = [path for path in [*images, *checkpoints] if path.is_file()]
-    assert len(kept) > 8 and all(path.stat().st_mtime_ns == files[path] for path in kept)
+    assert len(kept) > 8 and all(path.stat().st_mtime_ns == times[path] for path in kept)

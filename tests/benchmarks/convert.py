@@ -1,10 +1,11 @@
-"""Time and memory of converting the published model: an XL/2 file of random weights, in just its format.
+"""Measure time and memory of converting XL/2: random weights in the published file's format.
 
     python tests/benchmarks/convert.py
 
-Makes a bare state dict (learn_sigma, 1001 labels, 256 px: 32x32x4 latents, 2.7 GB), converts it in a child process and
-prints its seconds and peak resident memory. With PyTorch installed, it compares the forward pass with PyTorch's on the
-same file. Needs 6 GB of disk. Exits with 1 if a bar is missed.
+Writes a bare state dict (learn_sigma, 1001 labels, 256 px: 32x32x4 latents, 2.7 GB), converts it in
+a child process and prints the seconds and the peak resident memory. With PyTorch installed, it
+compares the forward pass with PyTorch's on the same file. Needs 6 GB of disk. Exits with 1 if a
+target is missed.
 """
 
 import argparse
@@ -18,36 +19,48 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODEL, SIDE, CHANNELS, CLASSES = "SiT-XL/2", 32, 4, 1000
-SECONDS, GIB, RELATIVE = 60, 8, 2e-4
+MODEL = "SiT-XL/2"
+SIDE = 32
+CHANNELS = 4
+CLASSES = 1000
+# Targets: seconds, peak memory, and the difference of forward passes over the largest value.
+SECONDS = 60
+GIB = 8
+RELATIVE = 2e-4
 
 
 def make_file(path: str, model: str = MODEL, side: int = SIDE) -> None:
-    """Weights at the scale of a trained network's, the gates too: a fresh one's are zero, and so is its output."""
+    """Write random weights with the scale of a trained network.
+
+    Gates and output are not zero, as they would be in a fresh network.
+    """
     from convert.names import POSITION
     from convert.torch_writer import TorchWriter
     from sit_jax.models.embeddings import position_embedding
     from sit_jax.models.sizes import SIZES
     from tests import checkpoints
 
-    draw, size = np.random.default_rng(0), SIZES[model]
+    draw = np.random.default_rng(0)
+    size = SIZES[model]
     shapes = checkpoints.shapes(
         size, side=side, channels=CHANNELS, classes=CLASSES, learn_sigma=True
     )
     position = position_embedding(size.width, side // size.patch)[None]
     with open(path, "wb") as file, TorchWriter(file) as writer:
-        writer.finish(
-            {
-                n: writer.tensor(
-                    position if n == POSITION else 0.02 * draw.standard_normal(s, np.float32)
-                )
-                for n, s in shapes.items()
-            }
-        )
+        tensors = {}
+        for name, shape in shapes.items():
+            if name == POSITION:
+                tensors[name] = writer.tensor(position)
+            else:
+                tensors[name] = writer.tensor(0.02 * draw.standard_normal(shape, np.float32))
+        writer.finish(tensors)
 
 
 def convert(path: str, workdir: str) -> tuple[float, float, float]:
-    """(seconds, of them processor seconds, peak GiB) of a child process, its start included."""
+    """Convert in a child process; return (wall seconds, processor seconds, peak GiB).
+
+    All three include the start of Python.
+    """
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "convert.from_torch", path, workdir], cwd=ROOT)
     _, status, usage = os.wait4(child.pid, 0)
@@ -58,7 +71,7 @@ def convert(path: str, workdir: str) -> tuple[float, float, float]:
 
 
 def forward_difference(path: str, workdir: str) -> float:
-    """The largest difference of the two forward passes over the largest value."""
+    """Return the largest difference of the two forward passes over the largest value."""
     import jax
     import torch
     from etils import epath
@@ -70,7 +83,8 @@ def forward_difference(path: str, workdir: str) -> float:
 
     draw = np.random.default_rng(1)
     x = draw.standard_normal((2, SIDE, SIDE, CHANNELS), np.float32)
-    t, y = np.array([0.3, 0.9], np.float32), np.array([207, CLASSES], np.int32)
+    t = np.array([0.3, 0.9], np.float32)
+    y = np.array([207, CLASSES], np.int32)
     setup = set_up(config_lib.load(f"{workdir}/config.json"))
     _, params = restore_weights(setup, epath.Path(workdir), "ema")
     ours = np.asarray(jax.jit(setup.network)(params, x, t, y))
@@ -83,7 +97,7 @@ def forward_difference(path: str, workdir: str) -> float:
             classes=CLASSES,
             learn_sigma=True,
         )
-    frequencies = torch_sit.TimeEmbedder(1).frequencies  # no part of the file, so not filled by it
+    frequencies = torch_sit.TimeEmbedder(1).frequencies  # a constant that the file does not hold
     model.load_state_dict(torch.load(path, mmap=True), strict=True, assign=True)
     model.t_embedder.frequencies = frequencies
     with torch.inference_mode():
@@ -107,8 +121,8 @@ def main() -> int:
         seconds, processor, peak = convert(path, workdir)
         met = seconds <= SECONDS and peak <= GIB
         print(
-            f"converted in {seconds:.1f} s (bar {SECONDS}; {processor:.1f} s of one core), "
-            f"peak memory {peak:.2f} GiB (bar {GIB})",
+            f"converted in {seconds:.1f} s (target {SECONDS}; {processor:.1f} s of one core), "
+            f"peak memory {peak:.2f} GiB (target {GIB})",
             flush=True,
         )
         try:
@@ -118,7 +132,8 @@ def main() -> int:
         else:
             met &= difference <= RELATIVE
             print(
-                f"forward: {difference:.1e} of the largest value away from PyTorch's (bar {RELATIVE:g})"
+                f"forward: differs from PyTorch's by {difference:.1e} of the largest value "
+                f"(target {RELATIVE:g})"
             )
     return 0 if met else 1
 

@@ -1,7 +1,7 @@
-"""Two programs that do the same work, each in its own process, timed in turn so that neither disturbs the other's.
+"""Compare two programs that do the same work, each in its own process, which are timed in turns.
 
-A side is a function of the options that returns its calls by name, each of which returns when its work is done. A ratio
-is the first side's time over the second's in one pair of turns.
+A side is a function of the options that returns its calls by name. Each call returns when its work
+is done. A ratio is the first side's time over the second's in one pair of turns.
 """
 
 import argparse
@@ -19,9 +19,13 @@ Sides = Mapping[str, Callable[[argparse.Namespace], Calls]]
 
 
 def run(
-    parser: argparse.ArgumentParser, sides: Sides, bars: Mapping[str, float], *, memory: bool
+    parser: argparse.ArgumentParser, sides: Sides, targets: Mapping[str, float], *, memory: bool
 ) -> None:
-    """Adds --one-core and --repeats to the flags, prints the table, and exits with 1 if a bar is missed."""
+    """Add --one-core and --repeats to the flags, print the table, exit with 1 on a missed target.
+
+    `targets` maps each call to the ratio that the lower quartile must reach. With `memory`, the
+    second side must not need more memory than the first.
+    """
     parser.add_argument(
         "--repeats", type=int, default=25, help="pairs of turns (default: %(default)s)"
     )
@@ -33,14 +37,16 @@ def run(
     if options.side:
         _work(sides[options.side], options)
     else:
-        sys.exit(0 if _compare(list(sides), bars, options.repeats, memory) else 1)
+        sys.exit(0 if _compare(list(sides), targets, options.repeats, memory) else 1)
 
 
 def _work(side: Callable[[argparse.Namespace], Calls], options: argparse.Namespace) -> None:
-    """A child: for each line on stdin, the name of a call, writes the seconds that it took; at the end its peak GiB."""
-    if (
-        options.one_core
-    ):  # before the frameworks are imported: they make as many threads as they have cores
+    """Run a side as a child process.
+
+    Print the seconds of the call that each line on stdin names, and at the end the peak GiB.
+    """
+    if options.one_core:
+        # Before the frameworks are imported, since they create one thread per core.
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     clock = time.process_time if options.one_core else time.perf_counter
     calls = side(options)
@@ -49,13 +55,15 @@ def _work(side: Callable[[argparse.Namespace], Calls], options: argparse.Namespa
             call()
     print("ready", flush=True)
     for line in sys.stdin:
-        began = clock()
+        start = clock()
         calls[line.strip()]()
-        print(clock() - began, flush=True)
+        print(clock() - start, flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 class _Child:
+    """A process that runs one side and answers over pipes."""
+
     def __init__(self, side: str):
         command = [sys.executable, *sys.argv, "--side", side]
         self._process = subprocess.Popen(
@@ -79,12 +87,12 @@ class _Child:
         return float(self._read())
 
 
-def _compare(sides: list[str], bars: Mapping[str, float], repeats: int, memory: bool) -> bool:
-    """Prints the table; True if every bar is met by the lower quartile, and the second side needs no more memory."""
+def _compare(sides: list[str], targets: Mapping[str, float], repeats: int, memory: bool) -> bool:
+    """Print the table; return True if every target is met."""
     children = [_Child(side) for side in sides]
-    print(f"{'':12}{sides[0]:>24}{sides[1]:>24}{'ratio':>24}  bar")
+    print(f"{'':12}{sides[0]:>24}{sides[1]:>24}{'ratio':>24}  target")
     passed = True
-    for call, bar in bars.items():
+    for call, target in targets.items():
         turns = [[child.seconds(call) for child in children] for _ in range(repeats)]
         first, second = np.array(turns).T
         rows = [first * 1e3, second * 1e3, first / second]
@@ -93,18 +101,15 @@ def _compare(sides: list[str], bars: Mapping[str, float], repeats: int, memory: 
             f"{m:.{d}f} ({a:.{d}f}..{b:.{d}f})"
             for a, m, b, d in zip(low, middle, high, (0, 0, 2), strict=True)
         ]
-        met = low[2] >= bar
+        met = low[2] >= target
         verdict = "met" if met else "missed"
-        print(
-            f"{call:12}{cells[0]:>21} ms{cells[1]:>21} ms{cells[2]:>24}  {bar:.2f} {verdict}",
-            flush=True,
-        )
+        times = f"{cells[0]:>21} ms{cells[1]:>21} ms"
+        print(f"{call:12}{times}{cells[2]:>24}  {target:.2f} {verdict}", flush=True)
         passed &= met
     first, second = (child.peak_memory() for child in children)
     if memory:
         verdict = "met" if second <= first else "missed"
-        print(
-            f"{'peak memory':12}{first:>20.2f} GiB{second:>20.2f} GiB{first / second:>24.2f}  1.00 {verdict}"
-        )
+        sizes = f"{first:>20.2f} GiB{second:>20.2f} GiB"
+        print(f"{'peak memory':12}{sizes}{first / second:>24.2f}  1.00 {verdict}")
         passed &= second <= first
     return bool(passed)
