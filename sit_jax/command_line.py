@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="SECTION",
-        help="list the sections of settings, or explain the settings of one, and exit",
+        help="list the sections of settings, or explain those of one section (or one setting), "
+        "and exit",
     )
     parser.add_argument(
         "--distributed",

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from sit_jax import storage
-from sit_jax.errors import unknown_name
+from sit_jax.errors import UserError, unknown_name
 from sit_jax.laws import Choice, Setting, declared
 from sit_jax.settings import Config
 
@@ -32,17 +32,21 @@ def sections() -> dict[str, str]:
     return summaries
 
 
-def settings_of(section: str) -> list[Setting]:
-    """Return the settings of a section. Raises `UserError` for an unknown one."""
-    if section not in sections():
-        raise unknown_name("section of settings", section, sections())
-    if section == _GENERAL:
-        return [entry for entry in declared(Config) if "." not in entry.key]
-    return [entry for entry in declared(Config) if entry.key.startswith(f"{section}.")]
+def settings_of(name: str) -> list[Setting]:
+    """Return the settings of a section, or the one with this key. Raises `UserError` for others."""
+    entries = list(declared(Config))
+    if name == _GENERAL:
+        return [entry for entry in entries if "." not in entry.key]
+    chosen = [entry for entry in entries if entry.key == name or entry.key.startswith(f"{name}.")]
+    if not chosen:
+        known = [*sections(), *(entry.key for entry in entries)]
+        error = unknown_name("section or setting", name, known)
+        raise UserError(f"{error}; --help-config lists the sections")
+    return chosen
 
 
 def as_text(section: str) -> str:
-    """Return the help of a section, or for "" the list of sections."""
+    """Return the help of a section or of one setting, or for "" the list of sections."""
     if not section:
         lines = ["Sections of settings; --help-config SECTION explains the settings of one.", ""]
         lines += [f"  {name:<11} {summary}" for name, summary in sections().items()]
@@ -51,7 +55,7 @@ def as_text(section: str) -> str:
     wrap = textwrap.TextWrapper(
         _WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
     )
-    paragraphs = [sections()[section]]
+    paragraphs = [sections()[section]] if section in sections() else []
     for entry in entries:
         lines = [f"--config.{entry.key}={shown(entry.default)}"]
         lines += wrap.wrap(entry.help) + wrap.wrap(allowed(entry))

@@ -376,9 +376,20 @@ def test_help_on_settings_lists_sections_and_explains_each_setting():
     assert "linear, decreasing, increasing-decreasing" in text_of("--help-config", "sample")
 
 
-def test_help_on_an_unknown_section_names_the_nearest():
-    message = refusal("--help-config", "sampel")
-    assert "unknown section of settings 'sampel'; did you mean 'sample'" in message
+def test_help_on_one_setting_explains_only_that():
+    explained = text_of("--help-config", "sample.steps")
+    assert explained.startswith("--config.sample.steps=none\n")
+    assert explained.count("--config.") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("sampel", "'sample'"), ("sample.stepz", "'sample.steps'"), ("steps", "'sweep.steps'")],
+)
+def test_help_on_an_unknown_section_or_setting_names_the_nearest(name, nearest):
+    message = refusal("--help-config", name)
+    assert f"unknown section or setting '{name}'; did you mean " in message
+    assert nearest in message and "--help-config lists the sections" in message
 
 
 def test_the_tables_of_settings_are_those_of_the_declarations():
