@@ -16,6 +16,7 @@ from sit_jax.settings import Config
 from tests import goldens
 from tests.commands import ROOT, TINY, call, flags, succeed, write_images
 from tests.machine import BASH
+from tests.test_imports import LEVELS
 
 README = (ROOT / "README.md").read_text()
 FOLDERS = ("configs", "convert", "launch", "sit_jax", "tests")
@@ -283,6 +284,12 @@ def test_the_flags_of_its_commands_parse(page):
         prefix, arguments = shlex.split(command)[:3], shlex.split(command)[3:]
         if prefix == ["python", "-m", "sit_jax.main"] and arguments and "--help" not in command:
             command_line.parse(arguments)  # raises UserError for an unknown flag or mode
+
+
+def test_contributing_shows_the_levels_of_imports():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d) \| ((?:`\w+` )+)\|$", text, re.M)
+    assert {int(level): names.replace("`", "").strip() for level, names in rows} == LEVELS
 
 
 def test_what_does_not_exist_is_noticed():
