@@ -3,7 +3,7 @@
     python -m sit_jax.main --config configs/digits.py --workdir runs/digits
 
 Cost: a 1.3 M parameter SiT, 1,800 steps; about a minute and a half on two CPU cores. Expected:
-`--mode quality` reads 99 % or more of the samples as their label.
+the classifier of `--mode quality` reads 99 % or more of the samples as their label.
 """
 
 from sit_jax.config import default

@@ -8,7 +8,7 @@ anything else that must not be mirrored.
 
 Cost: SiT-S/4 (33 M parameters, 256 tokens) with the paper's optimizer settings, 100,000 steps.
 Meant for one GPU. On a CPU make it smaller: --config.model.depth=4 --config.model.width=192
---config.train.batch=32. No score is known.
+--config.train.batch=32. No score has been measured.
 """
 
 from sit_jax.config import default

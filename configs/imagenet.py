@@ -3,9 +3,9 @@
     python -m sit_jax.main --config configs/imagenet.py:SiT-XL/2,256 --workdir runs/xl2
     --config.data.path=IMAGENET/train
 
-Images have 256 or 512 pixels. Without an argument it is SiT-XL/2 at 256. The folder holds one
-folder of JPEG files for each of the 1000 classes. The VAE comes from Hugging Face; without a
-network, set --config.latents.path=FOLDER.
+Images are 256 or 512 pixels wide and high; without an argument the config is SiT-XL/2,256. The
+folder holds one folder of JPEG files for each of the 1000 classes. The VAE comes from Hugging Face;
+without a network, set --config.latents.path=FOLDER.
 
 The default is float32, as in the reference, which trains in float32 with TF32 matmuls. On
 accelerators --config.precision.compute=bfloat16 is faster.
@@ -41,9 +41,8 @@ def get_config(arg="SiT-XL/2,256"):
             f"the argument is {arg!r}; expected a size and 256 or 512 pixels, such as SiT-XL/2,256"
         )
     config = default()
-    config.model.update(
-        name=name, learn_sigma=True
-    )  # as the reference trains, so that weights go both ways
+    # The reference trains with learn_sigma, so weights can be converted in both directions.
+    config.model.update(name=name, learn_sigma=True)
     config.data.update(
         source="folder", image_size=int(image_size), channels=3, classes=1000, flip=True, workers=8
     )

@@ -22,11 +22,8 @@ def get_config(variant="256"):
     side, batch, shape = {
         "256": (32, 256, {}),
         "512": (64, 256, {}),
-        "3B": (
-            32,
-            1024,
-            {"depth": 32, "width": 2304, "heads": 18},
-        ),  # heads of 128, the width of a TPU's lanes
+        # A head has 128 channels, as many as a TPU has lanes.
+        "3B": (32, 1024, {"depth": 32, "width": 2304, "heads": 18}),
     }[variant]
     config = default()
     config.model.update(name="SiT-XL/2", **shape)

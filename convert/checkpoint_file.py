@@ -24,7 +24,12 @@ _PART_OF_WEIGHTS = {"ema": "ema", "raw": "model"}  # --weights -> part
 
 _PATCHES = "x_embedder.proj.weight"
 _OUTPUT = "final_layer.linear.weight"
-_RANKS = {POSITION: 3, _PATCHES: 4, LABEL_TABLE: 2, _OUTPUT: 2}  # tensors that show the network
+_RANKS = {
+    POSITION: 3,
+    _PATCHES: 4,
+    LABEL_TABLE: 2,
+    _OUTPUT: 2,
+}  # of the tensors that reveal the network
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -38,7 +43,7 @@ StateDict = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class AdamWMoments:
-    """AdamW's state: its step count, both moments as state dicts, and its group's settings."""
+    """AdamW's state: the step count, both moments as state dicts, and the group's settings."""
 
     count: int
     exp_avg: StateDict
@@ -48,7 +53,7 @@ class AdamWMoments:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFile:
-    """The content of a checkpoint. With only `ema` set it is one set of weights."""
+    """The content of a checkpoint. A file with one set of weights has only `ema`."""
 
     ema: StateDict
     model: StateDict | None
@@ -79,9 +84,8 @@ class SiTArchitecture:
     def size(self, heads: int | None) -> tuple[str, Size]:
         """Return (name, size): the published name that fits, else "SiT-S/2" as a base to override.
 
-        Without `heads`, the number of heads is that of the published size.
-
-        Raises UserError if the network has no published size and `heads` is None.
+        Without `heads`, the number of heads is that of the published size. Raises UserError if the
+        network has no published size and `heads` is None.
         """
         for name, published in SIZES.items():
             if (published.depth, published.width, published.patch) == (
@@ -144,14 +148,14 @@ def _check_complete(path: str, parts: Mapping[str, Any], required: tuple[str, ..
     remedy = f", or take only its weights with --weights {' or '.join(usable)}" if usable else ""
     raise UserError(
         f"{path} is an incomplete training checkpoint: it has no {' and no '.join(missing)}, "
-        f"expected model, ema, opt and args; bring the complete file{remedy}"
+        f"expected model, ema, opt and args; get the complete file{remedy}"
     )
 
 
 def infer_architecture(path: str, tensors: StateDict) -> SiTArchitecture:
-    """Return the architecture that the tensors' shapes show.
+    """Return the architecture that the tensors' shapes reveal.
 
-    Raises UserError if they are the tensors of another kind of network.
+    Raises UserError if they belong to another kind of network.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     missing = [name for name, rank in _RANKS.items() if len(shapes.get(name, ())) != rank]
@@ -197,7 +201,7 @@ def _read_safetensors(path: str) -> tuple[StateDict, dict[str, Any]]:
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} is not a readable safetensors file ({reason}); bring the complete file"
+            f"{path} is not a readable safetensors file ({reason}); get the complete file"
         ) from error
     return tensors, {RECORD: record} if record else {}
 
@@ -250,7 +254,7 @@ def _checked(source: str, name: str, tensor: Tensor) -> Tensor:
             bad = np.count_nonzero(~np.isfinite(values))
             raise UserError(
                 f"{source}: {name} holds {bad} NaN or infinite values of {values.size}; "
-                "bring an earlier checkpoint"
+                "use an earlier checkpoint"
             )
         return values
 

@@ -1,4 +1,4 @@
-"""Shared by the three converters: the argument parser, one-line errors, and atomic output."""
+"""The parts that all converters share: argument parser, one-line errors, and atomic output."""
 
 import argparse
 import contextlib
@@ -83,13 +83,13 @@ def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
         check(
             needed <= free,
             f"{out!r} needs about {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free; "
-            "make room or give another place",
+            "make room or give another location",
         )
         with storage.beside(path) as new:
             yield new
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{out!r} could not be written ({reason}); make room or give another place; "
+            f"{out!r} could not be written ({reason}); make room or give another location; "
             "the incomplete output has been removed"
         ) from error

@@ -33,10 +33,10 @@ _DESCRIPTION = """\
 Convert a PyTorch SiT checkpoint into a workdir to sample from or to continue training in. A
 training checkpoint continues at its own step with its EMA and AdamW moments. A bare state dict, and
 a checkpoint converted with --weights or to another image size or number of classes, starts a new
-training at step 0. PyTorch is not needed, and no code in the file is run."""
+run at step 0. PyTorch is not needed, and no code in the file is run."""
 _EPILOG = """\
 Every setting in sit_jax/settings.py is also a flag, such as --config.transport.path=GVP. A setting
-that neither the file nor a flag gives has the value of the reference's train.py."""
+given neither by the file nor by a flag has the value of the reference's train.py."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,14 +53,14 @@ def main(argv: Sequence[str]) -> None:
         type=int,
         metavar="N",
         help="the number of attention heads, which the tensors do not show; needed only if the "
-        "network has none of the twelve published sizes and the file has no record of "
+        "network is not one of the twelve published sizes and the file was not written by "
         "convert.to_torch",
     )
     parser.add_argument(
         "--image_size",
         type=int,
         metavar="PIXELS",
-        help="change the image size: the position embedding is recomputed, and a new training "
+        help="change the image size: the position embedding is recomputed, and a new run "
         "starts at step 0",
     )
     parser.add_argument(
@@ -68,13 +68,13 @@ def main(argv: Sequence[str]) -> None:
         type=int,
         metavar="N",
         help="change the number of classes: the label table is initialised again, all other "
-        "weights are kept, and a new training starts at step 0",
+        "weights are kept, and a new run starts at step 0",
     )
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),
         help="take only these weights of a training checkpoint: the EMA (ema) or the trained "
-        "parameters (raw); a new training starts at step 0",
+        "parameters (raw); a new run starts at step 0",
     )
     flags, settings_flags = parser.parse_known_args(argv)
     overrides = []
@@ -111,9 +111,9 @@ def convert(
     """Write `workdir` from a checkpoint; the command line's flags explain the arguments.
 
     A training checkpoint continues with its parameters, EMA, moments and step. A single set of
-    weights, and a checkpoint whose image size or classes change, start a new training at step 0.
+    weights, and a checkpoint whose image size or classes change, start a new run at step 0.
 
-    Raises UserError if the checkpoint cannot be used; then nothing is left behind.
+    Raises UserError if the checkpoint cannot be used, and then leaves nothing behind.
     """
     source = checkpoint_file.read(checkpoint, weights)
     architecture = checkpoint_file.infer_architecture(checkpoint, source.ema)
@@ -193,7 +193,7 @@ def _first_step(source: CheckpointFile, moments: AdamWMoments | None) -> int:
 def _recorded_settings(
     source: CheckpointFile, moments: AdamWMoments | None
 ) -> ml_collections.ConfigDict:
-    """Return the settings that the file records; those of the reference's recipe elsewhere."""
+    """Return the settings that the file records; the others are those of the reference's recipe."""
     settings = config_lib.default()
     if source.record:
         settings.update(source.record["config"])
@@ -222,7 +222,7 @@ def _count(state_dict: StateDict) -> int:
 def _adapt(
     source: CheckpointFile, old: SiTArchitecture, new: SiTArchitecture, setup: Setup
 ) -> CheckpointFile:
-    """Replace the tensors that depend on the image size or the classes, where these change."""
+    """Replace the tensors that depend on the image size or the classes, if these change."""
     arrays = {}
     if new.side != old.side:
         arrays[POSITION] = position_embedding(new.width, new.side // new.patch)[None]
@@ -288,7 +288,7 @@ def _save(folder: epath.Path, step: int, items: dict[str, Any], note: dict[str, 
 def _describe(
     source: CheckpointFile, old: SiTArchitecture, new: SiTArchitecture, setup: Setup
 ) -> None:
-    """Print the network, and a note on everything that the conversion changes."""
+    """Print the network, and a note on each change that the conversion makes."""
     size = setup.size
     height, width, channels = setup.input_shape
     print(
@@ -317,7 +317,7 @@ def _describe(
             f"{old.classes} classes; all other weights are kept"
         )
     if source.opt and new != old:
-        print("note: this is a new training: it starts at step 0, with new moments")
+        print("note: this is a new run: it starts at step 0, with new moments")
 
 
 if __name__ == "__main__":

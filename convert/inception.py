@@ -17,7 +17,8 @@ from convert.names import check_tensors
 from convert.torch_file import Tensor, read_torch_file
 from sit_jax.errors import check
 
-# A block, then branch=OIHW for each of its convolutions. A batch norm follows every convolution.
+# On each line a block, then BRANCH=SHAPE for each of its convolutions, the shape being output
+# channels x input channels x height x width. A batch norm follows every convolution.
 _CONVOLUTIONS = """
 Conv2d_1a_3x3 =32x3x3x3
 Conv2d_2a_3x3 =32x32x3x3
@@ -60,7 +61,7 @@ Mixed_7c branch3x3_2b=384x384x3x1
 Mixed_7c branch3x3dbl_1=448x2048x1x1 branch3x3dbl_2=384x448x3x3 branch3x3dbl_3a=384x384x1x3
 Mixed_7c branch3x3dbl_3b=384x384x3x1 branch_pool=192x2048x1x1
 """
-# Of the last layer.
+# Outputs and inputs of the last layer.
 _CLASSES = 1008
 _FEATURES = 2048
 
@@ -108,9 +109,9 @@ def convert(weights: str, out: str, *, overwrite: bool = False) -> None:
     content = read_torch_file(weights)
     check(
         isinstance(content, Mapping),
-        f"{weights} holds {type(content).__name__}, not a state dict; bring pytorch-fid's file",
+        f"{weights} holds {type(content).__name__}, not a state dict; get pytorch-fid's file",
     )
-    # num_batches_tracked is torchvision's counter of training batches; inference has no use for it.
+    # num_batches_tracked is torchvision's counter of training batches; inference does not use it.
     tensors = {
         name: value
         for name, value in content.items()
@@ -124,7 +125,7 @@ def convert(weights: str, out: str, *, overwrite: bool = False) -> None:
         bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
         check(
             not bad,
-            f"{weights}: {', '.join(bad[:4])} holds NaN or infinite values; bring an intact file",
+            f"{weights}: {', '.join(bad[:4])} holds NaN or infinite values; get an intact file",
         )
         save_file(arrays, new, {"format": "pt"})
     print(f"{len(expected)} tensors -> {out}")

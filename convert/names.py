@@ -1,4 +1,4 @@
-"""The table between the PyTorch SiT's state dict and our parameter tree: names and layouts.
+"""The table that maps the PyTorch SiT's state dict to our parameter tree: names and layouts.
 
 Shape suffixes: i, o input and output features; h, w rows and columns of a patch; f = (h, w, i);
 n heads; 3 query, key, value; t tokens; d width.
@@ -117,7 +117,7 @@ def params_to_torch(tree: Mapping[str, Any], size: Size) -> Iterator[tuple[str, 
 
 def torch_shapes(params: Any, size: Size) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of the state dict that a tree of (abstract) parameters becomes."""
-    # Broadcast zeros have a shape but, at any size, the memory of a single number.
+    # Broadcast zeros have any shape, but take the memory of a single number.
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
     return {name: value.shape for name, value in params_to_torch(zeros, size)}
 

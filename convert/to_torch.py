@@ -71,7 +71,7 @@ def convert(workdir: str, out: str, *, weights: str | None = None, overwrite: bo
 
     A checkpoint without moments, such as one of converted weights, becomes a bare state dict.
 
-    Raises UserError if the reference could not load the result; then nothing is left behind.
+    Raises UserError if the reference could not load the result, and then leaves nothing behind.
     """
     suffix = os.path.splitext(out)[1]
     check(
@@ -136,11 +136,11 @@ class _Export:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What convert.from_torch needs in addition to the reference's own format."""
+        """The step and config, which convert.from_torch needs and the reference's format lacks."""
         return {"step": self.step, "config": dataclasses.asdict(self.setup.config)}
 
     def size_in_bytes(self, copies: int) -> int:
-        """Return the size of so many copies of the parameters, in float32."""
+        """Return the size of `copies` copies of the parameters, in float32."""
         leaves = jax.tree.leaves(self.setup.abstract_state.params)
         return copies * 4 * sum(leaf.size for leaf in leaves)
 

@@ -40,7 +40,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 class Tensor:
     """A tensor that stays in its file until `read` or np.asarray loads it.
 
-    So converting a model never needs two copies of it in memory.
+    Converting a model therefore never needs two copies of it in memory.
     """
 
     shape: tuple[int, ...]
@@ -115,7 +115,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch_file(path: str) -> Any:
-    """Return the object that torch.save wrote, with a `Tensor` in place of each tensor.
+    """Return the object that torch.save wrote, with each tensor as a lazy `Tensor`.
 
     Raises UserError if the file is not a complete torch.save file.
     """
@@ -128,7 +128,7 @@ def _readable(path: str) -> Iterator[None]:
     """Turn any exception into a UserError that names the file."""
     try:
         yield
-    # A damaged or hostile pickle can fail in as many ways as there are opcodes.
+    # A damaged or hostile pickle can raise almost any error.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 from convert.torch_file import STORAGES
 
 _ROOT = "archive"
-_ALIGNMENT = 64  # bytes: torch.load(mmap=True) uses the numbers in place
+_ALIGNMENT = 64  # bytes; torch.load(mmap=True) uses the numbers in place
 _STORAGE_OF = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 
 
@@ -71,8 +71,8 @@ class TorchWriter:
 def _pickled(value: Any) -> bytes:
     """Return the opcodes that push a value on the unpickler's stack.
 
-    Tensors are spelt out, as Python's pickler would need torch for them, and so are the containers
-    that may hold them.
+    Tensors are written opcode by opcode, because Python's pickler would need torch for them, and so
+    are the containers that may hold them.
     """
     if isinstance(value, dict):
         items = b"".join(_pickled(part) for item in value.items() for part in item)

@@ -33,8 +33,9 @@ Labels = Sequence[int] | np.ndarray | int | None
 def load(workdir: epath.PathLike, weights: str = "ema") -> "Run":
     """Return the newest complete checkpoint of a workdir, on all devices of this process.
 
-    `weights` is "ema", or "raw" for the trained ones. Raises `UserError` if the folder is not a
-    workdir, has no complete checkpoint, or holds another model than its config describes.
+    `weights` is "ema", or "raw" for the parameters themselves. Raises
+    `UserError` if the folder is not a workdir, has no complete checkpoint, or holds a different
+    model from the one in its config.
     """
     folder = epath.Path(workdir)
     recorded = folder / "config.json"
@@ -77,7 +78,7 @@ class Run:
         label. `noise` [n, h, w, c], standard normal, replaces the noise that the seed gives. New
         options compile a new program at their first use; other labels and counts do not.
 
-        Raises `UserError` for an unknown option, an impossible value or a label out of range.
+        Raises `UserError` for an unknown option, an invalid value or a label out of range.
         """
         if labels is not None:
             labels_n = _whole_numbers(labels)
@@ -130,7 +131,7 @@ class Run:
     ) -> np.ndarray:
         """Return the tokens after `layer` blocks of the network, [n, tokens, width].
 
-        The other arguments are as for `velocity`. Raises `UserError` for a layer that is not there.
+        The other arguments are as for `velocity`. Raises `UserError` if the layer does not exist.
         """
         check(
             isinstance(layer, int | np.integer),
@@ -247,7 +248,7 @@ class Run:
 
     def _sampler(self, setup: Setup, from_noise: bool) -> Callable:
         """Return the compiled sampler for these options, compiled at their first use."""
-        # Labels, count and the layout of sheets change nothing that is compiled.
+        # The compiled program does not depend on labels, count or the layout of sheets.
         key = dataclasses.replace(setup.config.sample, labels=(), count=1, columns=1, scale=1)
         if (key, from_noise) not in self._samplers:
             guide = sampler.open_guide(setup.config)
@@ -267,7 +268,7 @@ def _whole_numbers(labels: Any) -> np.ndarray:
 
 
 def _checked(name: str, array: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a non-empty NumPy batch of arrays of this shape. Raises `UserError` for others."""
+    """Return a non-empty batch [n, *shape] as a NumPy array. Raises `UserError` for any other."""
     array = np.asarray(array)
     check(
         array.ndim == len(shape) + 1 and array.shape[1:] == shape and len(array),

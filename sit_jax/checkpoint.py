@@ -32,7 +32,7 @@ _CHUNK = 2**24  # bytes
 
 
 # Errors are reported here, once and in one line. Orbax also logs them, as pages of tracebacks, and
-# logs its own cleaning up.
+# logs its own cleanup.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
@@ -75,7 +75,7 @@ class Checkpoints:
         try:
             if error is None:
                 self.wait()
-            else:  # wait() is collective, and this error may have been raised in one process only
+            else:  # not wait(), which is collective: only this process may have failed
                 self._join()
         finally:
             self._manager.close()
@@ -83,7 +83,7 @@ class Checkpoints:
     def newest_complete(self) -> tuple[int | None, list[str]]:
         """Return the newest step whose files agree with its manifest, or None.
 
-        Returns also one line about each newer step, saying why it is not used.
+        Also returns one line for each newer step, saying why it is not used.
         """
         self._manager.reload()
         # Process 0 decides: another process might read a different state of the disk.
@@ -140,7 +140,7 @@ class Checkpoints:
         return True
 
     def wait(self) -> None:
-        """Return once everything saved so far is complete in all processes.
+        """Wait until everything saved so far is complete in all processes.
 
         Raises UserError if the last save failed in any of them.
         """
@@ -207,7 +207,7 @@ class Checkpoints:
             folder = self._folder / str(step)
             storage.write_text(folder / _MANIFEST, json.dumps(_digests(folder), indent=1))
             self._delete_old(step)
-        except BaseException as error:  # nobody catches what a thread raises; wait() raises it
+        except BaseException as error:  # lost if raised in this thread; wait() raises it
             self._failure = step, error
 
     def _delete_old(self, newest: int) -> None:
@@ -265,7 +265,7 @@ def _sha256(path: epath.Path) -> str:
 
 
 def _damage(folder: epath.Path) -> str | None:
-    """Return in a few words why a step's folder cannot be used; None if it is complete."""
+    """Return the reason why a step's folder cannot be used, in a few words; None if it can."""
     try:
         entries = json.loads((folder / _MANIFEST).read_text())
         manifest = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
@@ -276,7 +276,7 @@ def _damage(folder: epath.Path) -> str | None:
     if not manifest:
         return "its manifest is empty"
     files = _files(folder)
-    for name, (expected_size, _) in manifest.items():  # all sizes first: they cost nothing
+    for name, (expected_size, _) in manifest.items():  # first, because it costs nothing
         if name not in files:
             return f"{name} is missing"
         size = files[name].stat().length

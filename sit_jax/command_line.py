@@ -22,7 +22,7 @@ config, so --workdir on its own continues, samples or evaluates a run."""
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
-    """Return the flags, and (key, text) of each --config.KEY=TEXT or --config.KEY TEXT.
+    """Return the flags, and (key, text) for each --config.KEY=TEXT or --config.KEY TEXT.
 
     --help and --help-config print and exit. Raises `UserError` for flags that make no sense
     together.
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--distributed",
         action=argparse.BooleanOptionalAction,
-        help="several processes, one run (default: where jax finds a cluster, or "
+        help="join several processes into one run (default: if jax finds a cluster, or "
         "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set)",
     )
     for mode, job in JOBS.items():
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
                 group.add_argument(f"--{flag.name}", metavar=flag.metavar, help=flag.help)
             else:
                 group.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
-    # One line instead of the usage.
+    # argparse would print its usage and exit; a mistake is one line here.
     parser.error = _refuse  # type: ignore[method-assign]
     return parser
 
@@ -102,7 +102,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (key, text) of the arguments that argparse does not know."""
+    """Return (key, text) for each --config flag. Raises `UserError` for any other argument."""
     overrides = []
     remaining = list(arguments)
     while remaining:

@@ -1,8 +1,8 @@
-"""From a config file and the command line to checked settings.
+"""Reads a config file and the command line into checked settings.
 
 A config file starts from `default()`, changes values and returns it from `get_config()`. `load`
 turns it, with the command line's overrides, into the frozen dataclasses of `sit_jax.settings`. It
-refuses an unknown key, a wrong type and an impossible value. No other module reads a ConfigDict.
+refuses an unknown key, a wrong type and an invalid value. No other module reads a ConfigDict.
 """
 
 import ast
@@ -44,7 +44,7 @@ CHANGEABLE = (
     "log.",
     "mesh.",
 )
-# Settings that give the weights of a finished run their meaning. Other modes may change all others.
+# Settings that trained weights depend on. Modes other than train may change all others.
 NETWORK = (
     "model.",
     "transport.path",
@@ -69,7 +69,7 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Return the config of `file.py`, `file.py:argument` or a recorded `config.json`.
 
     `overrides` are (dotted key, text) pairs of the command line. Raises `UserError` for a file
-    that cannot be used, an unknown key, a wrong type or an impossible value.
+    that cannot be used, an unknown key, a wrong type or an invalid value.
     """
     is_recorded = spec.endswith(".json")
     values = _read_json(spec) if is_recorded else _run_file(*_split_argument(spec))
@@ -122,7 +122,7 @@ def _run_file(path: str, argument: str | None) -> dict[str, Any]:
         return config.to_dict()
     except UserError:
         raise
-    except Exception as error:  # the reader needs the file's name and the reason, whatever it is
+    except Exception as error:  # a config file runs any code, so it may raise any error
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path} cannot be used as a config: {type(error).__name__}: {reason}"
@@ -144,7 +144,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _with_defaults(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of an old file, with settings that are newer than it at their defaults."""
+    """Return the values of an old file, with settings that it lacks at their defaults."""
     merged = defaults | values
     for name, value in merged.items():
         if isinstance(value, dict) and isinstance(defaults.get(name), dict):
@@ -160,7 +160,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _parse(key: str, text: str) -> Any:
-    """Return the value that a command line's text stands for. A string setting takes text as is."""
+    """Return the value that a flag's text stands for. A string setting takes the text as is."""
     types_by_key = {entry.key: entry.type for entry in declared(Config)}
     if key not in types_by_key:
         raise unknown_name("config key", key, types_by_key)
@@ -174,7 +174,7 @@ def _parse(key: str, text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text  # of the wrong type, which _build reports
+        return text  # _build reports that its type is wrong
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:

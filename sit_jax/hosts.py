@@ -62,7 +62,7 @@ def join(distributed: bool | None, *, preemptible: bool) -> None:
     if not variables and not distributed and os.environ.get("JAX_PLATFORMS") == "cpu":
         return
     cluster = _cluster(variables) if variables else {}
-    # Only if preemptible: the service takes SIGTERM over, which should end other jobs.
+    # Only if preemptible: the service intercepts SIGTERM, which should end any other job.
     jax.config.update("jax_enable_preemption_service", preemptible)
     notice = threading.Timer(
         _JOIN_NOTICE_AFTER_S, print, [_JOIN_NOTICE], {"file": sys.stderr, "flush": True}
@@ -140,12 +140,12 @@ def only_first_prints() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the values of all processes in order; each is anything that JSON holds."""
+    """Return the values of all processes, in order. Each must be a JSON value."""
     if not is_multiprocess():
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(text)))
-    # Padded to a power of two, because each further size is compiled once more.
+    # Padded to a power of two, because every new size compiles again.
     padded_size = 2 ** int(max(sizes) - 1).bit_length()
     rows = multihost_utils.process_allgather(np.pad(text, (0, padded_size - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
@@ -175,9 +175,9 @@ def run_on_all(function: Callable[[], T]) -> T:
 
 
 def broadcast_from_first(function: Callable[[], T]) -> T:
-    """Call `function` in process 0 and return its result, anything that JSON holds, in all.
+    """Call `function` in process 0 and return its result, a JSON value, in all processes.
 
-    Raises its UserError in all.
+    Raises its UserError in all of them.
     """
     if not is_multiprocess():
         return function()
@@ -199,7 +199,7 @@ def to_host(tree: Any) -> Any:
 
 
 def check_same(kind: str, values: dict[str, Any]) -> None:
-    """Raise UserError unless {name: value} is the same in all processes; `kind` says of what.
+    """Raise UserError unless {name: value} is the same in all processes. `kind` is a word for it.
 
     The message lists up to eight names that differ, with both values.
     """
@@ -226,7 +226,7 @@ def check_shared(folder: epath.PathLike) -> None:
     probe = folder / f".shared.{gather(uuid.uuid4().hex[:8])[0]}"
     if is_first():
         probe.write_bytes(b"")
-    gather(None)  # all wait until it is written
+    gather(None)  # a barrier: the file is written before anyone looks for it
     seen = gather(probe.exists())
     if is_first():
         probe.unlink()
@@ -253,7 +253,7 @@ def _without(seen: Sequence[bool]) -> str:
 
 
 def exit_message(error: Exception) -> str:
-    """Return the last line of a process that an error ends, in a run of several. Not collective."""
+    """Return the last line to print when an error ends one of several processes. Not collective."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         reason = "it lost another process (see that one's output), or its own device failed"
     else:

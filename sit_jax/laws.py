@@ -1,4 +1,4 @@
-"""A setting carries its own law: default, allowed values and one sentence of help, in one place.
+"""The declaration of a setting: its default, its law (the allowed values) and a phrase of help.
 
 `settings.py` declares every setting with `setting` or `choice`. Validation, `--help-config`, the
 tables in configs/README.md and the test that walks all keys are derived from these declarations.
@@ -19,9 +19,9 @@ class Law:
     expected: str
 
     def check(self, key: str, value: Any) -> None:
-        """Raise `UserError` unless the law holds. None and empty lists are the business of types.
+        """Raise `UserError` unless the law holds. None and empty lists pass: types decide on them.
 
-        Each element of a list has to obey the law.
+        Each element of a list must obey the law.
         """
         if isinstance(value, tuple):
             for element in value:
@@ -85,5 +85,10 @@ def declared(cls: type, prefix: str = "") -> Iterator[Setting]:
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             yield from declared(field.type, f"{prefix}{field.name}.")
         else:
-            law, help_ = field.metadata["law"], field.metadata["help"]
-            yield Setting(prefix + field.name, field.type, field.default, law, help_)
+            yield Setting(
+                key=prefix + field.name,
+                type=field.type,
+                default=field.default,
+                law=field.metadata["law"],
+                help=field.metadata["help"],
+            )

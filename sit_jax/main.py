@@ -17,7 +17,7 @@ from sit_jax.settings import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one job. Return its exit status: 0, or 2 after one line on stderr for a mistake."""
+    """Run one job and return its exit status: 0, or 2 after a one-line error on stderr."""
     try:
         flags, overrides = command_line.parse(sys.argv[1:] if argv is None else argv)
         if not JOBS[flags.mode].uses_devices:
@@ -48,7 +48,7 @@ def run_on_devices(flags: argparse.Namespace, overrides: Overrides) -> None:
     config = hosts.run_on_all(lambda: load_config(flags, overrides))
     hosts.check_same("config", config_lib.flatten(config))
     hosts.check_same("command", {f"--{name}": str(value) for name, value in vars(flags).items()})
-    absl_flags.FLAGS.mark_as_parsed()  # grain's reader processes look flags up
+    absl_flags.FLAGS.mark_as_parsed()  # grain's reader processes read absl's flags
     print(report.devices_line(), flush=True)
     if warning := report.unused_accelerator_warning():
         print(warning, file=sys.stderr)
@@ -59,7 +59,7 @@ def run_on_devices(flags: argparse.Namespace, overrides: Overrides) -> None:
 def load_config(flags: argparse.Namespace, overrides: Overrides) -> Config:
     """Return the config of the flags, or the workdir's own.
 
-    Raises `UserError` if both exist and are not of the same run.
+    Raises `UserError` if both exist and belong to different runs.
     """
     if not flags.workdir:
         check(

@@ -1,4 +1,4 @@
-"""Logs of a run: JSONL, TensorBoard event files, Weights & Biases, and the line and bar to watch.
+"""Logs of a run: JSONL, TensorBoard event files, Weights & Biases, log lines and a progress bar.
 
 Only process 0 logs. A step number counts finished training steps; `start_step` is the one from
 which a run resumes.
@@ -49,7 +49,8 @@ class MetricLog(contextlib.AbstractContextManager):
         config: dict,
         run_name: str,
     ):
-        workdir = folder = epath.Path(workdir)
+        workdir = epath.Path(workdir)
+        folder = workdir  # where the sinks write; a remote workdir gets copies
         self._mirror: _Mirror | None = None
         self._sinks: list[_Sink] = []
         # Closes the sinks in reverse order, also if a later one cannot be opened.
@@ -67,7 +68,7 @@ class MetricLog(contextlib.AbstractContextManager):
                 self._sinks.append(sink)
                 stack.callback(sink.close)
 
-            if wandb_project:  # first, because it may refuse: until then no other has dropped a row
+            if wandb_project:  # first: it may fail, and no other sink has dropped rows yet
                 run_id = _wandb_id(workdir / "wandb_id.txt")
                 add(
                     _Wandb(
@@ -84,7 +85,7 @@ class MetricLog(contextlib.AbstractContextManager):
             self._closing = stack.pop_all()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Log the named numbers of one step; anything that `float` accepts is one."""
+        """Log the named numbers of one step; a value may be anything that `float` accepts."""
         values = {name: float(value) for name, value in values.items()}
         for sink in self._sinks:
             sink.scalars(step, values)

@@ -1,8 +1,8 @@
-"""A record is all that passes from a data source to a codec: a dict of arrays, one example.
+"""Records: one example as a dict of arrays, which a data source passes to a codec.
 
-A source chooses the names: an image and a label today, stored latents or text in others. Its spec
-says the shape and type of each array without reading any. A batch of records is a dict of the
-same names whose arrays have a leading axis b.
+A source chooses the names. Today's sources have an image and a label; another could have stored
+latents or text. The spec of a record gives the shape and type of each array without reading any
+data. A batch of records is a dict of the same names, whose arrays have a leading axis b.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Lines that a run prints about its machine: its devices, and an accelerator it does not use."""
+"""The lines that a run prints about its devices, and about an accelerator that it does not use."""
 
 import collections
 import os

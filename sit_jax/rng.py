@@ -8,7 +8,7 @@ import jax
 def key(seed: int, stream: str, index: int | jax.Array = 0) -> jax.Array:
     """Return the key of a named stream at a step or sample index.
 
-    Other names and other indices give independent keys.
+    Different names or indices give independent keys.
     """
     stream_key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
     return jax.random.fold_in(stream_key, index)

@@ -1,7 +1,7 @@
-"""Every setting: its default, its law and its help, each in one place.
+"""Every setting, declared once with its default, its law and its help.
 
 `sit_jax.config` reads the values from a config file and the command line, where each is a flag:
---config.train.steps=1000. `python -m sit_jax.main --help-config SECTION` prints what stands here.
+--config.train.steps=1000. `python -m sit_jax.main --help-config SECTION` prints the help texts.
 """
 
 import dataclasses
@@ -47,34 +47,39 @@ _last_step_size = Law(lambda size: 0 < size < 1, "a number inside (0, 1), or sam
 class Model:
     """The network."""
 
-    name: str = choice("SiT-S/2", SIZES, "a published size; the next four replace parts of it")
-    depth: int | None = setting(None, positive, "transformer blocks")
+    name: str = choice(
+        "SiT-S/2", SIZES, "published size; depth, width, heads and patch override parts of it"
+    )
+    depth: int | None = setting(
+        None, positive, "transformer blocks; none: those of model.name, here and below"
+    )
     width: int | None = setting(None, positive, "channels of the residual stream")
     heads: int | None = setting(None, positive, "attention heads")
     patch: int | None = setting(
-        None, positive, "pixels, or latent cells, along one side of a token"
+        None, positive, "side of a patch (one token), in pixels or latent cells"
     )
     qk_norm: bool = setting(
         False,
         anything,
-        "RMSNorm of queries and keys: more stable in bfloat16; the published weights have none",
+        "RMSNorm of queries and keys: steadier in bfloat16; not in the published weights",
     )
     learn_sigma: bool = setting(
         False,
         anything,
-        "twice the output channels, half of them unused, as in the published weights",
+        "double the output channels and ignore the second half, as the published weights do",
     )
     attention: str = choice(
         "auto",
         ("auto", "einsum"),
-        "auto: the fastest kernel for the devices; einsum: plain products, the only kind with "
-        "forward-mode derivatives",
+        "auto: the fastest kernel for the devices; einsum: plain matmuls, the only one with "
+        "forward-mode derivatives (--mode likelihood always uses it)",
     )
     remat: str = choice(
         "dots",
         REMAT_POLICIES,
-        "activations kept for the backward pass: none: all; dots: outputs of matmuls; full: none "
-        "of them",
+        "activations to recompute in the backward pass, to save memory. none: keep them all; "
+        "dots: keep the outputs of linear layers and attention; full: keep only each block's "
+        "input",
     )
 
 
@@ -83,49 +88,60 @@ class Transport:
     """The interpolant and the training objective."""
 
     path: str = choice(
-        "Linear", paths.PATHS, "x_t = alpha_t x1 + sigma_t x0 between noise and data"
+        "Linear",
+        paths.PATHS,
+        "the interpolant x_t = alpha_t x1 + sigma_t x0 between noise x0 and data x1",
     )
     prediction: str = choice(
         "velocity", prediction.PREDICTIONS, "the quantity the network predicts"
     )
     loss_weight: str = choice(
-        "none", losses.WEIGHTS, "weight of the loss over time, for score and noise only"
+        "none",
+        losses.WEIGHTS,
+        "weight of the loss by time, for predictions score and noise. velocity: gives the loss of "
+        "the velocity; likelihood: a bound on log p",
     )
     train_eps: float | None = setting(
-        None, _time_margin, "distance of training times from singular ends"
+        None,
+        _time_margin,
+        "distance kept from a singular end of time in training; none: the path's default",
     )
     sample_eps: float | None = setting(
-        None, _time_margin, "distance of sampling times from singular ends"
+        None, _time_margin, "the same distance in sampling; none: the path's default"
     )
-    times: str = choice("uniform", times.DISTRIBUTIONS, "distribution of training times")
-    times_mean: float = setting(0.0, anything, "mean of the logit, for logit-normal times")
-    times_std: float = setting(
-        1.0, positive, "standard deviation of the logit, for logit-normal times"
+    times: str = choice(
+        "uniform",
+        times.DISTRIBUTIONS,
+        "distribution of training times; logit-normal: sigmoid of a normal",
     )
+    times_mean: float = setting(0.0, anything, "mean of that normal; above 0: more times near data")
+    times_std: float = setting(1.0, positive, "standard deviation of that normal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """The images and their labels."""
 
-    source: str = choice("digits", sources.SOURCES, "kind of data set")
-    path: str | None = setting(None, anything, "folder of class folders, for source folder")
-    split: str = setting("all", anything, "digits: train, test or all; folder: all")
-    image_size: int = setting(8, positive, "height and width of the images in pixels")
-    channels: int = setting(1, positive, "channels of the images")
+    source: str = choice("digits", sources.SOURCES, "digits: of scikit-learn; folder: image files")
+    path: str | None = setting(
+        None, anything, "folder with a sub-folder of images per class, for source folder"
+    )
+    split: str = setting("all", anything, "digits: train, test or all; folder: only all")
+    image_size: int = setting(
+        8, positive, "side of the images in pixels; source folder scales and crops to it"
+    )
+    channels: int = setting(1, positive, "image channels: 1 for digits, 3 for folder")
     classes: int = setting(10, positive, "number of classes")
     flip: bool = setting(
-        False,
-        anything,
-        "mirror each image left to right with probability 1/2; not for digits or text",
+        False, anything, "mirror images left to right with probability 1/2; not for digits or text"
     )
     skip_unreadable: bool = setting(
-        False,
-        anything,
-        "skip images that cannot be read, counted and reported, instead of stopping",
+        False, anything, "skip and count images that cannot be read, instead of stopping"
     )
     workers: int = setting(
-        0, not_negative, "reader processes; 0 reads in threads, which suits small sources"
+        0,
+        not_negative,
+        "processes that read images; 0: threads of the main process, for small data sets",
     )
 
     @property
@@ -136,25 +152,30 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """What the network sees of an image. All settings but `codec` belong to sd-vae."""
+    """The network's input: pixels or latents. All settings but `codec` apply to sd-vae only."""
 
-    codec: str = choice("pixels", CODECS, "pixels, or latents of Stable Diffusion's autoencoder")
+    codec: str = choice(
+        "pixels", CODECS, "pixels; sd-vae: latents of Stable Diffusion's autoencoder"
+    )
     path: str | None = setting(
         None,
         anything,
-        "folder with config.json and diffusion_pytorch_model.safetensors; none: use the repository",
+        "folder with config.json and diffusion_pytorch_model.safetensors; none: latents.repo",
     )
     repo: str | None = setting(
         None,
         anything,
-        "Hugging Face repository; none: stabilityai/sd-vae-ft-ema (-mse has equal latents)",
+        "Hugging Face repository; none: stabilityai/sd-vae-ft-ema. stabilityai/sd-vae-ft-mse "
+        "has the same latents and decodes them more smoothly",
     )
     revision: str | None = setting(
-        None, anything, "commit of the repository; may be omitted for these two, which are pinned"
+        None,
+        anything,
+        "commit of latents.repo; none: the pinned one, for the two repositories above only",
     )
-    dtype: str = choice("float32", DTYPES, "type of its activations and matmuls")
+    dtype: str = choice("float32", DTYPES, "dtype of the autoencoder's activations and matmuls")
     scale: float = setting(0.18215, positive, "factor applied to the encoder's output")
-    batch: int = setting(8, positive, "images that each device encodes or decodes at once")
+    batch: int = setting(8, positive, "images that a device encodes or decodes at a time, at most")
 
     @property
     def vae(self) -> VaeOptions:
@@ -166,18 +187,16 @@ class Latents:
 class Train:
     """The training run."""
 
-    steps: int = setting(400_000, positive, "optimizer steps")
-    batch: int = setting(
-        256, positive, "images per step, over all devices and accumulated microbatches"
-    )
-    accumulation: int = setting(1, positive, "microbatches per step")
+    steps: int = setting(400_000, positive, "number of optimizer steps")
+    batch: int = setting(256, positive, "images per step, over all devices and microbatches")
+    accumulation: int = setting(1, positive, "microbatches per step, run in turn to save memory")
     label_dropout: float = setting(
-        0.1, from_0_to_1, "probability of replacing a label by the null label"
+        0.1, from_0_to_1, "share of labels replaced by the null label, which guidance needs"
     )
     skip_nonfinite: int = setting(
         0,
         not_negative,
-        "updates with a NaN or infinite loss or gradient to skip before the run stops",
+        "updates with a NaN or infinite loss or gradient that may be skipped before the run stops",
     )
     ema_decay: float = setting(
         0.9999, from_0_to_1, "decay of the exponential moving average of the parameters"
@@ -189,7 +208,9 @@ class Optimizer:
     """AdamW and its learning rate."""
 
     learning_rate: float = setting(1e-4, positive, "peak learning rate")
-    schedule: str = choice("constant", SCHEDULES, "learning rate after the warm-up")
+    schedule: str = choice(
+        "constant", SCHEDULES, "learning rate after the warm-up; cosine: falls to 0 at train.steps"
+    )
     warmup_steps: int = setting(0, not_negative, "steps of linear warm-up from 0")
     b1: float = setting(0.9, from_0_to_1, "decay of the first moment")
     b2: float = setting(0.999, from_0_to_1, "decay of the second moment")
@@ -204,11 +225,13 @@ class Optimizer:
 class Sample:
     """The sampler, for --mode sample, invert, sweep and quality, and for sheets during training."""
 
-    weights: str = choice("ema", WEIGHTS, "weights to sample with")
+    weights: str = choice(
+        "ema", WEIGHTS, "ema: the moving average of the parameters; raw: the parameters"
+    )
     solver: str = choice(
         "dopri5",
         (*ode.SOLVERS, *sde.SOLVERS),
-        f"of an ODE: {', '.join(ode.SOLVERS)}; of an SDE: {', '.join(sde.SOLVERS)}",
+        f"ODE solvers: {', '.join(ode.SOLVERS)}; SDE solvers: {', '.join(sde.SOLVERS)}",
     )
     steps: int | None = setting(
         None,
@@ -218,53 +241,61 @@ class Sample:
     times: tuple[float, ...] = setting(
         (),
         anything,
-        "instead of steps: fractions of the way from noise to data, rising from 0 to 1",
+        "times of fixed steps, instead of sample.steps: fractions rising from 0 (noise) to 1",
     )
     time_shift: float = setting(
         1.0,
         positive,
-        "s of t' = s t / (1 + (s - 1) t) for fixed steps; above 1: more of them near data",
+        "s of t' = s t / (1 + (s - 1) t), which moves fixed steps; above 1: more near data",
     )
     atol: float = setting(1e-6, positive, "absolute tolerance of adaptive steps")
     rtol: float = setting(1e-3, positive, "relative tolerance of adaptive steps")
     error_norm: str = choice(
         "sample",
         ode.ERROR_NORMS,
-        "sample: each sample has its own steps; batch: one error for all, as in torchdiffeq",
+        "error that sets adaptive steps. sample: each sample's own; batch: the batch's, as in "
+        "torchdiffeq",
     )
-    diffusion_form: str = choice(
-        "SBDM", diffusion.FORMS, "diffusion coefficient of an SDE over time"
+    diffusion_form: str = choice("SBDM", diffusion.FORMS, "SDE: diffusion coefficient over time")
+    diffusion_norm: float = setting(1.0, positive, "SDE: scale of that coefficient")
+    last_step: str = choice(
+        "mean",
+        sde.LAST_STEPS,
+        "SDE: last step to t=1, without noise. mean: along the SDE's drift; euler: along the "
+        "ODE's; tweedie: to the expected data",
     )
-    diffusion_norm: float = setting(1.0, positive, "scale of the diffusion coefficient")
-    last_step: str = choice("mean", sde.LAST_STEPS, "noiseless step after an SDE's steps")
-    last_step_size: float = setting(0.04, _last_step_size, "size of that step")
-    cfg_scale: float = setting(1.0, _cfg_scale, "scale of classifier-free guidance; 1: none")
+    last_step_size: float = setting(0.04, _last_step_size, "SDE: length of that step in t")
+    cfg_scale: float = setting(1.0, _cfg_scale, "scale of classifier-free guidance; 1: no guidance")
     cfg_channels: int | None = setting(
-        3, positive, "guide the first channels only, as published numbers do; none: all"
+        3,
+        positive,
+        "number of channels to guide, from the first; none: all (published results: 3 of 4)",
     )
     cfg_interval: tuple[float, ...] = setting(
-        (0.0, 1.0), anything, "first and last time at which to guide"
+        (0.0, 1.0), anything, "first and last time to guide at; 0 is noise, 1 is data"
     )
     guide: str | None = setting(
-        None, anything, "workdir of a weaker run to guide away from, instead of the null label"
+        None,
+        anything,
+        "workdir of a weaker run to guide away from; none: guide away from the null label",
     )
     count: int = setting(64, positive, "number of samples")
-    batch: int = setting(64, positive, "samples drawn at once, over all devices")
+    batch: int = setting(64, positive, "samples drawn at a time, over all devices")
     labels: tuple[int, ...] = setting(
-        (), anything, "labels, repeated in turn up to count; empty: balanced over the classes"
+        (), anything, "class labels, repeated in turn up to count; (): all classes in turn"
     )
     seed: int = setting(0, seed_range, "seed of the samples")
     frames: int | None = setting(
         None,
         _frames,
-        "also write each sample at this many times of its trajectory, as one strip; none: do not",
+        "also write this many images along each sample's trajectory, as one strip; none: do not",
     )
-    columns: int = setting(10, positive, "columns of the sheet")
-    scale: int = setting(1, positive, "enlargement of the sheet by whole pixels")
+    columns: int = setting(10, positive, "columns of sheet.png, the grid of images")
+    scale: int = setting(1, positive, "whole-number enlargement of sheet.png")
 
     @property
     def grid(self) -> int | tuple[float, ...] | None:
-        """The number of fixed steps, or their times, or None for adaptive steps."""
+        """The number of fixed steps, or their times; None for adaptive steps."""
         return self.times or self.steps
 
     @property
@@ -298,10 +329,12 @@ class Sample:
 class Likelihood:
     """--mode likelihood: log p of the data under the ODE flow, without guidance."""
 
-    weights: str = choice("ema", WEIGHTS, "weights to evaluate")
+    weights: str = choice(
+        "ema", WEIGHTS, "ema: the moving average of the parameters; raw: the parameters"
+    )
     split: str | None = setting(None, anything, "split of the data source; none: data.split")
-    count: int | None = setting(None, positive, "the first images of the split; none: all")
-    batch: int = setting(64, positive, "images evaluated at once, over all devices")
+    count: int | None = setting(None, positive, "first images of the split; none: all")
+    batch: int = setting(64, positive, "images evaluated at a time, over all devices")
     labels: str = choice(
         "data", ("data", "null"), "data: each image's own label; null: the null label for all"
     )
@@ -316,14 +349,19 @@ class Likelihood:
     trace: str = choice(
         "hutchinson",
         ("hutchinson", "exact"),
-        "divergence of the flow: estimated, or exact with one derivative per dimension",
+        "divergence: hutchinson estimates it with random probes; exact is slow, one derivative "
+        "per dimension",
     )
-    probe: str = choice("rademacher", density.PROBES, "distribution of Hutchinson's probes")
-    probes: int = setting(1, positive, "probes to average over, fixed along a trajectory")
+    probe: str = choice(
+        "rademacher", density.PROBES, "distribution of the random probes of hutchinson"
+    )
+    probes: int = setting(1, positive, "probes per image, over which the estimate is averaged")
     dequantisation: str | None = choice(
-        None, dequantise.KINDS, "of pixels; none: uniform. Latents are continuous and need none"
+        None,
+        dequantise.KINDS,
+        "noise on 8-bit pixels to make them continuous; none: uniform, and no noise on latents",
     )
-    seed: int = setting(0, seed_range, "seed of probes and dequantisation")
+    seed: int = setting(0, seed_range, "seed of the probes and of the dequantisation noise")
 
     @property
     def ode(self) -> OdeOptions:
@@ -333,34 +371,40 @@ class Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """--mode sweep: the samplers to compare; everything else of them is as in sample."""
+    """--mode sweep: the samplers to compare; their other settings are those of `sample`."""
 
     solvers: tuple[str, ...] = choice(
         ("euler", "heun", "dopri5", "euler-maruyama", "sra1", "shark"),
         (*ode.SOLVERS, *sde.SOLVERS),
-        "solvers",
+        "ODE and SDE solvers",
     )
     steps: tuple[int, ...] = setting((5, 10, 25, 50, 100), positive, "numbers of fixed steps")
     rtols: tuple[float, ...] = setting(
         (1e-1, 1e-2, 1e-3),
         positive,
-        "relative tolerances of adaptive solvers; atol is a tenth of each",
+        "relative tolerances of adaptive solvers, instead of steps; atol is a tenth of each",
     )
-    forms: tuple[str, ...] = choice(("SBDM",), diffusion.FORMS, "diffusion forms of SDE solvers")
-    cfg_scales: tuple[float, ...] = setting((1.0,), _cfg_scale, "guidance scales")
-    count: int = setting(1000, _frechet_count, "samples drawn by each sampler")
-    reference_count: int = setting(10_000, positive, "real images to compare with, at most")
-    components: int = setting(64, positive, "principal components of the Frechet distance")
+    forms: tuple[str, ...] = choice(
+        ("SBDM",), diffusion.FORMS, "values of sample.diffusion_form, for SDE solvers"
+    )
+    cfg_scales: tuple[float, ...] = setting((1.0,), _cfg_scale, "values of sample.cfg_scale")
+    count: int = setting(1000, _frechet_count, "number of samples that each sampler draws")
+    reference_count: int = setting(
+        10_000, positive, "largest number of real images to compare with, in --mode quality too"
+    )
+    components: int = setting(
+        64, positive, "principal components of the pixels that the Frechet distance uses"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """When to save, and what to keep."""
+    """How often to save checkpoints, and which to keep."""
 
     every: int = setting(50_000, positive, "steps between checkpoints")
     keep_last: int = setting(2, positive, "newest checkpoints to keep")
     keep_every: int | None = setting(
-        None, positive, "also keep, for good, checkpoints at multiples of this step"
+        None, positive, "also keep checkpoints at multiples of this step, for good"
     )
 
 
@@ -369,11 +413,13 @@ class Log:
     """Logs of a training run."""
 
     every: int = setting(100, positive, "steps between log lines")
-    sheet_every: int = setting(10_000, not_negative, "steps between sheets of EMA samples; 0: none")
-    sheet_count: int = setting(64, positive, "samples on a sheet")
+    sheet_every: int = setting(
+        10_000, not_negative, "steps between sheets, grids of samples from the EMA; 0: never"
+    )
+    sheet_count: int = setting(64, positive, "number of samples on a sheet")
     tensorboard: bool = setting(True, anything, "write TensorBoard event files")
     wandb_project: str | None = setting(
-        None, anything, "log to Weights & Biases under this project"
+        None, anything, "log to this project of Weights & Biases; none: do not"
     )
 
 
@@ -384,7 +430,7 @@ class Precision:
     compute: str = choice(
         "float32",
         DTYPES,
-        "activations and matmuls; parameters, norms, softmax and loss stay float32",
+        "dtype of activations and matmuls; parameters, norms, softmax and loss stay float32",
     )
     matmul: str | None = choice(
         None,
@@ -392,17 +438,23 @@ class Precision:
         "precision of float32 matmuls; none: default in training, highest elsewhere",
     )
     grad_reduce: str = choice(
-        "float32", DTYPES, "type in which devices sum the gradients of the layers"
+        "float32",
+        DTYPES,
+        "dtype in which devices sum the blocks' gradients; bfloat16 needs compute=bfloat16",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis of the mesh."""
+    """Number of devices along each axis of the mesh; their product is all devices."""
 
-    data: int = setting(-1, _axis, "copies of the parameters that share the batch")
-    fsdp: int = setting(1, _axis, "devices that share the batch and each hold a part of the state")
-    tensor: int = setting(1, _axis, "devices that share the heads and hidden features of a layer")
+    data: int = setting(-1, _axis, "splits the batch; each part has its own copy of the parameters")
+    fsdp: int = setting(
+        1, _axis, "splits the batch, and the parameters, EMA and optimizer state as well"
+    )
+    tensor: int = setting(
+        1, _axis, "splits the attention heads and the MLP's hidden features of each layer"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

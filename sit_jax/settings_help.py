@@ -24,7 +24,7 @@ _GENERAL = "general"  # the settings outside any section
 
 
 def sections() -> dict[str, str]:
-    """Return {section: what its settings are about}."""
+    """Return {section: one line about its settings}."""
     summaries = {_GENERAL: "Settings outside the sections."}
     for field in dataclasses.fields(Config):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
@@ -91,7 +91,7 @@ def with_tables(document: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a command line takes it."""
+    """Return a value as it is written on the command line."""
     if value is None:
         return "none"
     if isinstance(value, tuple):
@@ -105,8 +105,9 @@ def allowed(entry: Setting) -> str:
     law = entry.law.describe()
     if isinstance(entry.law, Choice):
         is_list = typing.get_origin(entry.type) is tuple
-        several = "one or more of: " if is_list else ""
-        return several + law + (", none" if isinstance(entry.type, types.UnionType) else "")
+        prefix = "one or more of: " if is_list else ""
+        suffix = ", none" if isinstance(entry.type, types.UnionType) else ""
+        return prefix + law + suffix
     return f"{kind}: {law}" if law else kind
 
 

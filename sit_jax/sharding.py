@@ -66,7 +66,7 @@ def make_mesh(
     check(
         math.prod(filled) == count,
         f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use {count} devices; "
-        f"their product must be {count}, with each of them one of "
+        f"their product must be {count}, so each of them is one of "
         f"{', '.join(map(str, divisors(count)))}",
     )
     return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -120,7 +120,7 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 class ModelHooks(NamedTuple):
-    """Where SiT calls the mesh; `model_hooks` explains each."""
+    """The functions with which SiT places arrays on the mesh; `model_hooks` explains each."""
 
     gather: Callable
     shard: Callable
@@ -198,10 +198,10 @@ def on_each_device(mesh: Mesh, attend: Callable) -> Callable:
 
 
 def gather_ends(mesh: Mesh, params: Any) -> Any:
-    """Gather the parameters outside the layers over fsdp, in their own dtype: they are few.
+    """Gather the parameters outside the layers over fsdp, in their own dtype.
 
-    Left split, each product with them would move activations, or would split the features that the
-    first layer gets.
+    They are few. If they stayed split, each product with them would move activations instead, or
+    would split the features that the first layer gets.
     """
 
     def gather_leaf(path: tuple, value: jax.Array) -> jax.Array:
@@ -283,9 +283,10 @@ def shard_global_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def per_device(mesh: Mesh) -> Callable[[Callable], Callable]:
-    """Return a map from `apply(params, x_b) -> y_b`, row by row, to its sharded version.
+    """Return a decorator for `apply(params, x_b) -> y_b`, which treats each row independently.
 
-    There every device applies it to its own rows; `params` are replicated.
+    The decorated function applies it on every device to the device's own rows, with replicated
+    `params`.
     """
     return lambda apply: jax.shard_map(
         apply, mesh=mesh, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH

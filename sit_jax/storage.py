@@ -1,4 +1,4 @@
-"""How files are written: atomically, and to a local path or gs://, as an `etils.epath.Path`.
+"""Writes files atomically, to a local path or gs://, each an `etils.epath.Path`.
 
 A local file is written beside its target and then renamed, so a reader sees either the old file or
 the new one, never part of one. An object store writes each object atomically, and a rename there

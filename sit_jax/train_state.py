@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from sit_jax import sharding
 
-CHECKPOINT_ITEMS = ("params", "ema", "opt_state")  # a checkpoint's own number is the step
+CHECKPOINT_ITEMS = ("params", "ema", "opt_state")  # the step is the checkpoint's own number
 
 
 @flax.struct.dataclass

@@ -1,4 +1,4 @@
-"""One training step: draw everything random for the entire batch, then make one update from it.
+"""One training step: draw all random values for the entire batch, then make one update.
 
 Every function here is pure. The loss returns a scalar and a dict of named scalars; each of them,
 and each scalar that `update` adds, reaches all logs by its name.
@@ -47,10 +47,10 @@ class Objective:
 def draw_examples(
     objective: Objective, encode: Encode, seed: int, step: jax.Array, records: Records
 ) -> Examples:
-    """Draw everything random of a step, as a function of (seed, step) and the place in the batch.
+    """Draw the random values of a step, a function of (seed, step) and the position in the batch.
 
-    It is drawn for the global batch before that is split, so neither the number of devices nor
-    accumulation changes it.
+    They are drawn for the global batch before it is split, so they depend neither on the number of
+    devices nor on accumulation.
     """
     size = len(next(iter(records.values())))
     x1 = encode(jax.random.split(rng.key(seed, "posterior", step), size), records)

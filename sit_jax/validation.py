@@ -1,4 +1,4 @@
-"""What no single setting's law can say: settings that contradict each other."""
+"""Checks that need more than one setting: values that contradict each other."""
 
 from sit_jax import sharding
 from sit_jax.errors import check
@@ -11,7 +11,7 @@ from sit_jax.transport import losses
 
 
 def validate(config: Config) -> None:
-    """Raise `UserError` for a value that breaks its law, or that contradicts another one."""
+    """Raise `UserError` for a value that breaks its law or contradicts another value."""
     check(
         config.likelihood.solver not in sde.SOLVERS,
         f"likelihood.solver {config.likelihood.solver!r} solves an SDE, which gives no log p; "
@@ -40,7 +40,7 @@ def _check_training(config: Config) -> None:
     check(
         train.batch % train.accumulation == 0,
         f"train.batch {train.batch} is not divisible by train.accumulation {train.accumulation}; "
-        "change either",
+        "change one of them",
     )
     check(
         config.precision.grad_reduce in ("float32", config.precision.compute),
@@ -103,5 +103,5 @@ def _check_sweep(sweep: Sweep) -> None:
         check(getattr(sweep, key), f"sweep.{key} is empty; give one or more")
     check(
         sweep.forms or not set(sweep.solvers) & set(sde.SOLVERS),
-        "sweep.forms is empty, but an SDE needs one",
+        "sweep.forms is empty, but sweep.solvers has SDE solvers; give a form, such as SBDM",
     )

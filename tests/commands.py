@@ -1,4 +1,4 @@
-"""Calling main as a user does, on a run so small that it takes a second."""
+"""Call main as a user does, on a run so small that it takes about a second."""
 
 import contextlib
 import io
@@ -15,6 +15,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
 
 
 def flags(**settings):
+    """Return the flags of settings written train__steps=4."""
     return [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
 
 
@@ -31,7 +32,7 @@ FOLDER = flags(data__source="folder", data__split="all", data__channels=3, data_
 
 
 def call(*arguments):
-    """main's exit status, and what it wrote to stdout and stderr."""
+    """Return main's exit status, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main.main([str(argument) for argument in arguments])
@@ -39,39 +40,46 @@ def call(*arguments):
 
 
 def succeed(*arguments):
+    """Assert that main succeeds without a warning; return its stdout."""
     status, out, err = call(*arguments)
     assert (status, err) == (0, "")
     return out
 
 
 def refusal(*arguments):
-    """The one line by which main refuses."""
+    """Assert that main refuses in one line with exit status 2; return the line."""
     status, _, err = call(*arguments)
-    assert (
-        status == 2 and err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
-    ), err
+    assert status == 2, err
+    assert err.startswith("error: "), err
+    assert err.endswith("\n") and err.count("\n") == 1, err
     return err
 
 
 def snapshot(folder):
-    """Names and contents of all that is below a folder; None if there is no such folder."""
+    """Return the contents of a folder by relative path; None if the folder does not exist.
+
+    Files are bytes, and folders are None.
+    """
     if not folder.exists():
         return None
     return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
-        for p in folder.rglob("*")
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
     }
 
 
 def rows(workdir):
+    """Return the rows of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def pictures(folder):
+    """Return the pixels of each numbered PNG by file name."""
     return {path.name: np.asarray(Image.open(path)) for path in folder.glob("0*.png")}
 
 
 def write_images(folder, *names):
+    """Write a plain image of its own colour for each name."""
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (10, 9), (number, 100, 200)).save(folder / name)

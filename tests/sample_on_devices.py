@@ -1,4 +1,4 @@
-"""Prints samples of fixed weights, 2 per device at a time, as JSON, for test_sampler.py."""
+"""Print samples of fixed weights, 2 per device at a time, as JSON, for test_sampler.py."""
 
 import json
 
@@ -26,7 +26,7 @@ PER_DEVICE = 2
 
 
 def draw(solver: str, mesh: list) -> list[str]:
-    """The float32 pixels of each sample, in hexadecimal."""
+    """Return the float32 pixels of each sample, in hexadecimal."""
     batch = PER_DEVICE * jax.device_count()
     overrides = (
         TINY + mesh + SOLVERS[solver] + [("sample.solver", solver), ("sample.batch", str(batch))]
@@ -36,7 +36,7 @@ def draw(solver: str, mesh: list) -> list[str]:
     def disturb(leaf: jax.Array) -> jax.Array:
         return leaf + 0.02 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)
 
-    # Fresh weights end in zeros: the images would not depend on the network.
+    # The last layer of fresh weights is 0, so the images would not depend on the network.
     params = jax.jit(lambda: jax.tree.map(disturb, setup.init_params()))()
     sampler = make_sampler(setup)
     parts = [np.arange(start, start + batch, dtype=np.int32) for start in range(0, COUNT, batch)]
@@ -48,7 +48,9 @@ def draw(solver: str, mesh: list) -> list[str]:
 
 
 if __name__ == "__main__":
-    meshes = {"data": []} | ({"fsdp": [("mesh.fsdp", "4")]} if jax.device_count() > 1 else {})
+    meshes = {"data": []}
+    if jax.device_count() > 1:
+        meshes["fsdp"] = [("mesh.fsdp", "4")]
     samples = {
         name: {solver: draw(solver, mesh) for solver in SOLVERS} for name, mesh in meshes.items()
     }

@@ -1,4 +1,4 @@
-"""sit_jax.load: a run from Python gives what the jobs give, and refuses what they refuse."""
+"""sit_jax.load: a run in Python returns the results of the jobs, and refuses the same mistakes."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 import sit_jax
 from sit_jax.errors import UserError
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 @pytest.fixture(scope="module")
 def workdir(trained, tmp_path_factory):
-    """A copy of the run of 4 steps with samples and likelihoods beside it."""
+    """Return a copy of the run of 4 steps that also has samples and likelihoods."""
     folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("api") / "run")
     succeed("--workdir", folder, "--mode", "sample", *flags(sample__labels="3,1,4,1,5,9,2,6"))
     succeed(
@@ -50,13 +51,13 @@ def test_options_are_settings_of_the_sampler(run):
     plain = run.sample(labels=[3, 1])
     assert (run.sample(labels=[3, 1], seed=1) != plain).any()
     assert (run.sample(labels=[3, 1], cfg_scale=8.0) != plain).any()
-    np.testing.assert_array_equal(run.sample(labels=[3, 1]), plain)  # nothing of them sticks
+    np.testing.assert_array_equal(run.sample(labels=[3, 1]), plain)  # they do not persist
     assert run.sample(count=5).shape == (5, 8, 8, 1)
     np.testing.assert_array_equal(run.sample(labels=[3, 1], cfg_scale=np.float64(1.5)), plain)
     assert run.sample(labels=7, frames=3).shape == (1, 3, 8, 8, 1)
 
 
-def test_samples_start_from_ones_own_noise(run):
+def test_samples_start_from_the_given_noise(run):
     noise = np.random.default_rng(0).standard_normal((3, 8, 8, 1)).astype(np.float32)
     images = run.sample(labels=[3], noise=noise)
     assert images.shape == (3, 8, 8, 1)
@@ -71,7 +72,7 @@ def test_one_euler_step_follows_the_velocity(run):
     velocity = run.velocity(noise, 0.0, labels=[3, 1])
     end = np.clip(127.5 * (noise + velocity) + 128, 0, 255).astype(np.uint8)
     images = run.sample(labels=[3, 1], noise=noise, **options)
-    assert np.abs(images.astype(int) - end).max() <= 1  # rounding of two programs
+    assert np.abs(images.astype(int) - end).max() <= 1  # the two programs round differently
     per_example = run.velocity(noise, np.array([0.0, 0.0]), labels=[3, 1])
     np.testing.assert_allclose(per_example, velocity, rtol=1e-5, atol=1e-5)
     null = run.velocity(noise, 0.0)
@@ -90,8 +91,6 @@ def test_tokens_after_the_last_layer_have_their_shape_and_depend_on_x(run):
 def test_log_prob_is_that_of_the_likelihood_job(run, workdir):
     (folder,) = (workdir / "likelihood").iterdir()
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     images = np.round(digits.images[1::2] * (255 / 16)).astype(np.uint8)[:3, ..., None]
     labels = digits.target[1::2][:3]
@@ -176,6 +175,6 @@ def test_a_run_of_another_model_is_refused(tmp_path, workdir):
         sit_jax.load(other)
 
 
-def test_the_package_itself_imports_nothing_until_asked():
+def test_an_unknown_attribute_of_the_package_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         _ = sit_jax.lod

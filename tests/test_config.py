@@ -1,4 +1,7 @@
-"""config: values pass files, flags and JSON unchanged; each mistake is one line."""
+"""config: values pass unchanged through files, flags and JSON.
+
+Each mistake is reported in one line with the value and what was expected.
+"""
 
 import dataclasses
 import json
@@ -19,7 +22,7 @@ HEAD = "from sit_jax.config import default\n"
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a config file around the body of its get_config, and gives its path."""
+    """Return a function that writes a config file around a body of get_config."""
 
     def write(*body, arguments="", name="c.py"):
         indented = "".join(
@@ -32,7 +35,7 @@ def file(tmp_path):
 
 
 def refusal(spec, **overrides):
-    """The message that refuses it; overrides are written model__depth="3"."""
+    """Return the message by which load refuses; overrides are written model__depth="3"."""
     with pytest.raises(UserError) as caught:
         load(spec, [(key.replace("__", "."), text) for key, text in overrides.items()])
     message = str(caught.value)
@@ -40,7 +43,7 @@ def refusal(spec, **overrides):
     return message
 
 
-def test_the_defaults_come_back_from_a_file(file):
+def test_a_file_that_changes_nothing_gives_the_defaults(file):
     assert load(file()) == Config()
 
 
@@ -50,16 +53,16 @@ def test_a_files_values_are_kept(file):
         "config.sample.labels = [1, 2]",
         "config.seed = 7",
     )
-    want = dataclasses.replace(
+    expected = dataclasses.replace(
         Config(),
         seed=7,
         model=dataclasses.replace(Config().model, name="SiT-XL/2", depth=3),
         sample=dataclasses.replace(Config().sample, labels=(1, 2)),
     )
-    assert load(file(*body)) == want
+    assert load(file(*body)) == expected
 
 
-def test_json_comes_back_as_it_was(tmp_path):
+def test_a_config_survives_json_unchanged(tmp_path):
     config = load(
         DIGITS,
         [("sample.labels", "3,1,4"), ("optimizer.clip_norm", "1"), ("precision.matmul", "high")],
@@ -102,12 +105,12 @@ def test_a_config_cannot_be_changed():
     ],
 )
 def test_an_override_becomes_the_value_it_stands_for(key, text, value):
-    got = config_lib.flatten(load(DIGITS, [(key, text)]))[key]
-    assert got == value and type(got) is type(value)
+    loaded = config_lib.flatten(load(DIGITS, [(key, text)]))[key]
+    assert loaded == value and type(loaded) is type(value)
 
 
-def test_every_setting_can_be_given_as_a_flag_with_the_value_that_it_has():
-    """`none` is a word for some settings and no value for others."""
+def test_every_setting_can_be_given_as_a_flag_with_its_current_value():
+    """`none` is a valid name for some settings and means None for others."""
     config = load(DIGITS)
     texts = [(key, str(value)) for key, value in config_lib.flatten(config).items()]
     assert len(texts) > 60
@@ -128,7 +131,7 @@ def test_a_file_may_take_an_argument(file):
 
 
 BAD = [
-    # key=text of the flags, and what the message must hold
+    # (overrides, text that the message must contain)
     ({"model__name": "SiT-S/3"}, "unknown model.name 'SiT-S/3'; did you mean 'SiT-S/"),
     ({"model__depth": "0"}, "model.depth is 0; expected more than 0"),
     ({"model__heads": "-1"}, "model.heads is -1; expected more than 0"),
@@ -218,7 +221,7 @@ BAD = [
     ({"seed": "-1"}, "seed is -1; expected 0 or more, and less than 2**32"),
     ({"sample__seed": "-1"}, "sample.seed is -1; expected 0 or more, and less than 2**32"),
     ({"likelihood__solver": "shark"}, "'shark' solves an SDE, which gives no log p"),
-    # keys and types
+    # Unknown keys and wrong types.
     ({"train__stpes": "3"}, "unknown config key 'train.stpes'; did you mean 'train.steps'"),
     ({"steps": "3"}, "unknown config key 'steps'; did you mean"),
     ({"train": "3"}, "unknown config key 'train'"),
@@ -295,7 +298,7 @@ def test_some_numbers_may_be_0_and_not_less(key):
     assert config_lib.flatten(load(DIGITS, [(key, "0")]))[key] == 0
 
 
-# One value that breaks each law, by what the law says it expects.
+# A value that breaks each law, keyed by the law's `expected`.
 BREAKS = {
     "more than 0": "0",
     "0 or more": "-1",
@@ -312,12 +315,12 @@ BREAKS = {
 
 @pytest.mark.parametrize("entry", list(declared(Config)), ids=lambda entry: entry.key)
 def test_every_setting_obeys_its_own_law(entry):
-    """The default does, and one value that does not is refused by the key's name."""
+    """The default passes its law; a value that breaks the law is refused with the key's name."""
     entry.law.check(entry.key, entry.default)
     assert entry.help and not entry.help.endswith(".")
     if isinstance(entry.law, Choice):
         message = refusal(DIGITS, **{entry.key: "no-such-name"})
-        if entry.key != "model.name":  # a long list, which is cut short
+        if entry.key != "model.name":  # the message shortens this long list
             assert all(repr(name) in message for name in entry.law.names)
     elif entry.law is not anything:
         message = refusal(DIGITS, **{entry.key: BREAKS[entry.law.expected]})
@@ -327,8 +330,8 @@ def test_every_setting_obeys_its_own_law(entry):
     assert entry.key in message
 
 
-def test_values_at_the_border_are_good():
-    good = {
+def test_values_at_the_boundary_are_accepted():
+    accepted = {
         "transport.train_eps": "0.499",
         "sample.cfg_scale": "1",
         "sample.labels": "0,9",
@@ -337,12 +340,10 @@ def test_values_at_the_border_are_good():
         "train.accumulation": "128",
         "seed": "4294967295",
     }
-    flat = config_lib.flatten(load(DIGITS, list(good.items())))
-    assert (flat["sample.labels"], flat["transport.train_eps"], flat["seed"]) == (
-        (0, 9),
-        0.499,
-        2**32 - 1,
-    )
+    flat = config_lib.flatten(load(DIGITS, list(accepted.items())))
+    assert flat["sample.labels"] == (0, 9)
+    assert flat["transport.train_eps"] == 0.499
+    assert flat["seed"] == 2**32 - 1
     weighted = load(
         DIGITS, [("transport.prediction", "noise"), ("transport.loss_weight", "velocity")]
     )
@@ -390,7 +391,7 @@ def test_a_mistake_inside_a_config_file_is_one_line(file, line, words):
     assert words in refusal(file(line))
 
 
-def test_a_file_that_is_no_config_is_one_line(tmp_path):
+def test_a_file_that_is_not_a_config_is_one_line(tmp_path):
     (tmp_path / "empty.py").write_text("")
     assert re.search(
         r"empty\.py cannot be used as a config: .*get_config", refusal(str(tmp_path / "empty.py"))
@@ -434,8 +435,8 @@ def test_changes_name_each_key_with_both_values():
         "seed": "1",
         "train.steps": "9",
     }
-    found = config_lib.changes(old, load(DIGITS, list(other.items())))
-    assert found == {
+    changes = config_lib.changes(old, load(DIGITS, list(other.items())))
+    assert changes == {
         "seed": (0, 1),
         "model.depth": (4, 3),
         "transport.path": ("Linear", "GVP"),
@@ -445,8 +446,8 @@ def test_changes_name_each_key_with_both_values():
     assert config_lib.changes(old, old) == {}
 
 
-def test_what_a_run_and_its_samples_may_change():
-    """Every key is here: a new one has to be put somewhere."""
+def test_a_continued_run_and_its_samples_keep_these_settings():
+    """Each fixed key is listed, so that a new setting has to be put into one of the groups."""
     keys = set(config_lib.flatten(Config()))
     fixed = {key for key in keys if not key.startswith(config_lib.CHANGEABLE)}
     assert fixed == {
@@ -493,6 +494,11 @@ def test_what_a_run_and_its_samples_may_change():
     }
     network = {key for key in keys if key.startswith(config_lib.NETWORK)}
     assert network == {key for key in keys if key.startswith("model.")} | {
-        "transport.path", "transport.prediction", "data.image_size", "data.channels",
-        "data.classes", "latents.codec", "latents.scale",
-    }  # fmt: skip
+        "transport.path",
+        "transport.prediction",
+        "data.image_size",
+        "data.channels",
+        "data.classes",
+        "latents.codec",
+        "latents.scale",
+    }

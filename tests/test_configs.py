@@ -1,4 +1,4 @@
-"""Every file of configs/: its values are valid, its model can be built, and two steps train."""
+"""Every file of configs/ has valid values, its model can be built, and it trains for two steps."""
 
 import ast
 import json
@@ -23,7 +23,8 @@ from tests import goldens
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FILES = [path for path in sorted(CONFIGS.glob("*.py")) if path.name != "__init__.py"]
 ONE_DEVICE = {"mesh.data": "-1", "mesh.fsdp": "1", "mesh.tensor": "1"}
-# The small run that any config becomes. It keeps its path, prediction, optimizer and precision.
+# Overrides that make a small run of any config. They keep its path, prediction, optimizer and
+# precision.
 TINY = ONE_DEVICE | {
     "model.depth": "1",
     "model.width": "16",
@@ -39,9 +40,9 @@ TINY = ONE_DEVICE | {
     "log.wandb_project": "none",
     "checkpoint.every": "2",
 }
-# A config of a folder keeps its source, on a folder of 8 images in 2 classes.
+# Overrides of a config that reads a folder: 8 images in 2 classes.
 TINY_FOLDER = {"data.image_size": "16", "data.classes": "2"}
-# A config of latents keeps them, of a tiny autoencoder.
+# Overrides of a config in latent space: a tiny autoencoder.
 TINY_LATENTS = {"latents.path": str(goldens.FOLDER / "vae_legacy"), "latents.repo": "none"}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -52,13 +53,13 @@ def test_there_are_configs():
 
 
 @each_file
-def test_it_is_values_in_a_function_under_a_docstring_with_its_command(path):
+def test_its_docstring_shows_its_command(path):
     tree = ast.parse(path.read_text())
     assert f"--config configs/{path.name}" in ast.get_docstring(tree)
 
 
 def make_images(folder):
-    """Eight images of noise in two classes."""
+    """Write eight images of noise in two classes; return the folder."""
     for i in range(8):
         file = folder / f"class{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +71,12 @@ def make_images(folder):
 
 @each_file
 def test_its_model_and_state_have_shapes(path):
-    """At its full size, with no memory behind it."""
+    """At full size, with abstract arrays that take no memory."""
     config = config_lib.load(str(path), list(ONE_DEVICE.items()))
     setup = set_up(config)
     state = setup.abstract_state
-    assert (
-        jax.tree.leaves(state.params)[0].shape[0] == setup.size.depth
-    )  # blocks, stacked over the layers
+    # The first leaf belongs to the blocks, which are stacked over the layers.
+    assert jax.tree.leaves(state.params)[0].shape[0] == setup.size.depth
     assert jax.tree.map(jnp.shape, state.ema) == jax.tree.map(jnp.shape, state.params)
     after, metrics = jax.eval_shape(
         train.make_train_step(setup), state, abstract_batch(setup), setup.codec.abstract_params
@@ -85,7 +85,7 @@ def test_its_model_and_state_have_shapes(path):
     assert metrics["loss"].shape == ()
 
 
-def test_cached_latents_say_that_they_cannot_be_made_yet(tmp_path, capsys):
+def test_cached_latents_are_refused_because_they_cannot_be_read_yet(tmp_path, capsys):
     flags = [f"--config.{key}={text}" for key, text in ONE_DEVICE.items()]
     images = make_images(tmp_path / "images")
     command = ["--config", str(CONFIGS / "latents.py"), "--workdir", str(tmp_path / "run")]
@@ -137,7 +137,7 @@ def test_imagenet_comes_in_all_sizes(name, image_size):
 
 
 @pytest.mark.parametrize("argument", ["SiT-XL/2", "SiT-XL/2,128", "256"])
-def test_imagenet_says_what_it_is_given(argument):
+def test_imagenet_refuses_other_arguments(argument):
     with pytest.raises(
         UserError, match=r"expected a size and 256 or 512 pixels, such as SiT-XL/2,256"
     ):

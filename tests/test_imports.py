@@ -1,4 +1,4 @@
-"""Imports point down only, in the order of CONTRIBUTING.md, and no heavy framework comes along."""
+"""Modules import only from lower levels, listed in CONTRIBUTING.md, and no other framework."""
 
 import ast
 import os
@@ -18,7 +18,8 @@ LEVELS = {
     4: "api main command_line settings_help",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
-# What a part may import from its own level. Every part may import `errors`.
+# Imports allowed within a level, for each part. A part of level 0 or 1 that is not listed imports
+# nothing of its own level.
 BESIDE = {
     "laws": {"errors"},
     "transport": {"errors"},
@@ -37,7 +38,7 @@ BESIDE = {
 
 
 def modules(*folders):
-    """(dotted name, path) of every module below the folders."""
+    """Yield (dotted name, path) of every module below the folders."""
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -45,29 +46,34 @@ def modules(*folders):
 
 
 def imported(source, package):
-    """Yield dotted names of everything a module imports, also inside functions.
+    """Yield the dotted name of each import of a module, at its top or inside functions.
 
-    `package` is the meaning of `.`.
+    Relative imports are resolved against `package`.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = (
-                package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            )
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            base = [node.module] if node.module else []
+            if node.level:  # one dot is the package itself, each further dot its parent
+                parents = package.split(".")
+                base = parents[: len(parents) + 1 - node.level] + base
+            yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
 def part_of(name):
-    """sit_jax.models.sit -> models, convert.names -> convert; None for what is not ours."""
-    top, *rest = name.split(".")
-    return {"sit_jax": rest[0] if rest else "", "convert": "convert", "configs": "configs"}.get(top)
+    """Return the part that a dotted name belongs to; None outside of this project.
+
+    sit_jax.models.sit -> models, convert.names -> convert.
+    """
+    top, *below = name.split(".")
+    if top == "sit_jax":
+        return below[0] if below else ""
+    return top if top in ("convert", "configs") else None
 
 
 def violations(name, source, package):
-    """What a module imports of the project and must not."""
+    """Yield a line for each import that the module's level forbids."""
     part = part_of(name)
     assert part in LEVEL_OF, (
         f"{name} has no level; give it one in LEVELS, and a line in CONTRIBUTING.md"
@@ -81,16 +87,16 @@ def violations(name, source, package):
 
 
 def test_imports_point_down():
-    found = []
+    forbidden = []
     for name, path in modules("sit_jax", "convert"):
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         if name == "sit_jax":
-            # Only what `sit_jax.load` needs, and that lazily.
-            ours = {part_of(t) for t in imported(path.read_text(), package) if part_of(t)}
-            assert ours == {"api"}, ours
+            # The package itself imports only the module of `sit_jax.load`, lazily.
+            parts = {part_of(target) for target in imported(path.read_text(), package)}
+            assert parts - {None, ""} == {"api"}, parts
         else:
-            found += violations(name, path.read_text(), package)
-    assert not found
+            forbidden += violations(name, path.read_text(), package)
+    assert not forbidden
 
 
 @pytest.mark.parametrize(
@@ -118,8 +124,10 @@ def test_the_check_sees_an_import_that_points_up_or_sideways(name, line):
 
 def test_the_check_lets_imports_that_point_down_pass():
     source = (
-        "import jax\nfrom sit_jax import rng, storage\n"
-        "from sit_jax.errors import check\nfrom . import sizes"
+        "import jax\n"
+        "from sit_jax import rng, storage\n"
+        "from sit_jax.errors import check\n"
+        "from . import sizes"
     )
     assert not list(violations("sit_jax.models.sit", source, "sit_jax.models"))
     assert not list(
@@ -132,34 +140,37 @@ def test_a_part_without_a_level_is_noticed():
         list(violations("sit_jax.utils", "", "sit_jax"))
 
 
-def test_configs_import_the_config_module_alone():
+def test_configs_import_only_the_config_module():
     for name, path in modules("configs"):
-        ours = {
+        targets = {
             target
             for target in imported(path.read_text(), "configs")
             if part_of(target) is not None
         }
-        assert {part_of(target) for target in ours} <= {"config"}, f"{name} imports {ours}"
+        assert {part_of(target) for target in targets} <= {"config"}, f"{name} imports {targets}"
 
 
 def test_torch_and_tensorflow_stay_outside():
     scripts = [("", path) for path in [*ROOT.glob("*.py"), *(ROOT / "launch").rglob("*.py")]]
     for name, path in [*modules("sit_jax", "configs", "convert"), *scripts]:
-        tops = {target.split(".")[0] for target in imported(path.read_text(), name or "launch")}
-        assert not tops & {"torch", "torchvision", "tensorflow"}, path
+        packages = {target.split(".")[0] for target in imported(path.read_text(), name or "launch")}
+        assert not packages & {"torch", "torchvision", "tensorflow"}, path
 
 
 def test_importing_main_loads_neither_tensorflow_nor_torch(tmp_path):
-    """Not even through a dependency: stand-ins on the path would take the import."""
+    """No dependency imports them either.
+
+    Empty stand-in modules on the path make the check work where neither is installed.
+    """
     for name in ("tensorflow", "torch"):
         (tmp_path / f"{name}.py").write_text("__version__ = '0'\n")
     code = (
         "import sys, sit_jax.main; print([m for m in ('tensorflow', 'torch') if m in sys.modules]);"
         "import torch; print(torch.__version__)"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["[]", "0"], done.stdout + done.stderr
+    assert process.stdout.splitlines() == ["[]", "0"], process.stdout + process.stderr

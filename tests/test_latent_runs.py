@@ -47,6 +47,7 @@ def call(*arguments):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
+    """Compile into a temporary cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -54,6 +55,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
+    """Return a folder of six noise images in two classes."""
     folder = tmp_path_factory.mktemp("images")
     for i in range(6):
         (folder / f"class{i % 2}").mkdir(exist_ok=True)
@@ -72,12 +74,14 @@ def start(images, workdir, **changes):
 
 @pytest.fixture(scope="module")
 def run(images, tmp_path_factory):
+    """Return the workdir of a finished run of two steps."""
     workdir = tmp_path_factory.mktemp("run") / "run"
     assert start(images, workdir) == (0, "")
     return workdir
 
 
 def weights(workdir):
+    """Restore the EMA weights of the newest checkpoint."""
     config = config_lib.load(str(workdir / "config.json"))
     return restore_weights(set_up(config), epath.Path(workdir), "ema")[1]
 
@@ -146,7 +150,7 @@ def test_samples_may_be_decoded_by_another_autoencoder(run, tmp_path):
         ({"latents.batch": 0}, "latents.batch is 0; expected more than 0"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(images, tmp_path, changes, words):
+def test_a_mistake_is_one_line_and_writes_nothing(images, tmp_path, changes, words):
     status, err = start(
         images,
         tmp_path / "run",
@@ -157,7 +161,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(images, tmp_path, changes, wor
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_that_cannot_be_read_leave_nothing(images, tmp_path):
+def test_unreadable_weights_are_one_line_and_write_nothing(images, tmp_path):
     folder = pathlib.Path(shutil.copytree(LEGACY, tmp_path / "vae"))
     file = folder / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

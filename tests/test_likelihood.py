@@ -1,4 +1,7 @@
-"""--mode likelihood: an image's row is the same for any batch, devices and interruptions."""
+"""--mode likelihood: an image's row does not depend on the batch or on interruptions.
+
+Every mistake is reported in one line.
+"""
 
 import json
 import math
@@ -51,7 +54,7 @@ def column(folder, name):
 
 @pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory):
-    """A copy of the run with the likelihoods of ten images, and what was printed."""
+    """Return a copy of the run with the likelihoods of ten images, and the stdout of the job."""
     workdir = pathlib.Path(
         shutil.copytree(trained[0], tmp_path_factory.mktemp("evaluated") / "run")
     )
@@ -81,21 +84,20 @@ def test_every_image_has_its_row_and_the_summary_their_mean(evaluated):
         f"bits/dim: {bits.mean():.4f} +- {bits.std(ddof=1) / 10**0.5:.4f} (standard error)" in out
     )
     settings = json.loads((folder / "settings.json").read_text())
-    assert (
-        settings["step"] == 4
-        and settings["likelihood"]["solver"] == "heun"
-        and settings["data"]["split"] == "test"
-    )
+    assert settings["step"] == 4
+    assert settings["likelihood"]["solver"] == "heun"
+    assert settings["data"]["split"] == "test"
 
 
 @pytest.mark.parametrize("batch", [3, 10, 16])
-def test_the_batch_changes_no_row(evaluated, run_copy, batch):
+def test_the_batch_size_changes_no_row(evaluated, run_copy, batch):
     evaluate(run_copy, likelihood__batch=batch)
-    there = folder_of(evaluated[0])
-    assert folder_of(run_copy).name == there.name
-    assert column(folder_of(run_copy), "index").tolist() == list(range(10))
+    folder = folder_of(run_copy)
+    batch_of_8 = folder_of(evaluated[0])
+    assert folder.name == batch_of_8.name
+    assert column(folder, "index").tolist() == list(range(10))
     np.testing.assert_allclose(
-        column(folder_of(run_copy), "log_prob"), column(there, "log_prob"), rtol=1e-5
+        column(folder, "log_prob"), column(batch_of_8, "log_prob"), rtol=1e-5
     )
 
 
@@ -104,13 +106,13 @@ def test_a_killed_job_continues_and_redoes_a_torn_line(evaluated, tmp_path, line
     workdir = pathlib.Path(shutil.copytree(evaluated[0], tmp_path / "run"))
     results = folder_of(workdir) / "results.jsonl"
     before = snapshot(workdir)
-    whole = results.read_bytes().splitlines(keepends=True)
+    complete_lines = results.read_bytes().splitlines(keepends=True)
     (results.parent / "summary.json").unlink()
-    results.write_bytes(b"".join(whole[:lines]) + whole[lines][:20])
+    results.write_bytes(b"".join(complete_lines[:lines]) + complete_lines[lines][:20])
     assert f"log p of {10 - lines} of 10 images" in evaluate(workdir)
-    if lines == 8:  # the batches are those of the first run
+    if lines == 8:  # the same batches as in the first run
         assert snapshot(workdir) == before
-    assert results.read_bytes().splitlines(keepends=True)[:lines] == whole[:lines]
+    assert results.read_bytes().splitlines(keepends=True)[:lines] == complete_lines[:lines]
     np.testing.assert_allclose(
         column(results.parent, "log_prob"), column(folder_of(evaluated[0]), "log_prob"), rtol=1e-5
     )
@@ -119,12 +121,12 @@ def test_a_killed_job_continues_and_redoes_a_torn_line(evaluated, tmp_path, line
 
 def test_a_finished_job_changes_no_file_and_a_larger_count_adds_to_it(evaluated, tmp_path):
     workdir = pathlib.Path(shutil.copytree(evaluated[0], tmp_path / "run"))
-    before, made_at = snapshot(workdir), (folder_of(workdir) / "results.jsonl").stat().st_mtime_ns
+    results = folder_of(workdir) / "results.jsonl"
+    before = snapshot(workdir)
+    written_at = results.stat().st_mtime_ns
     assert "log p of 0 of 10 images" in evaluate(workdir)
-    assert (
-        snapshot(workdir) == before
-        and (folder_of(workdir) / "results.jsonl").stat().st_mtime_ns == made_at
-    )
+    assert snapshot(workdir) == before
+    assert results.stat().st_mtime_ns == written_at
     assert "log p of 2 of 12 images" in evaluate(workdir, likelihood__count=12)
     assert rows_of(folder_of(workdir))[:10] == rows_of(folder_of(evaluated[0]))
     evaluate(workdir, likelihood__count=4)
@@ -152,22 +154,23 @@ def test_other_settings_have_a_folder_and_numbers_of_their_own(evaluated, run_co
         **{f"likelihood__{key}": value for key, value in change.items()},
     )
     assert folder_of(run_copy).name != folder_of(evaluated[0]).name
-    ours, theirs = (
-        column(folder_of(workdir), "log_prob")[:2] for workdir in (run_copy, evaluated[0])
-    )
-    assert (np.abs(ours - theirs) > 1e-4).all()
+    changed = column(folder_of(run_copy), "log_prob")
+    original = column(folder_of(evaluated[0]), "log_prob")[:2]
+    assert (np.abs(changed - original) > 1e-4).all()
 
 
-# A fresh network's velocity is 0, so that log p is the standard normal's
+def log_prob_of_fresh_weights(**settings):
+    """Return log p of the first 8 test digits under fresh weights, the digits, and their keys.
 
-
-def fresh(**settings):
-    """Return (setup, log p of 8 test digits under fresh weights, the digits, their keys)."""
+    The keys are those of dequantisation. A fresh network's velocity is 0, so log p is that of the
+    standard normal.
+    """
     config = config_lib.load(
         DIGITS, [(k.replace("__", "."), str(v)) for k, v in (FAST | settings).items()]
     )
     setup = set_up(config)
-    source, indices = open_source(setup), np.arange(8)
+    source = open_source(setup)
+    indices = np.arange(8)
     images = np.stack([source[i]["image"] for i in indices])
     labels = np.stack([source[i]["label"] for i in indices])
     log_prob, _ = likelihood.make_log_prob(setup)(
@@ -178,23 +181,21 @@ def fresh(**settings):
 
 
 def test_uniform_dequantisation_in_the_8_bit_convention():
-    found, images, keys = fresh()
+    log_prob, images, keys = log_prob_of_fresh_weights()
     x = np.asarray(dequantise.uniform(keys, jnp.asarray(images))[0], np.float64)
-    np.testing.assert_allclose(
-        found, norm.logpdf(x).sum((1, 2, 3)) - 64 * math.log(255 / 2), rtol=1e-5
-    )
+    expected = norm.logpdf(x).sum((1, 2, 3)) - 64 * math.log(255 / 2)
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
 
 
 def test_gaussian_dequantisation_is_the_noise_of_a_time():
-    found, images, keys = fresh(likelihood__dequantisation="gaussian")
-    t = 1 / (1 + dequantise.GAUSSIAN_NOISE)  # (1 - t) / t is the noise
-    assert paths.time_of_noise(
-        paths.path_by_name("Linear"), dequantise.GAUSSIAN_NOISE
-    ) == pytest.approx(t, abs=1e-6)
+    log_prob, images, keys = log_prob_of_fresh_weights(likelihood__dequantisation="gaussian")
+    t = 1 / (1 + dequantise.GAUSSIAN_NOISE)  # solves (1 - t) / t = GAUSSIAN_NOISE
+    linear = paths.path_by_name("Linear")
+    time_of_noise = paths.time_of_noise(linear, dequantise.GAUSSIAN_NOISE)
+    assert time_of_noise == pytest.approx(t, abs=1e-6)
     z, correction = dequantise.gaussian(keys, jnp.asarray(images), t, 1 - t)
-    np.testing.assert_allclose(
-        found, norm.logpdf(np.asarray(z, np.float64)).sum((1, 2, 3)) + correction, rtol=1e-4
-    )
+    expected = norm.logpdf(np.asarray(z, np.float64)).sum((1, 2, 3)) + correction
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", paths.PATHS)
@@ -202,13 +203,13 @@ def test_the_time_of_a_noise_level(name):
     path = paths.path_by_name(name)
     for ratio in (BIN / 6, 0.1, 3.0):
         t = jnp.float32(paths.time_of_noise(path, ratio))
-        # Near t=1 the next float32 is a step of up to 0.4 % in sigma.
+        # Near t=1, neighbouring float32 times differ by up to 0.4 % in sigma.
         assert float(path.sigma(t) / path.alpha(t)) == pytest.approx(ratio, rel=5e-3)
 
 
 @pytest.fixture
 def half_latents(monkeypatch):
-    """A codec whose latents are the pixels and their factor 0.5."""
+    """Replace sd-vae by a codec whose latents are the pixels times the factor 0.5."""
     codec = Codec(
         encode=lambda params, keys_b, records: 0.5 * normalise(records["image"]),
         decode=lambda params, x: 2 * x,
@@ -223,12 +224,13 @@ def half_latents(monkeypatch):
 
 
 def test_latents_are_not_dequantised_and_their_factor_is_taken_out(half_latents):
-    found, images, _ = fresh(latents__codec="sd-vae")
+    log_prob, images, _ = log_prob_of_fresh_weights(latents__codec="sd-vae")
     x = 0.5 * np.asarray(normalise(images), np.float64)
-    np.testing.assert_allclose(found, norm.logpdf(x).sum((1, 2, 3)) + 64 * math.log(0.5), rtol=1e-5)
+    expected = norm.logpdf(x).sum((1, 2, 3)) + 64 * math.log(0.5)
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
 
 
-def test_the_output_says_what_the_log_p_of_latents_is(half_latents, run_copy):
+def test_the_output_says_that_log_p_is_the_density_of_latents(half_latents, run_copy):
     config = run_copy / "config.json"
     config.write_text(config.read_text().replace('"codec": "pixels"', '"codec": "sd-vae"'))
     out = evaluate(run_copy)
@@ -243,63 +245,49 @@ def test_the_output_says_what_the_log_p_of_latents_is(half_latents, run_copy):
     assert words in refusal("--workdir", run_copy, "--mode", "likelihood", flag)
 
 
-def lower_with_batches(setup, compiled):
-    """Lower the program that `call_with_batches` would call."""
-    return lambda params, *batch: compiled.lower(params, {}, *batch)
+def test_matmuls_have_the_highest_precision_unless_configured(monkeypatch):
+    def lower_with_batches(setup, compiled):
+        """Lower the program instead of calling it."""
+        return lambda params, *batch: compiled.lower(params, {}, *batch)
 
-
-def test_matmuls_are_of_the_highest_precision_unless_configured(monkeypatch):
     for module in (likelihood, sampler):
         monkeypatch.setattr(module, "call_with_batches", lower_with_batches)
 
-    def products(make, matmul):
+    def matmul_lines(make, matmul):
+        """Return the lines of the lowered program that are matrix products."""
         config = config_lib.load(
             DIGITS, [("precision.matmul", matmul), ("sample.batch", "8"), ("model.depth", "1")]
         )
-        setup, images = (
-            set_up(config),
-            [{"image": np.zeros((8, 8, 8, 1), np.uint8)}]
-            if make is likelihood.make_log_prob
-            else [],
-        )
-        params = setup.abstract_state.params
-        lowered = make(setup)(
-            params, np.arange(8, dtype=np.int32), *images, np.arange(8, dtype=np.int32)
-        )
+        setup = set_up(config)
+        indices = np.arange(8, dtype=np.int32)
+        labels = np.arange(8, dtype=np.int32)
+        images = []
+        if make is likelihood.make_log_prob:
+            images = [{"image": np.zeros((8, 8, 8, 1), np.uint8)}]
+        lowered = make(setup)(setup.abstract_state.params, indices, *images, labels)
         return [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
 
     for make in (likelihood.make_log_prob, sampler.make_sampler):
-        found = products(make, "none")
-        assert found and all("precision = [HIGHEST, HIGHEST]" in line for line in found)
-        assert any("precision = [DEFAULT, DEFAULT]" in line for line in products(make, "default"))
+        highest = matmul_lines(make, "none")
+        assert highest and all("precision = [HIGHEST, HIGHEST]" in line for line in highest)
+        default = matmul_lines(make, "default")
+        assert any("precision = [DEFAULT, DEFAULT]" in line for line in default)
 
 
-def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
-    data, workdir = tmp_path / "data", tmp_path / "run"
+def test_an_unreadable_image_is_named_and_may_be_left_out(tmp_path):
+    data = tmp_path / "data"
+    workdir = tmp_path / "run"
     write_images(data, "a/0.png", "a/1.png", "b/0.png")
-    succeed(
-        *TINY,
-        *FOLDER,
-        *flags(data__path=data, train__steps=1, log__sheet_every=0),
-        "--workdir",
-        workdir,
-    )
-    (data / "a" / "1.png").write_bytes(b"no image")
-    arguments = [
-        "--workdir",
-        workdir,
-        "--mode",
-        "likelihood",
-        *flags(**FAST, likelihood__split="all"),
-    ]
-    arguments = [argument for argument in arguments if "count" not in str(argument)]
+    train_flags = flags(data__path=data, train__steps=1, log__sheet_every=0)
+    succeed(*TINY, *FOLDER, *train_flags, "--workdir", workdir)
+    (data / "a" / "1.png").write_bytes(b"not an image")
+    settings = {key: value for key, value in FAST.items() if key != "likelihood__count"}
+    settings["likelihood__split"] = "all"
+    arguments = ["--workdir", workdir, "--mode", "likelihood", *flags(**settings)]
     assert f"image '{data}/a/1.png' cannot be read" in refusal(*arguments)
     out = succeed(*arguments, "--config.data.skip_unreadable=True")
     assert "2 images, 1 unreadable ones left out" in out
     assert column(folder_of(workdir), "index").tolist() == [0, 2]
-
-
-# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -308,7 +296,7 @@ def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
         (
             {"sample__cfg_scale": 4},
             "--config.sample.cfg_scale has no effect on --mode likelihood, which integrates the "
-            "unguided ODE",
+            "ungui",
         ),
         ({"sample__solver": "heun"}, "--config.sample.solver has no effect on --mode likelihood"),
         ({"likelihood__cfg_scale": 4}, "unknown config key 'likelihood.cfg_scale'"),
@@ -322,7 +310,7 @@ def test_an_image_that_cannot_be_read_is_named_and_may_be_left_out(tmp_path):
         ),
         (
             {"likelihood__solver": "heun", "likelihood__steps": None},
-            "solver 'heun' takes fixed steps only, so atol and rtol mean nothing to it; give "
+            "solver 'heun' takes fixed steps only and ignores atol and rtol; give "
             "likelihood.steps, or one",
         ),
         ({"likelihood__steps": 0}, "likelihood.steps is 0; expected more than 0"),
@@ -358,13 +346,12 @@ def test_a_mistake_is_one_line_and_changes_no_file(trained, settings, words):
     assert snapshot(trained[0]) == before
 
 
-def test_a_batch_that_devices_cannot_share_is_one_line(trained, monkeypatch):
+def test_a_batch_not_divisible_by_the_devices_is_one_line(trained, monkeypatch):
     before = snapshot(trained[0])
     monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 4)
     arguments = ["--workdir", trained[0], "--mode", "likelihood", "--config.likelihood.batch=6"]
-    assert "likelihood.batch = 6 is not divisible by the 4 devices it is split over" in refusal(
-        *arguments
-    )
+    message = refusal(*arguments)
+    assert "likelihood.batch = 6 is not divisible by the 4 devices it is split over" in message
     assert snapshot(trained[0]) == before
 
 

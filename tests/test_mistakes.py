@@ -1,4 +1,4 @@
-"""Every mistake of a user is one line of main, and leaves all files as they were."""
+"""Every user mistake ends main with one line and changes no file."""
 
 import json
 import os
@@ -90,7 +90,7 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_bad_flag_is_one_line_and_makes_nothing(tmp_path, monkeypatch, arguments, words):
+def test_a_bad_flag_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert words in refusal(*TINY, "--workdir", "runs/new", *arguments)
     assert snapshot(tmp_path) == {}
@@ -121,7 +121,7 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, below):
 
 
 @pytest.mark.parametrize(
-    ("there", "words"),
+    ("images", "words"),
     [
         (
             None,
@@ -142,11 +142,11 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, below):
         ),
     ],
 )
-def test_a_bad_data_folder_is_one_line_and_makes_nothing(tmp_path, there, words):
+def test_a_bad_data_folder_is_one_line_and_writes_nothing(tmp_path, images, words):
     data = tmp_path / "data"
-    if there is not None:
+    if images is not None:
         data.mkdir()
-        write_images(data, *there)
+        write_images(data, *images)
     before = snapshot(tmp_path)
     message = refusal(*TINY, *FOLDER, *flags(data__path=data), "--workdir", tmp_path / "new")
     assert words.format(data=data) in message
@@ -160,44 +160,47 @@ def test_an_empty_data_path_is_one_line(tmp_path):
 
 
 def test_an_unreadable_image_is_named_and_may_be_skipped(tmp_path):
-    data, workdir = tmp_path / "data", tmp_path / "run"
+    data = tmp_path / "data"
+    workdir = tmp_path / "run"
     write_images(data, "a/0.png", "a/1.png", "b/0.png")
     (data / "a" / "1.png").write_bytes((data / "a" / "0.png").read_bytes()[:40])
     before = snapshot(data)
-    arguments = [
-        *TINY,
-        *FOLDER,
-        *flags(data__path=data, train__steps=1, log__sheet_every=0),
-        "--workdir",
-        workdir,
-    ]
+    settings = flags(data__path=data, train__steps=1, log__sheet_every=0)
+    arguments = [*TINY, *FOLDER, *settings, "--workdir", workdir]
     message = refusal(*arguments)
     assert f"image '{data}/a/1.png' cannot be read (" in message
     assert "remove it, or set data.skip_unreadable=True to skip such images" in message
     assert snapshot(data) == before
     assert not [path for path in workdir.rglob("*") if path.is_file()]
 
-    succeed(
-        *arguments, "--config.data.skip_unreadable=True"
-    )  # the remedy works where the mistake was made
-    # Every epoch has each of the 3 images once, so the broken one had 2 or 3 places of 8.
+    # The remedy works in the same workdir.
+    succeed(*arguments, "--config.data.skip_unreadable=True")
+    # Each epoch has each of the 3 images once, so 2 or 3 of the batch's 8 rows are the broken one.
     assert [row["skipped_images"] for row in rows(workdir)] in ([2], [3])
 
 
-def test_a_batch_that_devices_cannot_share_is_one_line(tmp_path):
-    """In a process with three devices, so that exit status and stderr are those of a user's run."""
-    done = subprocess.run(
+def test_a_batch_not_divisible_by_the_devices_is_one_line(tmp_path):
+    """Run in a separate process with three devices, which also shows its exit status and stderr."""
+    process = subprocess.run(
         [sys.executable, "-m", "sit_jax.main", *TINY, "--workdir", str(tmp_path / "new")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-             "XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     words = (
         "train.batch / train.accumulation = 8 is not divisible by the 3 devices it is split over; "
         "make"
     )
-    assert done.returncode == 2
-    assert re.fullmatch(rf"error: {words}.*\n", done.stderr)
+    assert process.returncode == 2
+    assert re.fullmatch(rf"error: {words}.*\n", process.stderr)
     assert snapshot(tmp_path) == {}
 
 
@@ -211,13 +214,10 @@ def test_a_batch_that_devices_cannot_share_is_one_line(tmp_path):
         ),
     ],
 )
-def test_every_batch_must_be_shared_by_the_devices(tmp_path, monkeypatch, settings, words):
+def test_every_batch_must_be_divisible_by_the_devices(tmp_path, monkeypatch, settings, words):
     monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 3)
     assert words in refusal(*TINY, *flags(**settings), "--workdir", tmp_path / "new")
     assert snapshot(tmp_path) == {}
-
-
-# What does not, where a run is: every file stays as it was
 
 
 @pytest.mark.parametrize("mode", ["train", "sample"])
@@ -262,7 +262,7 @@ def test_a_mistake_leaves_a_run_as_it_was(trained, mode, arguments, words):
     assert snapshot(workdir) == before
 
 
-def test_a_profile_of_steps_that_are_done_is_one_line(trained):
+def test_a_profile_of_finished_steps_is_one_line(trained):
     before = snapshot(trained[0])
     for steps in ("2:3", "7:8"):
         message = refusal("--workdir", trained[0], "--profile", steps, "--config.train.steps=6")
@@ -273,11 +273,10 @@ def test_a_profile_of_steps_that_are_done_is_one_line(trained):
     assert snapshot(trained[0]) == before
 
 
-def test_data_that_is_gone_leaves_a_run_as_it_was(trained):
+def test_missing_data_leaves_a_run_as_it_was(trained):
     before = snapshot(trained[0])
-    assert "data.path='/no/such'" in refusal(
-        "--workdir", trained[0], *flags(data__path="/no/such", train__steps=6)
-    )
+    settings = flags(data__path="/no/such", train__steps=6)
+    assert "data.path='/no/such'" in refusal("--workdir", trained[0], *settings)
     assert snapshot(trained[0]) == before
 
 

@@ -210,7 +210,7 @@ def test_the_sampler_compiles_too(solver):
     [
         (
             {"mesh.fsdp": "3"},
-            "does not use 4 devices; their product must be 4, with each of them one of 1, 2, 4",
+            "does not use 4 devices; their product must be 4, so each of them is one of 1, 2, 4",
         ),
         (
             {"train.batch": "30"},

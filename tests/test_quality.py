@@ -1,4 +1,4 @@
-"""--mode quality: the share of samples that a classifier reads as their label."""
+"""--mode quality: the share of samples that a classifier of real images reads as their label."""
 
 import json
 import re

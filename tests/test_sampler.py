@@ -1,4 +1,4 @@
-"""Samplers through main: many devices, trajectories, guidance by another run, inversion."""
+"""The sampler through main: devices, frames, grids, autoguidance, inversion and sweeps."""
 
 import json
 import os
@@ -20,36 +20,41 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 
 def sample_on(devices):
+    """Run sample_on_devices.py on as many CPU devices; return its samples by mesh and solver."""
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": ".",
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "tests/sample_on_devices.py"],
         capture_output=True,
         text=True,
         env=env,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def pixels_of(images):
+    return np.stack([np.frombuffer(bytes.fromhex(image), np.float32) for image in images])
 
 
 @pytest.mark.slow
 def test_samples_of_eight_devices_are_those_of_one():
-    one, eight = sample_on(1)["data"], sample_on(8)
+    one = sample_on(1)["data"]
+    eight = sample_on(8)
     assert set(eight) == {"data", "fsdp"}
-    for found in eight.values():
-        for solver in ("heun", "shark"):  # at an equal number of samples on each device, to the bit
-            assert found[solver] == one[solver]
-        ours, theirs = (
-            np.stack([np.frombuffer(bytes.fromhex(image), np.float32) for image in images])
-            for images in (found["dopri5"], one["dopri5"])
+    for samples in eight.values():
+        # Bitwise equal, given an equal number of samples on each device.
+        for solver in ("heun", "shark"):
+            assert samples[solver] == one[solver]
+        # The step size of a sample depends on sums over its pixels, which the two programs may
+        # round differently.
+        np.testing.assert_allclose(
+            pixels_of(samples["dopri5"]), pixels_of(one["dopri5"]), atol=2e-6
         )
-        # Each sample chooses its steps by sums over its pixels, which the two programs may round
-        # differently.
-        np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
 def only_folder(parent):
@@ -58,6 +63,7 @@ def only_folder(parent):
 
 
 def sample(workdir, **settings):
+    """Draw samples from scratch; return their folder."""
     settings = {"sample__count": 3, "sample__batch": 3} | settings
     shutil.rmtree(workdir / "samples", ignore_errors=True)
     succeed("--workdir", workdir, "--mode", "sample", *flags(**settings))
@@ -67,15 +73,16 @@ def sample(workdir, **settings):
 @pytest.mark.parametrize("solver", ["heun", "euler-maruyama"])
 def test_frames_are_strips_that_end_in_the_sample(run_copy, solver):
     folder = sample(run_copy, sample__frames=4, sample__solver=solver, sample__steps=6)
-    samples, strips = pictures(folder), pictures(folder / "frames")
+    samples = pictures(folder)
+    strips = pictures(folder / "frames")
     assert samples.keys() == strips.keys() and len(samples) == 3
-    for name, strip in strips.items():  # 3 times 8 pixels each, 2 between
+    for name, strip in strips.items():  # frames of 3 x 8 pixels, with gaps of 2
         cells = [strip[2:26:3, 2 + 26 * frame : 26 + 26 * frame : 3] for frame in range(4)]
         np.testing.assert_array_equal(cells[-1], samples[name])
         assert cells[0].std() > 40  # noise
 
 
-def test_a_grid_of_ones_own_makes_other_samples_and_an_equal_one_the_same(run_copy):
+def test_a_custom_grid_changes_samples_unless_it_equals_the_uniform_one(run_copy):
     plain = pictures(sample(run_copy, sample__steps=2))
     same = pictures(sample(run_copy, sample__steps="none", sample__times="0,0.5,1"))
     other = pictures(sample(run_copy, sample__steps="none", sample__times="0,0.9,1"))
@@ -86,7 +93,7 @@ def test_a_grid_of_ones_own_makes_other_samples_and_an_equal_one_the_same(run_co
 
 @pytest.fixture(scope="module")
 def weak(trained, tmp_path_factory):
-    """A run of the same data and a smaller network."""
+    """Return the workdir of a run on the same data with a smaller network."""
     workdir = tmp_path_factory.mktemp("weak") / "run"
     succeed(*TINY, *flags(model__width=8, train__steps=2, log__sheet_every=0), "--workdir", workdir)
     return workdir
@@ -99,24 +106,25 @@ def test_autoguidance_leads_away_from_another_run(run_copy, weak):
         "sample__steps": 1,
         "sample__solver": "euler",
     }
-    conditional = sample(run_copy, **settings | {"sample__cfg_scale": 1})
-    ours = pictures(conditional)
+    unguided = settings | {"sample__cfg_scale": 1}
+    ours = pictures(sample(run_copy, **unguided))
     plain = pictures(sample(run_copy, **settings))
     folder = sample(run_copy, **settings, sample__guide=weak)
     assert json.loads((folder / "settings.json").read_text())["guide_step"] == 2
     guided = pictures(folder)
     assert any((guided[name] != plain[name]).any() for name in ours)
-    # One Euler step is linear in the velocity: x + 3 * (ours) - 2 * (the weaker run's).
-    theirs = pictures(sample(weak, **settings | {"sample__cfg_scale": 1}))
+    # One Euler step is linear in the velocity, so the guided image is 3 times this run's unguided
+    # image minus 2 times the weak run's.
+    theirs = pictures(sample(weak, **unguided))
     for name, image in guided.items():
-        want = np.clip(3.0 * ours[name] - 2.0 * theirs[name], 0, 255)
+        expected = np.clip(3.0 * ours[name] - 2.0 * theirs[name], 0, 255)
         inside = (ours[name] > 0) & (ours[name] < 255) & (theirs[name] > 0) & (theirs[name] < 255)
-        assert (
-            inside.mean() > 0.3 and np.abs(want - image)[inside].max() <= 5
-        )  # rounding of 3 and 2 parts
+        assert inside.mean() > 0.3
+        # Pixels are truncated to integers, and the sum multiplies that error by 3 and by 2.
+        assert np.abs(expected - image)[inside].max() <= 5
 
 
-def test_images_are_taken_to_noise_and_back(run_copy):
+def test_images_go_to_noise_and_back(run_copy):
     settings = flags(
         sample__solver="dopri5",
         sample__steps="none",
@@ -132,53 +140,51 @@ def test_images_are_taken_to_noise_and_back(run_copy):
     entry = np.load(folder / "000004.npz")
     assert entry["noise"].shape == (8, 8, 1) and np.isfinite(entry["noise"]).all()
     for pair in pictures(folder).values():
-        before, after = pair[2:10, 2:10].astype(int), pair[2:10, 12:20]
-        assert before.std() > 40 and np.abs(before - after).max() <= 1
-    there = snapshot(folder)
+        image = pair[2:10, 2:10].astype(int)
+        round_trip = pair[2:10, 12:20]
+        assert image.std() > 40 and np.abs(image - round_trip).max() <= 1
+    before = snapshot(folder)
     (folder / "000002.png").unlink()
-    assert "inverting 1 of 5 images" in succeed(
-        "--workdir", run_copy, "--mode", "invert", *settings
-    )
-    again = snapshot(folder)
-    assert again["000002.png"] == there["000002.png"]
+    out = succeed("--workdir", run_copy, "--mode", "invert", *settings)
+    assert "inverting 1 of 5 images" in out
+    assert snapshot(folder)["000002.png"] == before["000002.png"]
 
 
-def test_a_sweep_is_a_table_and_a_plot_and_goes_on(run_copy):
+def test_a_sweep_writes_a_table_and_a_plot_and_resumes(run_copy):
     settings = {
-        "sweep__solvers": "heun,dopri5,sra1", "sweep__steps": "2", "sweep__rtols": 0.5,
-        "sweep__forms": "sigma,SBDM", "sweep__cfg_scales": "1,2", "sweep__count": 8,
+        "sweep__solvers": "heun,dopri5,sra1",
+        "sweep__steps": "2",
+        "sweep__rtols": 0.5,
+        "sweep__forms": "sigma,SBDM",
+        "sweep__cfg_scales": "1,2",
+        "sweep__count": 8,
         "sweep__components": 4,
-    }  # fmt: skip
+    }
     arguments = ["--workdir", run_copy, "--mode", "sweep"]
     assert "2 of 2 samplers" in succeed(*arguments, *flags(**settings | {"sweep__solvers": "heun"}))
     folder = only_folder(run_copy / "sweeps")
     first = (folder / "results.jsonl").read_bytes()
-    (folder / "results.jsonl").write_bytes(
-        first + b'{"solver": "he'
-    )  # a kill tore the line that was written
+    # A killed job leaves an incomplete last line.
+    (folder / "results.jsonl").write_bytes(first + b'{"solver": "he')
     out = succeed(*arguments, *flags(**settings))
     assert "6 of 8 samplers" in out and (folder / "results.jsonl").read_bytes().startswith(first)
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    by_name = {(r["solver"], r["steps"], r["diffusion_form"], r["cfg_scale"]): r for r in rows}
-    assert (
-        by_name["heun", 2, None, 2.0]["evaluations"] == 4
-        and by_name["heun", 2, None, 2.0]["networks"] == 8
-    )
-    assert (
-        by_name["sra1", 2, "SBDM", 1.0]["evaluations"] == 5
-        and by_name["dopri5", None, None, 1.0]["rtol"] == 0.5
-    )
-    assert all(
-        0 <= row["agreement"] <= 1 and row["frechet"] > 0 and row["seconds"] > 0 for row in rows
-    )
+    by_name = {
+        (row["solver"], row["steps"], row["diffusion_form"], row["cfg_scale"]): row for row in rows
+    }
+    assert by_name["heun", 2, None, 2.0]["evaluations"] == 4
+    assert by_name["heun", 2, None, 2.0]["networks"] == 8
+    assert by_name["sra1", 2, "SBDM", 1.0]["evaluations"] == 5
+    assert by_name["dopri5", None, None, 1.0]["rtol"] == 0.5
+    for row in rows:
+        assert 0 <= row["agreement"] <= 1 and row["frechet"] > 0 and row["seconds"] > 0
     lines = (folder / "table.csv").read_text().splitlines()
-    assert len(lines) == 9 and lines[0].startswith(
-        "solver,steps,rtol,diffusion_form,cfg_scale,evaluations"
-    )
+    assert len(lines) == 9
+    assert lines[0].startswith("solver,steps,rtol,diffusion_form,cfg_scale,evaluations")
     markdown = (folder / "table.md").read_text()
     assert len(markdown.splitlines()) == 10 and markdown in out
     assert Image.open(folder / "plot.png").size[0] > 1000
-    # A table that is asked for again costs nothing, and holds what is asked for alone.
+    # A sweep over finished samplers computes nothing, and its table has only their rows.
     assert "0 of 2 samplers" in succeed(*arguments, *flags(**settings | {"sweep__solvers": "heun"}))
     assert len((folder / "table.csv").read_text().splitlines()) == 3
 
@@ -261,7 +267,7 @@ def test_a_run_of_other_data_cannot_guide(run_copy, weak, tmp_path):
     assert words in refusal("--workdir", run_copy, "--mode", "sample", *flag)
 
 
-def test_a_checkpoint_without_an_ema_is_named_where_it_is_asked_for(tmp_path, run_copy):
+def test_asking_for_the_ema_of_a_checkpoint_without_one_is_one_line(tmp_path, run_copy):
     shutil.rmtree(run_copy / "checkpoints")
     setup = set_up(config_lib.load(str(run_copy / "config.json")))
     with checkpoint.Checkpoints(run_copy / "checkpoints", ["params"]) as checkpoints:

@@ -1,4 +1,4 @@
-"""A setup's programs: their names, and what the config's records say before any data is opened."""
+"""A setup names its programs and knows the spec of the records before data are opened."""
 
 import jax
 import numpy as np

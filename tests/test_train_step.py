@@ -1,4 +1,7 @@
-"""Five training steps equal the PyTorch reference; accumulation and restarts change nothing."""
+"""Five training steps equal the PyTorch reference.
+
+Accumulation changes only rounding, and the position embedding never moves.
+"""
 
 import functools
 
@@ -55,10 +58,9 @@ def updater(learn_sigma, goal, tx, ema_decay=0.9, accumulation=1):
 
 def golden_examples(arrays, name, step):
     y = np.where(arrays[f"{name}/drop"][step] == 1, goldens.CLASSES, arrays[f"{name}/y"][step])
-    x1, x0 = (jnp.asarray(nhwc(arrays[f"{name}/{x}"][step])) for x in ("x1", "x0"))
     return {
-        "x1": x1,
-        "x0": x0,
+        "x1": jnp.asarray(nhwc(arrays[f"{name}/x1"][step])),
+        "x0": jnp.asarray(nhwc(arrays[f"{name}/x0"][step])),
         "t": jnp.asarray(arrays[f"{name}/t"][step]),
         "condition": jnp.asarray(y, jnp.int32),
     }
@@ -67,7 +69,9 @@ def golden_examples(arrays, name, step):
 @pytest.mark.parametrize("case", goldens.cases("train", "train"), ids=lambda c: c["name"])
 @pytest.mark.parametrize("decay", [0.9999, 0.9])
 def test_five_steps_equal_reference(case, decay):
-    arrays, name, tx = goldens.load("train")[1], case["name"], adamw()
+    arrays = goldens.load("train")[1]
+    name = case["name"]
+    tx = adamw()
     interval = (0.0, 1 - case["train_eps"])
     goal = objective(case["path_type"], case["prediction"], case["loss_weight"] or "none", interval)
     start = goldens.params(case["start"]["file"], case["start"]["entry"])
@@ -90,7 +94,10 @@ def test_five_steps_equal_reference(case, decay):
 
 
 def compare(arrays, prefix, ours):
-    """Compare all stored tensors to 2e-5, except the key third of qkv.bias: magnified rounding."""
+    """Assert that all stored tensors of a tree agree within 2e-5.
+
+    The key third of qkv.bias is left out: it is only rounding error, which Adam magnifies.
+    """
     stored = {
         key.removeprefix(prefix + "/"): arrays[key]
         for key in arrays
@@ -99,13 +106,18 @@ def compare(arrays, prefix, ours):
     if not stored:  # this part was not kept for this case
         return
     in_torch = dict(params_to_torch(ours, goldens.SIZE))
-    for torch_name, want in stored.items():
-        ours_there = in_torch[torch_name]
+    for torch_name, expected in stored.items():
+        tensor = in_torch[torch_name]
         if "qkv.bias" in torch_name:
-            want, ours_there = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (want, ours_there))
+            expected = without_key_third(expected)
+            tensor = without_key_third(tensor)
         np.testing.assert_allclose(
-            ours_there, want, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}"
+            tensor, expected, rtol=0, atol=2e-5, err_msg=f"{prefix} {torch_name}"
         )
+
+
+def without_key_third(qkv_bias):
+    return np.delete(qkv_bias.reshape(3, -1), 1, axis=0)
 
 
 def test_position_embedding_never_moves():
@@ -117,9 +129,8 @@ def test_position_embedding_never_moves():
     for step in range(2):
         state, _ = update(state, golden_examples(arrays, "Linear-velocity", step))
     np.testing.assert_array_equal(state.params["pos_embed"], start["pos_embed"])
-    np.testing.assert_array_equal(
-        state.ema["pos_embed"], start["pos_embed"]
-    )  # the reference's drifts by rounding
+    # The EMA of the reference drifts by rounding; this one must not.
+    np.testing.assert_array_equal(state.ema["pos_embed"], start["pos_embed"])
     assert not np.array_equal(state.params["x_embedder"]["kernel"], start["x_embedder"]["kernel"])
 
 
@@ -132,14 +143,19 @@ def test_accumulation_changes_nothing_but_rounding(accumulation):
     for n in (1, accumulation):
         state = train_state.init(lambda: jax.tree.map(jnp.asarray, start), optax.sgd(1.0))
         results.append(updater(True, objective(), optax.sgd(1.0), accumulation=n)(state, examples))
-    (whole, m1), (parts, m2) = results
-    assert float(m1["loss"]) == pytest.approx(float(m2["loss"]), rel=1e-6)
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+    (state_at_once, metrics_at_once), (state_in_parts, metrics_in_parts) = results
+    assert float(metrics_at_once["loss"]) == pytest.approx(
+        float(metrics_in_parts["loss"]), rel=1e-6
+    )
+    leaves_at_once = jax.tree.leaves(state_at_once.params)
+    leaves_in_parts = jax.tree.leaves(state_in_parts.params)
+    for at_once, in_parts in zip(leaves_at_once, leaves_in_parts, strict=True):
+        np.testing.assert_allclose(at_once, in_parts, rtol=0, atol=2e-6)
 
 
 def test_clipping_bounds_the_update_and_reports_the_gradient_before_it():
-    arrays, start = goldens.load("train")[1], goldens.params("sit_bare.pt", None)
+    arrays = goldens.load("train")[1]
+    start = goldens.params("sit_bare.pt", None)
     examples = golden_examples(arrays, "Linear-velocity", 0)
     tx = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
     state = train_state.init(lambda: jax.tree.map(jnp.asarray, start), tx)
@@ -149,7 +165,7 @@ def test_clipping_bounds_the_update_and_reports_the_gradient_before_it():
     assert isinstance(adamw(clip_norm=0.01).init(start)[0], optax.EmptyState)
 
 
-def test_draws_depend_on_seed_and_step_alone():
+def test_draws_depend_only_on_seed_and_step():
     records = {"image": jnp.zeros((64, 8, 8, 1), jnp.uint8), "label": jnp.arange(64) % 10}
     goal = objective(label_dropout=0.5)
     encode = functools.partial(open_pixels().encode, {})
@@ -157,38 +173,39 @@ def test_draws_depend_on_seed_and_step_alone():
     def draw(seed, step):
         return jax.jit(lambda s: train_step.draw_examples(goal, encode, seed, s, records))(step)
 
-    one, again, other_step, other_seed = draw(0, 3), draw(0, 3), draw(0, 4), draw(1, 3)
+    first = draw(0, 3)
+    repeated = draw(0, 3)
+    other_step = draw(0, 4)
+    other_seed = draw(1, 3)
     for name in ("x0", "t", "condition"):
-        np.testing.assert_array_equal(one[name], again[name])
-        assert not np.array_equal(one[name], other_step[name]) and not np.array_equal(
-            one[name], other_seed[name]
-        )
-    assert (
-        abs(np.corrcoef(one["x0"][:, 0, 0, 0], one["t"])[0, 1]) < 0.5
-    )  # streams of different names are independent
+        np.testing.assert_array_equal(first[name], repeated[name])
+        assert not np.array_equal(first[name], other_step[name])
+        assert not np.array_equal(first[name], other_seed[name])
+    # Streams of different names are independent.
+    assert abs(np.corrcoef(first["x0"][:, 0, 0, 0], first["t"])[0, 1]) < 0.5
 
 
 def test_noise_of_an_index_does_not_depend_on_its_batch():
-    whole = rng.normal_by_index(0, "sample", jnp.arange(8), (2, 2))
-    np.testing.assert_array_equal(
-        rng.normal_by_index(0, "sample", jnp.array([5, 2]), (2, 2)), whole[jnp.array([5, 2])]
-    )
-    assert not np.array_equal(rng.normal_by_index(1, "sample", jnp.arange(8), (2, 2)), whole)
+    noise = rng.normal_by_index(0, "sample", jnp.arange(8), (2, 2))
+    indices = jnp.array([5, 2])
+    np.testing.assert_array_equal(rng.normal_by_index(0, "sample", indices, (2, 2)), noise[indices])
+    assert not np.array_equal(rng.normal_by_index(1, "sample", jnp.arange(8), (2, 2)), noise)
     assert not np.array_equal(rng.key(0, "a", 1), rng.key(0, "b", 1))
 
 
-def test_ema():
+def test_ema_averages_weights_and_keeps_equal_ones_exact():
     average = ema.update({"w": jnp.array([1.0, 0.1])}, {"w": jnp.array([2.0, 0.1])}, 0.9)
     np.testing.assert_allclose(average["w"][0], 1.1, rtol=1e-6)
     assert average["w"][1] == jnp.float32(0.1)
 
 
-def test_schedules():
+def test_schedules_warm_up_and_then_stay_or_decay_to_0():
     def schedule(name, total_steps):
         options = settings.Optimizer(schedule=name, learning_rate=1e-3, warmup_steps=10)
         return optimizer.make_schedule(options, total_steps)
 
-    constant, cosine = schedule("constant", 100), schedule("cosine", 110)
+    constant = schedule("constant", 100)
+    cosine = schedule("cosine", 110)
     np.testing.assert_allclose(
         [constant(0), constant(5), constant(10), constant(1000)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6
     )

@@ -1,4 +1,4 @@
-"""The log line of an interval: every scalar of its steps by name, whatever the step adds."""
+"""The log line of an interval has every scalar of its steps by name, including new ones."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""From a source to batches on the device.
+"""Turns a data source into batches on the devices.
 
 Batch `k` is a pure function of (source, seed, k), whatever was read before. So a restart needs only
 the number of the next batch, no reader state, and any number of processes read the same global
@@ -41,8 +41,8 @@ def batches(
     """Return the endless sequence of shuffled batches; element `k` is part of global batch `k`.
 
     An element holds the record's arrays with a leading axis b, and "skipped", int32 [b]. Every
-    epoch has each record once, in an order of its own; a batch may span the end of an epoch. A
-    process holds the given `rows` of each batch, or all of them. With `flip`, each row is mirrored
+    epoch has each record once, in its own order; a batch may span the end of an epoch. A process
+    holds the given `rows` of each batch, or all of them. With `flip`, each row is mirrored
     with probability 1/2, drawn again in each epoch.
 
     An image that cannot be read raises `UserError` when its batch is read. With `skip_unreadable`
@@ -52,12 +52,12 @@ def batches(
     Raises `UserError` for a negative seed or an empty batch.
     """
     check(seed >= 0, f"seed={seed}, but it must not be negative; set it to 0 or more")
-    check(batch_size > 0, f"train.batch={batch_size}, but a batch has at least one row")
+    check(batch_size > 0, f"train.batch={batch_size}, but it must be positive; set it to 1 or more")
     read = _read_or_skip if skip_unreadable else _read
     numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     order = numbers.map(functools.partial(read, source))
     if flip:
-        # Before the choice of rows: randomness then depends on a row's place in the global order.
+        # Before rows are chosen, so that the draw depends on a row's place in the global order.
         order = order.random_map(functools.partial(_flip, source))
     rows = range(batch_size) if rows is None else rows
     return _ProcessRows(order, batch_size, rows).batch(len(rows))
@@ -83,7 +83,7 @@ def in_order(
 
 
 def pad(batch: Record, size: int) -> Record:
-    """Repeat the last row of a batch up to `size` rows: one shape, hence one compilation."""
+    """Repeat the last row of a batch up to `size` rows, so that all batches have the same shape."""
     return {
         name: np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1), mode="edge")
         for name, rows in batch.items()
@@ -140,7 +140,7 @@ def prefetch_to_device(
 
 
 class _ProcessRows(grain.MapDataset):
-    """The rows of the global order that one process reads: its b of each B."""
+    """The rows of the global order that one process reads: b of each B."""
 
     def __init__(self, order: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         super().__init__(order)

@@ -1,6 +1,6 @@
 """Data sources: data sets with a length, class names, a record spec and random access.
 
-Record `i` never changes. Order, mirroring and batches are the business of `pipeline`. Sources are
+Record `i` never changes. `pipeline` handles order, mirroring and batches. Sources are
 picklable, because each reader process gets a copy.
 """
 
@@ -42,11 +42,11 @@ class Source(Protocol):
 
 
 class UnreadableImage(UserError):
-    """One image is missing or broken. A type of its own, so that a pipeline can skip only these."""
+    """One image is missing or broken. A separate type, so that a pipeline can skip only these."""
 
 
 class ImageRecords:
-    """What sources of images share: {"image": uint8 [h, w, c], "label": int32 scalar}."""
+    """Base of sources whose records are {"image": uint8 [h, w, c], "label": int32 scalar}."""
 
     def mirror(self, record: Record) -> Record:
         """Return the record with its image mirrored."""

@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 def decode_rgb(data: bytes) -> Image.Image:
     """Return the RGB image in `data`, an encoded file.
 
-    An alpha channel is dropped, not blended, as the reference does. Broken data raise whatever
-    error Pillow's decoder raises: usually OSError, at times SyntaxError or ValueError.
+    An alpha channel is dropped, not blended, as the reference does. For broken data,
+    Pillow's decoder raises its own errors: usually OSError, sometimes SyntaxError or ValueError.
     """
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")

@@ -1,1 +1,1 @@
-"""One job a module: `run(config, workdir, flags)`, declared in a `Job` that `table` lists."""
+"""One job per module: `run(config, workdir, flags)`, declared in a `Job` that `table` lists."""

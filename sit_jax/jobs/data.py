@@ -1,4 +1,4 @@
-"""The config's data, opened: its source, and batches of it on the way to the devices."""
+"""Opens the data source of a config, and reads batches of it for the devices."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from sit_jax.record import Record
 
 
 def open_source(setup: Setup) -> sources.Source:
-    """Open the data of the config. Raises `UserError` if it is missing or has other classes."""
+    """Open the data source. Raises `UserError` if it is missing or data.classes is wrong."""
     data = setup.config.data
     source = sources.SOURCES[data.source].open(data.path, data.image_shape, data.split)
     classes = len(source.class_names)
@@ -67,8 +67,9 @@ def read_in_order(
     *,
     skip_unreadable: bool,
 ) -> Iterator[Record]:
-    """Yield the records of these indices in order, in batches on the host; the last may be
-    smaller.
+    """Yield batches of the records at `indices`, in that order, on the host.
+
+    The last batch may be smaller.
     """
     dataset = pipeline.in_order(
         source, indices, batch_size=batch_size, skip_unreadable=skip_unreadable

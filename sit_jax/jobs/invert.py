@@ -1,4 +1,4 @@
-"""`--mode invert`: images of the data set to their noise along the sampler's ODE, and back."""
+"""`--mode invert`: map images of the data set to noise along the sampler's ODE, and back."""
 
 import argparse
 import io
@@ -54,18 +54,18 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
             size = len(batch["index"])
             padded = pipeline.pad(batch, options.batch)
             condition = setup.conditioning.from_records(padded)
-            noise_bhwc, images_again_bhwc, error_b, evaluations = hosts.to_host(
+            noise_bhwc, reconstructed_bhwc, error_b, evaluations = hosts.to_host(
                 invert(params, padded["index"], padded, condition)
             )
             bad = batch["index"][~np.isfinite(error_b[:size])]
             check(
                 not len(bad),
-                f"images {bad[:8].tolist()} do not come back: their trajectory is not finite; use "
-                "more steps or looser tolerances",
+                f"images {bad[:8].tolist()} cannot be inverted: their trajectory is not finite; "
+                "use more steps or looser tolerances",
             )
             for row in results.own_rows(size):
                 _write_noise(results, batch, row, noise_bhwc[row], error_b[row])
-                pair = np.stack([batch["image"][row], to_uint8(images_again_bhwc[row])])
+                pair = np.stack([batch["image"][row], to_uint8(reconstructed_bhwc[row])])
                 results.write_image(int(batch["index"][row]), sheet(pair, 2))
             bar.update(size)
             bar.set_postfix(evaluations=int(evaluations))
@@ -108,4 +108,4 @@ def _write_summary(results: Results, count: int) -> None:
     print(f"images beside their reconstructions: {results.folder / 'sheet.png'}")
 
 
-JOB = Job(run, "map images of the data set to their noise along the ODE, and back")
+JOB = Job(run, "map images of the data set to noise along the ODE, and back")

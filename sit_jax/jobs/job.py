@@ -1,4 +1,4 @@
-"""What a job declares of itself: how it runs, a line of help, and its own flags."""
+"""The declaration of a job: how it runs, a line of help, and its own flags."""
 
 import argparse
 import dataclasses
@@ -31,7 +31,7 @@ class Job:
     run: Callable[[Config, epath.Path, argparse.Namespace], None]
     help: str  # one line
     flags: tuple[Flag, ...] = ()
-    # Raises UserError for flags or overrides that the job cannot honour.
+    # Raises UserError for flags or overrides that the job does not accept.
     check: Callable[[argparse.Namespace, Overrides], None] = _accept
     # False for a job that only compiles: it needs no workdir and claims no device.
     uses_devices: bool = True

@@ -124,8 +124,8 @@ def evaluate(
 ) -> Iterator[tuple[list[Row], int]]:
     """Yield (result rows, network evaluations) of the images at these indices, a batch at a time.
 
-    The last batch is padded and its padding dropped. So are images that cannot be read, where the
-    config allows to skip them.
+    The last batch is padded and its padding dropped. With data.skip_unreadable, images that cannot
+    be read are dropped too.
     """
     size = setup.config.likelihood.batch
     log_prob = make_log_prob(setup)
@@ -239,7 +239,7 @@ def _results_settings(setup: Setup, step: int, meaning: str) -> dict[str, Any]:
         "transport": dataclasses.asdict(config.transport),
         "likelihood": dataclasses.asdict(config.likelihood),
     }
-    # These change no image's log p.
+    # An image's log p does not depend on these.
     for key in ("count", "batch"):
         del settings["likelihood"][key]
     for key in ("workers", "flip", "skip_unreadable"):

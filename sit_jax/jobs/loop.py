@@ -1,4 +1,4 @@
-"""The training loop and its effects: log lines, sheets, checkpoints, a trace, a clean stop."""
+"""The training loop: it logs, draws sheets, saves checkpoints, writes a trace and stops cleanly."""
 
 import contextlib
 import signal
@@ -28,7 +28,7 @@ Step = Callable[[TrainState, dict, Any], tuple[TrainState, dict]]
 
 
 class Loop:
-    """Runs steps and does, between them, everything that leaves the devices."""
+    """Runs training steps and, between them, everything that needs the host."""
 
     def __init__(
         self,
@@ -96,12 +96,12 @@ class Loop:
         if step == self._saved:
             return
         self._saved = step
-        # The log's rows first: a run that continues from here then finds all of them.
+        # Log first, so that a run that continues from this checkpoint finds every row.
         self._watcher.write_due_line()
         note = {"config": config_lib.flatten(self._setup.config), "log": self._watcher.to_carry()}
         try:
             self._checkpoints.wait()
-        except UserError as error:  # the previous save failed: say so, and go on with this one
+        except UserError as error:  # the previous save failed: warn, and try this one
             self._progress.write(f"warning: {error}")
         self._checkpoints.save(step, state.items(), note)
 
@@ -112,8 +112,8 @@ class Loop:
             batches = sampler.sample_images(self._setup, self._sampler, ema, indices)
             images = np.concatenate([images[:, -1] for _, images, _ in batches])
         except UserError as error:
-            # A young model under strong guidance may have no finite sample, which need not end the
-            # run.
+            # Early in training, samples with strong guidance may not be finite. That need not end
+            # the run.
             self._progress.write(f"no sheet at step {step}: {error}")
             return
         if not hosts.is_first():
@@ -126,7 +126,7 @@ class Loop:
 
 
 def _must_stop(step: int, stop: threading.Event) -> bool:
-    """Return whether to stop after this step, the same answer in all processes."""
+    """Return True to stop after this step; all processes get the same answer."""
     if hosts.is_multiprocess():
         return multihost_utils.reached_preemption_sync_point(step)
     return stop.is_set()
@@ -135,7 +135,7 @@ def _must_stop(step: int, stop: threading.Event) -> bool:
 def start_profile(folder: epath.Path) -> None:
     """Start a trace for TensorBoard's profile page and Perfetto (perfetto_trace.json.gz)."""
     options = jax.profiler.ProfileOptions()
-    # Tracing Python slows it down several times, so that the trace would show mostly itself.
+    # Tracing slows Python down several times, so the trace would show mostly its own overhead.
     options.python_tracer_level = 0
     jax.profiler.start_trace(str(folder), create_perfetto_trace=True, profiler_options=options)
 

@@ -1,6 +1,6 @@
 """`--mode quality`: how many samples a classifier of the real images reads as their label.
 
-For small images, such as digits: the classifier sees pixels. It says nothing about photographs.
+The classifier sees pixels, so this is for small images such as digits, not for photographs.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     source = hosts.run_on_all(lambda: open_source(setup))
     step, params = restore_weights(setup, workdir, config.sample.weights)
     guide = open_guide(config)
-    # Evenly spaced, so that every class of a source sorted by class is drawn from.
+    # Evenly spaced, because a source may be sorted by class.
     count = min(config.sweep.reference_count, len(source))
     indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
     images, labels = read_images(setup, source, indices)
@@ -87,7 +87,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
 def _draw(
     setup: Setup, params: Any, guide: Guide | None, cfg_scale: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return uint8 images [n, h, w, c], their labels [n] and the seconds it took."""
+    """Return uint8 images [n, h, w, c], their labels [n], and the seconds that drawing took."""
     options = dataclasses.replace(
         setup.config.sample,
         cfg_scale=cfg_scale,

@@ -20,10 +20,10 @@ _ROWS = "results.jsonl"
 
 
 class Results:
-    """PARENT/NAME-HASH, which holds results of one settings.json only: HASH depends on it.
+    """The folder PARENT/NAME-HASH. HASH is that of its settings.json: other settings, other folder.
 
     Results are PNG images by index, or rows of results.jsonl, or both. All processes call every
-    method, in the same order; process 0 writes rows and files, and images are shared out.
+    method, in the same order. Process 0 writes rows and files; images are split among processes.
     """
 
     def __init__(self, parent: epath.Path, name: str, settings: Mapping[str, Any]):
@@ -38,11 +38,11 @@ class Results:
         return hosts.broadcast_from_first(lambda: self._images.missing(count))
 
     def own_rows(self, size: int) -> Iterator[int]:
-        """Yield which of the `size` rows of a batch this process writes. Every process has all."""
+        """Yield the rows that this process writes of a batch of `size`, which every process has."""
         yield from range(jax.process_index(), size, jax.process_count())
 
     def write_image(self, index: int, image_hwc: np.ndarray) -> None:
-        """Write the image of an index. It marks that everything of this index is complete."""
+        """Write the image of an index. Call it last: the image marks the index as complete."""
         self._images.write(index, image_hwc)
 
     def read_rows(self) -> list[Row]:

@@ -44,7 +44,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
             for row in results.own_rows(len(indices)):
                 index = int(indices[row])
                 strip_fhwc = images_bfhwc[row]
-                if frames:  # before the sample, which marks that everything of it is complete
+                if frames:  # before the sample's own image, which marks it as complete
                     frames.write(index, sheet(strip_fhwc, len(strip_fhwc), scale=options.scale))
                 results.write_image(index, strip_fhwc[-1])
             bar.update(len(indices))

@@ -1,4 +1,4 @@
-"""From a setup to a compiled sampler, and from that to images, a batch at a time."""
+"""Compiles the sampler of a setup, and draws images with it a batch at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -42,8 +42,8 @@ def make_sampler(setup: Setup, guide: Guide | None = None) -> Sampler:
     """Return `(params, indices_b, condition) -> (images_bfhwc in [-1, 1], evaluations)`.
 
     It is compiled once, with the entire trajectory on the devices. Image i depends only on
-    (sample.seed, i, its condition), not on the batch or the devices. f counts sample.frames, or
-    is 1; the finished image comes last. Guidance leads away from the null condition, or from
+    (sample.seed, i, its condition), not on the batch or the devices. f is sample.frames,
+    or 1; the finished image comes last. Guidance points away from the null condition, or from
     `guide`.
     """
     return _call_with_guide(setup, guide, jit_sampler(setup, guide))
@@ -66,7 +66,7 @@ def jit_sampler(setup: Setup, guide: Guide | None = None) -> Callable:
 
 
 def make_sampler_from_noise(setup: Setup, guide: Guide | None = None) -> Callable:
-    """Return `(params, noise_bhwc, indices_b, condition)`, else like `make_sampler`."""
+    """Return a sampler like `make_sampler` of (params, noise_bhwc, indices_b, condition)."""
 
     def sample(params: Any, codec_params: Any, *batch: Any) -> Any:
         return _sample_from_noise(setup, guide, params, codec_params, *batch)
@@ -102,9 +102,9 @@ def _sample_from_noise(
 
 
 def make_inverter(setup: Setup, guide: Guide | None = None) -> Callable:
-    """Return `(params, indices_b, records, condition)`, from images to noise and back.
+    """Return a function of (params, indices_b, records, condition), from images to noise and back.
 
-    It follows the sampler's ODE from each image to its noise, then back, and returns (noise_bhwc,
+    It follows the sampler's ODE from each image to its noise and back. It returns (noise_bhwc,
     images_bhwc in [-1, 1], error_b, evaluations). `error_b` is the RMS difference of the
     network's input before and after.
     """
@@ -117,11 +117,11 @@ def make_inverter(setup: Setup, guide: Guide | None = None) -> Callable:
         keys_b = jax.vmap(lambda i: rng.key(seed, "posterior", i))(indices_b)
         x_bhwc = setup.codec.encode(codec_params, keys_b, records)
         start, end = _interval(setup)
-        noise_bhwc, evaluations_there = _solve_ode(setup, guided, x_bhwc, (end, start))
-        again_bhwc, evaluations_back = _solve_ode(setup, guided, noise_bhwc, (start, end))
+        noise_bhwc, evaluations_to_noise = _solve_ode(setup, guided, x_bhwc, (end, start))
+        again_bhwc, evaluations_to_data = _solve_ode(setup, guided, noise_bhwc, (start, end))
         error_b = jnp.sqrt(jnp.mean((again_bhwc - x_bhwc) ** 2, axis=(1, 2, 3)))
         images_bhwc = setup.codec.decode(codec_params, again_bhwc)
-        return noise_bhwc, images_bhwc, error_b, evaluations_there + evaluations_back
+        return noise_bhwc, images_bhwc, error_b, evaluations_to_noise + evaluations_to_data
 
     batch = sharding.batch_sharding(setup.mesh)
     shardings = (batch, batch, batch, sharding.replicated(setup.mesh))
@@ -228,9 +228,9 @@ def check_finite(images_bhwc: np.ndarray, indices: np.ndarray) -> None:
 def open_guide(config: Config) -> Guide | None:
     """Return the newest checkpoint of the run that sample.guide names, or None.
 
-    It serves autoguidance (Karras et al., arXiv 2406.02507). The run may be smaller and less
-    trained, but must have the same data and transport: raises `UserError` that names what
-    differs.
+    It is for autoguidance (Karras et al., arXiv 2406.02507). The run may be smaller and less
+    trained, but must have the same data and transport: otherwise raises `UserError` that names the
+    differences.
     """
     if config.sample.guide is None:
         return None
@@ -248,7 +248,8 @@ def open_guide(config: Config) -> Guide | None:
     ]
     check(
         not differences,
-        f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differences)}",
+        f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differences)}; "
+        "give a run with the same data and transport",
     )
     setup = set_up(dataclasses.replace(config, model=guide_config.model))
     step, params = restore_weights(setup, folder, config.sample.weights)

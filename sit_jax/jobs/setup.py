@@ -1,4 +1,4 @@
-"""From a config to the objects that every job needs."""
+"""Builds the objects that every job needs from a config."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ from sit_jax.transport.paths import Path, path_by_name
 class Setup:
     """A config and the objects derived from it for a mesh of devices.
 
-    Making one allocates nothing.
+    Creating it allocates no arrays.
     """
 
     config: Config
@@ -53,7 +53,7 @@ class Setup:
 
     @functools.cached_property
     def codec(self) -> Codec:
-        """The way from records to the network's input and back."""
+        """The codec, which maps records to the network's input and back."""
         latents = self.config.latents
         return CODECS[latents.codec].open(latents.vae, sharding.per_device(self.mesh))
 
@@ -179,17 +179,17 @@ class Setup:
 
 
 def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:
-    """Return the setup of a config on `devices`, or on all of this machine's.
+    """Return the setup of a config on `devices`, by default all that jax has.
 
-    Raises `UserError` if the config does not fit the devices, or its images the codec or the
-    model.
+    Raises `UserError` if the config does not fit the devices, or its images do not fit the codec or
+    the model.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     microbatch = config.train.batch // config.train.accumulation
     check_batch(mesh, "train.batch / train.accumulation", microbatch)
     check_batch(mesh, "sample.batch", config.sample.batch)
     setup = Setup(config, mesh)
-    for axis, size, what in (
+    for axis, size, dimension in (
         ("tensor", setup.size.heads, "heads, which it splits"),
         (
             "fsdp",
@@ -200,8 +200,8 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
         divisors = ", ".join(map(str, sharding.divisors(size)))
         check(
             size % mesh.shape[axis] == 0,
-            f"mesh.{axis} = {mesh.shape[axis]} does not divide the model's {size} {what}; take one "
-            f"of {divisors}, and mesh.data or mesh.tensor for the rest",
+            f"mesh.{axis} = {mesh.shape[axis]} does not divide the model's {size} {dimension}; "
+            f"take one of {divisors}, and mesh.data or mesh.tensor for the rest",
         )
     tokens(setup.input_shape[0], setup.size.patch)
     return setup
@@ -229,7 +229,7 @@ def in_precision(function: Callable, matmul: str) -> Callable:
 
 
 def jit_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
-    """Return `function(params, codec_params, *batch)` jitted, matmuls "highest" unless configured.
+    """Return `function(params, codec_params, *batch)` jitted, with "highest" matmuls by default.
 
     By default a TPU computes a float32 matmul in bfloat16. That is enough for training, but not
     for samples and measurements.

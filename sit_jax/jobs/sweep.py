@@ -59,7 +59,7 @@ def sampler_grid(sweep: Sweep, sample: Sample) -> list[Sample]:
     """Return the samplers of a sweep: solvers x steps x guidance scales.
 
     SDE solvers are also combined with diffusion forms. Adaptive solvers take the tolerances, if
-    any are given, in place of steps.
+    any are given, instead of steps.
     """
     grid = []
     for cfg_scale, solver in itertools.product(sweep.cfg_scales, sweep.solvers):
@@ -85,7 +85,7 @@ def sampler_grid(sweep: Sweep, sample: Sample) -> list[Sample]:
 
 
 def row_key(options: Sample) -> Row:
-    """Return the columns that identify a sampler. Those with no meaning for its solver are None."""
+    """Return the columns that identify a sampler; those that its solver does not use are None."""
     is_sde = options.solver in sde.SOLVERS
     return {
         "solver": options.solver,
@@ -99,9 +99,9 @@ def row_key(options: Sample) -> Row:
 def make_evaluator(
     setup: Setup, source: Source, sweep: Sweep
 ) -> tuple[Evaluator, dict[str, float]]:
-    """Return how to measure samples against the real images of `source`, and a scale for it.
+    """Return a function that compares samples with the real images of `source`, and a reference.
 
-    The scale is the Frechet distance between the real images' own halves, with their number.
+    The reference is the Frechet distance between two halves of the real images, with their number.
     """
     images, labels = read_images(setup, source, range(min(sweep.reference_count, len(source))))
     features = as_features(images)
@@ -198,8 +198,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
                 rows.append(row)
                 results.add_rows([row])
             bar.update()
-    asked = {_key(row_key(options)) for options in grid}
-    rows = [row for row in rows if _key(row) in asked]
+    requested = {_key(row_key(options)) for options in grid}
+    rows = [row for row in rows if _key(row) in requested]
     rows.sort(key=lambda row: (row["cfg_scale"], row["networks"]))
     check(rows, "no sampler gave finite images; check whether training diverged")
     results.write_text("table.csv", as_csv(rows))
@@ -211,7 +211,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
 
 
 def _results_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str, Any]:
-    """Return every setting that the rows depend on and that does not identify a row."""
+    """Return every setting that the rows depend on, except those that identify a row."""
     settings = sampler_settings(setup, step, guide)
     settings["data"] = dataclasses.asdict(setup.config.data)
     for name in ("count", "reference_count", "components"):
@@ -237,7 +237,7 @@ def _series(row: Mapping[str, Any]) -> str:
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return one line a sampler, below a header. Columns that do not apply are empty."""
+    """Return a header and one line per sampler. Columns that do not apply are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

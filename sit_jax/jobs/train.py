@@ -93,10 +93,10 @@ def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Trai
 
 
 def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
-    """Make `workdir` a new run at step 0 from the newest weights and EMA in `source`.
+    """Create a new run in `workdir`, at step 0, from the newest weights and EMA in `source`.
 
-    The optimizer's moments start from scratch. Raises `UserError` before anything is written if
-    that cannot be done.
+    The optimizer's moments start from scratch. If that cannot be done, raises `UserError`
+    before anything is written.
     """
     setup = set_up(config)
     target_exists, source_exists = hosts.broadcast_from_first(
@@ -111,7 +111,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
             f"--workdir {str(source)!r} holds no complete checkpoint to fork from",
         )
         target = setup.abstract_state
-        # Without the moments: another optimizer has others.
+        # Not the moments: the config may have a different optimizer.
         weights = restore_items(checkpoints, step, {"params": target.params, "ema": target.ema})
     fresh = setup.create_state()
     make_workdir(workdir)
@@ -140,13 +140,13 @@ def record_config(config: Config, workdir: epath.Path, step: int) -> None:
 def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = None) -> None:
     """Train to train.steps, from the newest checkpoint if the workdir has one.
 
-    SIGTERM and Ctrl-C, on any host, save and return after the current step, or with several hosts
-    after a step soon after it. `profile` (a, b) writes a trace of steps a to b.
+    SIGTERM and Ctrl-C, on any host, save and return after the current step; with several hosts, a
+    few steps later. `profile` (a, b) writes a trace of steps a to b.
     """
     setup = set_up(config)
     steps = config.train.steps
     source = hosts.run_on_all(lambda: open_source(setup))
-    _ = setup.codec_params  # read now, so that a mistake above or here leaves no folder behind
+    _ = setup.codec_params  # read now, so that an error leaves no folder behind
     make_workdir(workdir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())

@@ -1,4 +1,4 @@
-"""What people see of a training run: its log lines, its progress bar, and where it diverged."""
+"""The visible output of a training run: log lines, the progress bar, and where it diverged."""
 
 import contextlib
 import time
@@ -27,7 +27,7 @@ _FIRST = ("loss", "grad_norm", "learning_rate")  # in this order; others follow 
 def summarise_interval(steps: Sequence[Scalars]) -> dict[str, float]:
     """Return the numbers of a log line: every scalar of the steps by its name.
 
-    "finite" becomes "skipped_updates", the number of steps that were not, if there are any.
+    "finite" becomes "skipped_updates", the number of steps that were not finite, if any.
     """
     finite = [step for step in steps if step["finite"]]
     names = [*_FIRST, *sorted(steps[-1].keys() - {*_FIRST, "finite"})]
@@ -51,7 +51,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def speed(setup: Setup, steps: int, seconds: float) -> dict[str, float]:
-    """Return images a second, FLOP/s of a device, and its share of the peak where that is known."""
+    """Return images per second, FLOP/s per device, and the share of its peak if that is known."""
     images_per_s = steps * setup.config.train.batch / seconds
     flops_per_s = images_per_s * setup.train_flops / jax.device_count()
     rates = {"images_per_s": images_per_s, "flops_per_s": flops_per_s}
@@ -89,7 +89,7 @@ class Watcher:
         self._progress.update(step)
 
     def write_due_line(self) -> None:
-        """Log the interval if the newest step ends it. Only then wait for that step."""
+        """Log the interval if the newest step ends it. Waits for the devices only then."""
         total = self._setup.config.train.steps
         is_due = self._step % self._setup.config.log.every == 0 or self._step == total
         if self._began is None or not self._on_device or not is_due:
@@ -105,7 +105,7 @@ class Watcher:
         self._began = time.perf_counter()
 
     def read(self) -> None:
-        """Wait for the steps so far.
+        """Wait for the steps so far and read their scalars.
 
         Raises `UserError` if more updates were not finite than train.skip_nonfinite allows.
         """
@@ -124,7 +124,7 @@ class Watcher:
         self._on_device = []
 
     def to_carry(self) -> dict[str, Any]:
-        """Return what a continued run needs so that its log has neither a gap nor a duplicate."""
+        """Return the state that a continued run needs to log without a gap or a duplicate."""
         self.read()
         return {"steps": self._on_host, "skipped_updates": self._skipped}
 

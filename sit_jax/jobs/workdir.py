@@ -34,7 +34,7 @@ def open_checkpoints(config: Config, workdir: epath.Path) -> Checkpoints:
 
 
 def newest_step(checkpoints: Checkpoints) -> int | None:
-    """Return the newest complete checkpoint's step, or None. Warn of each newer one that is not."""
+    """Return the step of the newest complete checkpoint, or None. Warn about newer damaged ones."""
     step, problems = checkpoints.newest_complete()
     for problem in problems if hosts.is_first() else ():
         print(f"warning: {problem}", file=sys.stderr)
@@ -42,7 +42,7 @@ def newest_step(checkpoints: Checkpoints) -> int | None:
 
 
 def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[int, Any]:
-    """Return the newest checkpoint's step and its parameters: "ema", or the trained ones, "raw".
+    """Return the newest checkpoint's step and its weights: the EMA ("ema") or parameters ("raw").
 
     Raises `UserError` if there is no complete checkpoint.
     """
@@ -66,17 +66,17 @@ def restore_items(
 ) -> dict[str, Any]:
     """Restore the items `params` and `ema`, or one of them, onto abstract targets.
 
-    Converted weights are stored as an EMA only, which then stands for the parameters too. The
-    opposite does not hold: raises `UserError` if the EMA is asked for and the checkpoint has none.
+    Converted weights are stored as an EMA only, which then also serves as the parameters. The
+    reverse is refused: raises `UserError` if the EMA is requested and the checkpoint has none.
     """
     stored = checkpoints.stored(step)
-    wanted = {name: target for name, target in targets.items() if name in stored}
+    to_restore = {name: target for name, target in targets.items() if name in stored}
     if "params" in targets and "params" not in stored:
-        wanted["ema"] = targets["params"]
+        to_restore["ema"] = targets["params"]
     check(
-        "ema" in stored or "ema" not in {*targets, *wanted},
+        "ema" in stored or "ema" not in {*targets, *to_restore},
         f"checkpoint {step} holds no EMA, only {', '.join(sorted(stored)) or 'nothing'}; set "
         "sample.weights=raw, or likelihood.weights=raw",
     )
-    restored = checkpoints.restore(step, wanted)
+    restored = checkpoints.restore(step, to_restore)
     return {name: restored.get(name, restored.get("ema")) for name in targets}

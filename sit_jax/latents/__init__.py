@@ -9,7 +9,7 @@ from sit_jax.latents.sd_vae import PerDevice, VaeOptions, open_sd_vae
 
 
 class CodecKind(NamedTuple):
-    """How to open a codec, and what is known of it before that."""
+    """How to open a codec, and a property that is known before that."""
 
     open: Callable[[VaeOptions, PerDevice], Codec]
     quantised: bool  # as in Codec

@@ -1,4 +1,4 @@
-"""The seam between records and the network's input."""
+"""The interface between records and the network's input."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,8 +16,8 @@ Records = Mapping[str, jax.Array]  # a batch of records
 class Codec:
     """Turns a batch of records into the network's input x, and x back into images.
 
-    `encode` and `decode` are pure functions, fit for `jit`. Weights are arguments: captured, they
-    would become constants of the compiled program.
+    `encode` and `decode` are pure functions, fit for `jit`. Weights are arguments: if they were
+    captured, they would become constants of the compiled program.
     """
 
     encode: Callable[[Any, jax.Array, Records], jax.Array]  # (params, keys_b, records) -> x_bhwc

@@ -17,7 +17,7 @@ KINDS = ("uniform", "gaussian")
 # sigma / alpha of Gaussian noise, chosen so that its entropy equals that of uniform noise. More
 # noise blurs the levels; less makes them sharper than a smooth density can follow. With this much
 # noise, a density that is smooth over a bin and one that knows the levels lose equally: 0.14 bits a
-# dimension. A sixth of a bin would cost the smooth density 0.54.
+# dimension. Noise of a sixth of a bin would cost the smooth density 0.54.
 GAUSSIAN_NOISE = BIN / math.sqrt(2 * math.pi * math.e)
 
 

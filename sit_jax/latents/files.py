@@ -1,7 +1,7 @@
 """The two files of an autoencoder in diffusers' layout: config.json and the safetensors.
 
-They come from a folder or from Hugging Face. Attention layers have two namings, to_q ... and the
-older query ... of the published files; both are read.
+They come from a folder or from Hugging Face. Attention layers have two naming schemes, both read:
+to_q, to_k, ..., and the older query, key, ... of the published files.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Published:
     weights_bytes: int = 334_643_276
 
 
-# Their encoders are equal bit for bit: -mse decodes the same latents more smoothly.
+# Their encoders are bitwise equal; -mse decodes the same latents more smoothly.
 PUBLISHED = {
     _DEFAULT: Published(
         "f04b2c4b98319346dad8c65879f680b1997b204a",
@@ -64,7 +64,7 @@ class VaeFiles:
     def locate(self, name: str) -> epath.Path:
         """Return the path of a file, fetched into Hugging Face's cache if it is not in a folder.
 
-        Raises UserError, which says which file to bring where, if it cannot be found.
+        Raises UserError that says which file to put where, if it cannot be found.
         """
         if self.path is None:
             return epath.Path(self._fetch(name))
@@ -97,7 +97,7 @@ class VaeFiles:
                     f" ({published.weights_bytes:,} bytes, sha256 {published.weights_sha256})"
                 )
             raise UserError(
-                f"{name} of {repo} could not be fetched ({reason}); without a network, bring "
+                f"{name} of {repo} could not be fetched ({reason}); without a network, put "
                 f"{CONFIG} and {WEIGHTS}{identity} from "
                 f"https://huggingface.co/{repo}/tree/{commit} into a folder and set latents.path "
                 "to it"
@@ -201,7 +201,7 @@ def read_params(source: VaeFiles, abstract: Any) -> Any:
     try:
         tensors = safetensors.numpy.load(file.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} cannot be read ({error}); bring a complete copy of it") from error
+        raise UserError(f"{file} cannot be read ({error}); get a complete copy of it") from error
     except KeyError as error:  # a type that NumPy lacks
         raise UserError(f"{file} holds {error.args[0]} numbers; expected F32 or F16") from error
     renamed = {_current_name(name): tensor for name, tensor in tensors.items()}
@@ -241,7 +241,7 @@ def _to_leaf(tensor: np.ndarray, shape: tuple[int, ...], name: str, file: str) -
     )
     check(
         np.isfinite(tensor).all(),
-        f"{file}: {name} holds NaN or infinite values; bring an undamaged copy",
+        f"{file}: {name} holds NaN or infinite values; get an undamaged copy",
     )
     return np.ascontiguousarray(_our_layout(tensor), np.float32)
 

@@ -9,7 +9,7 @@ from sit_jax.latents.codec import Codec, Shape
 from sit_jax.record import RecordSpec
 
 LEVELS = 256  # of a uint8 pixel
-BIN = 2 / (LEVELS - 1)  # distance of neighbouring levels after `normalise`
+BIN = 2 / (LEVELS - 1)  # distance between neighbouring levels after `normalise`
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 

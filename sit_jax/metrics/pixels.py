@@ -1,7 +1,7 @@
 """The quality of small images from their pixels: principal components, and a classifier.
 
-They are cheap, and compare samplers on one data set; on photographs they do not predict Inception
-features.
+They are cheap and can compare samplers on one data set. On photographs they do not predict
+Inception features.
 """
 
 from typing import Any
@@ -58,6 +58,6 @@ def cross_validated_accuracy(features_nd: np.ndarray, labels_n: np.ndarray) -> f
     _, counts = np.unique(labels_n, return_counts=True)
     check(
         counts.min() >= _FOLDS,
-        f"a class has {counts.min()} images; expected {_FOLDS} or more to judge a classifier by",
+        f"a class has {counts.min()} images; expected {_FOLDS} or more, for cross-validation",
     )
     return float(cross_val_score(SVC(gamma="scale"), features_nd, labels_n, cv=_FOLDS).mean())

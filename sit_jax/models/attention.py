@@ -13,7 +13,7 @@ from sit_jax.precision import precision
 
 
 def einsum(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
-    """Compute attention by two einsums, with the softmax in float32.
+    """Compute attention with two einsums and a float32 softmax.
 
     Heads come before tokens, the layout of batched products, and the scale is applied to q, which
     is smaller than the logits. On one CPU core this is 1.7x as fast as
@@ -30,7 +30,7 @@ def einsum(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array
 def splash(
     q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Compute attention by jax's Pallas kernel for TPUs, whose logits never reach main memory.
+    """Compute attention with jax's Pallas kernel for TPUs, whose logits never reach main memory.
 
     It has no forward-mode derivative. `interpret` emulates the kernel on any device, slowly.
     """
@@ -62,7 +62,7 @@ def splash(
 
 
 def cudnn(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
-    """Compute attention by cuDNN's fused kernel for NVIDIA GPUs, which takes 16-bit types only.
+    """Compute attention with cuDNN's fused kernel for NVIDIA GPUs, which takes 16-bit types only.
 
     It has no forward-mode derivative.
     """
@@ -75,10 +75,11 @@ KERNELS: dict[str, Callable] = {"einsum": einsum, "splash": splash, "cudnn": cud
 
 
 def choose(platform: str, dtype: str, tokens: int) -> str:
-    """Return the name of the kernel that costs least, according to the compilers.
+    """Return the name of the kernel that is cheapest according to the compilers.
 
-    tests/benchmarks/tpu_attention.py asks them. At 256 tokens the TPU's compiler keeps the logits
-    on the chip by itself, without the padding of a head to 128 channels that splash needs.
+    tests/benchmarks/tpu_attention.py compiles and compares them. At 256 tokens the TPU's compiler
+    keeps the logits on the chip by itself, without the padding of a head to 128 channels that
+    splash needs.
     """
     if dtype != "bfloat16":
         return "einsum"

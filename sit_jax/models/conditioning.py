@@ -1,4 +1,4 @@
-"""A network's condition: all that it is told about an image besides the noisy image and the time.
+"""A network's condition: its input besides the noisy image and the time.
 
 A condition is a pytree of arrays [b, ...]. Samplers and guidance hand it on without looking inside;
 only the model's embedder does. Class labels are the only kind of condition.
@@ -28,13 +28,13 @@ class ClassLabels:
         return records["label"]
 
     def null_like(self, condition: Condition) -> Condition:
-        """Return the null label in place of every label."""
+        """Return the null label for every example."""
         return jnp.full_like(condition, self.classes)
 
     def drop(self, key: jax.Array, condition: Condition, rate: float) -> Condition:
         """Replace each label by the null label with probability `rate`.
 
-        Trained with and without labels, one network can be guided without a classifier
+        A network that is trained with and without labels can be guided without a classifier
         (Ho & Salimans, arXiv 2207.12598).
         """
         dropped_b = jax.random.uniform(key, condition.shape) < rate

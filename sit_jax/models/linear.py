@@ -45,12 +45,12 @@ def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     Gradients of W and b are accumulated and returned in their own dtype (float32). A plain bfloat16
     product would round them to bfloat16 before devices sum them.
     """
-    passes = precision(x_ni.dtype)
+    matmul_precision = precision(x_ni.dtype)
 
     def product(kernel: jax.Array, bias: jax.Array) -> jax.Array:
         kernel = kernel.astype(x_ni.dtype)
         bias = bias.astype(x_ni.dtype)
-        return lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), passes) + bias
+        return lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), matmul_precision) + bias
 
     if kernel.dtype == x_ni.dtype:
         return product(kernel, bias)
@@ -68,7 +68,9 @@ def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         return zero(x_ni, kernel, bias), x_ni
 
     def outer(x_ni: jax.Array, gradient: jax.Array) -> jax.Array:
-        return lax.dot_general(x_ni, gradient, (((0,), (0,)), ((), ())), passes, kernel.dtype)
+        return lax.dot_general(
+            x_ni, gradient, (((0,), (0,)), ((), ())), matmul_precision, kernel.dtype
+        )
 
     def cast_outer(x_ni: jax.Array, gradient: jax.Array) -> jax.Array:
         return outer(x_ni.astype(kernel.dtype), gradient.astype(kernel.dtype))
@@ -76,8 +78,9 @@ def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     def backward(x_ni: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         # XLA on CPUs lacks float32 results of large bfloat16 products ("Unsupported element type
         # for DotThunk").
-        of_kernel = lax.platform_dependent(x_ni, gradient, cpu=cast_outer, default=outer)
-        return jnp.zeros_like(x_ni), of_kernel, gradient.sum(0, dtype=bias.dtype)
+        kernel_gradient = lax.platform_dependent(x_ni, gradient, cpu=cast_outer, default=outer)
+        bias_gradient = gradient.sum(0, dtype=bias.dtype)
+        return jnp.zeros_like(x_ni), kernel_gradient, bias_gradient
 
     zero.defvjp(forward, backward)
     y = product(*lax.stop_gradient((kernel, bias)))

@@ -34,7 +34,7 @@ def _is_not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "custom_vjp_call"
 
 
-# The values saved for the backward pass; it computes the others again.
+# The values saved for the backward pass, which recomputes all others.
 REMAT_POLICIES = {
     "none": _is_not_gathered,
     # Outputs of the linear layers and of attention. The linear layers' products have no batch
@@ -50,7 +50,7 @@ _zeros = nn.initializers.zeros_init()
 
 
 def identity(x: Any) -> Any:
-    """Return x: the value of a hook that no mesh has filled in."""
+    """Return x. The default of every hook, for a network without a mesh."""
     return x
 
 
@@ -184,10 +184,10 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """(x_bhwc, t_b in [0, 1], condition) -> float32 like x_bhwc.
 
-    The output is the velocity, score or noise, as it was trained. The condition is an int32 label
-    for each image; the label `classes`, the table's last row, stands for no label. With learn_sigma
-    the last layer has twice the channels, of which only the first half is used, as in the published
-    weights.
+    The output is the velocity, score or noise, whichever the network was trained to predict. The
+    condition is an int32 label for each image; the label `classes`, the table's last row, stands
+    for no label. With learn_sigma the last layer has twice the channels, of which only the first
+    half is used, as in the published weights.
 
     Hooks place values on a mesh; `sharding.model_hooks` supplies them, and without a mesh they are
     the identity. `gather` maps the parameters of one layer before their use, `shard` the
@@ -242,7 +242,7 @@ class SiT(nn.Module):
         patches_btf = patchify(x_bhwc, patch)
         embed = Linear(width, self.dtype, name="x_embedder")
         x_btd = embed(patches_btf.reshape(-1, patches_btf.shape[-1])).reshape(-1, t, width)
-        # A parameter because published files hold it; it is never trained.
+        # It is a parameter only because published files hold it; it is never trained.
         position_td = self.param(
             "pos_embed", lambda _: jnp.asarray(position_embedding(width, self.input_size // patch))
         )

@@ -40,8 +40,8 @@ def size_by_name(name: str, **overrides: int | None) -> Size:
     )
     check(
         size.width % 4 == 0,
-        f"model width {size.width} is not divisible by 4, which the position embedding needs "
-        "(sin and cos of two axes)",
+        f"model width {size.width} is not divisible by 4, as the position embedding needs "
+        "(sin and cos of two axes); choose a multiple of 4",
     )
     return size
 

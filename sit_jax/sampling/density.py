@@ -24,7 +24,7 @@ PROBES: dict[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
     "rademacher": jax.random.rademacher,
     "gaussian": jax.random.normal,
 }
-# The exact trace takes so many directions at once; its memory is that of so many forward passes.
+# Directions that the exact trace takes at once, with the memory of as many forward passes.
 _DIRECTIONS = 16
 
 
@@ -47,8 +47,8 @@ def divergence(
 ) -> tuple[jax.Array, jax.Array]:
     """Return v like x, and div v [b].
 
-    div v is the mean of Hutchinson's estimate over the probes. Without probes it is exact, by a
-    derivative along every dimension.
+    div v is the mean of Hutchinson's estimates over the probes. Without probes it is exact, from
+    one derivative per dimension.
     """
 
     def derivative(direction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,12 +79,12 @@ def log_prob(
     probes_nbhwc: jax.Array | None,
     options: ode.OdeOptions,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Solve for log p of x under the flow of N(0, I) over `interval`.
+    """Return log p of x under the flow of N(0, I) over `interval`, the noise and the evaluations.
 
-    Return log p [b] in nats, the noise like x that flows to x, and the number of evaluations of
-    the velocity with its divergence. x is data of the time at which the interval ends, be it t=1
-    or earlier. Without probes the trace is exact. The probes stay the same along a trajectory, so
-    that an adaptive solver meets a smooth function; its steps heed the errors of x and log p alike.
+    log p [b] is in nats; the noise, like x, is the one that flows to x; the evaluations are those
+    of the velocity with its divergence. x belongs to the end of the interval, at t=1 or earlier.
+    Without probes the trace is exact. The probes stay the same along a trajectory, so that an
+    adaptive solver sees a smooth function; the errors of x and of log p both control its steps.
     """
 
     def field(state: ode.State, t_b: jax.Array) -> ode.State:

@@ -60,7 +60,7 @@ def check_solver(solver: str, steps: Steps, section: str = "sample") -> None:
         raise unknown_name("solver", solver, SOLVERS)
     check(
         steps is not None or solver in ADAPTIVE,
-        f"solver {solver!r} takes fixed steps only, so atol and rtol mean nothing to it; give "
+        f"solver {solver!r} takes fixed steps only and ignores atol and rtol; give "
         f"{section}.steps, or one of {', '.join(ADAPTIVE)}",
     )
 
@@ -136,7 +136,7 @@ def solve(
     else:
         x, taken = _solve_adaptively(drift, x, interval, solver, options, frames)
         x = _samples_first(x, frames)
-    # The samples run until the slowest has finished. Choosing the first step took two calls.
+    # All samples run until the slowest has finished. Choosing the first step took two calls.
     return x, _evaluations(solver, jnp.max(taken)) + 2
 
 
@@ -153,7 +153,7 @@ def _solve_each(
     options: OdeOptions,
     frames: int | None,
 ) -> tuple[State, jax.Array]:
-    """Solve with steps of its own for each sample, but one call of `field` for all of them."""
+    """Solve with separate steps for each sample, but one call of `field` for all of them."""
     # vmap over the samples gives each one a solver: a state x [...], a time t [] and a step size.
     # Where the solver calls `field_of_sample`, custom_vmap makes vmap run the rule `field_of_batch`
     # instead, with the x [b, ...] and t [b] of all samples: one call of the network on a batch.
@@ -172,7 +172,7 @@ def _solve_each(
     def field_of_batch(
         n: int, batched: Sequence[Any], arrays: Any, x: State, t: jax.Array
     ) -> tuple[State, Any]:
-        t_b = t if batched[2] else jnp.full((n,), t)  # at the first time, t is still one for all
+        t_b = t if batched[2] else jnp.full((n,), t)  # the first t is one for all samples
         return eqx.combine(arrays, static)(x, t_b), jax.tree.map(lambda _: True, x)
 
     def drift(t: jax.Array, x: State, _: Any = None) -> State:
@@ -204,7 +204,7 @@ def _solve_adaptively(
 def _norm(x: State) -> jax.Array:
     """Return the largest RMS of the state's arrays.
 
-    So the scalar log p controls the step size as much as the image does.
+    With it, the scalar log p controls the step size as much as the image does.
     """
     return jnp.max(jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(x)]))
 
@@ -257,7 +257,7 @@ def _diffeqsolve(
         stepsize_controller=controller,
         saveat=save_at(t0, t1, frames),
         max_steps=max_steps,
-        # To throw takes a host callback, which would keep the program out of the compilation cache.
+        # Throwing needs a host callback, which would keep the program out of the compilation cache.
         throw=False,
     )
     reached = solution.result == diffrax.RESULTS.successful
@@ -266,12 +266,12 @@ def _diffeqsolve(
 
 
 def save_at(t0: jax.Array, t1: jax.Array, frames: int | None) -> diffrax.SaveAt:
-    """Save `frames` equal times from t0 to t1, both included; None: only the end."""
+    """Return the times to save: `frames` equal ones from t0 to t1, both included; None: only t1."""
     return diffrax.SaveAt(ts=jnp.linspace(t0, t1, frames)) if frames else diffrax.SaveAt(t1=True)
 
 
 def _evaluations(solver: Solver, steps: jax.Array) -> jax.Array:
-    """Return how often the drift is called in `steps` tried steps.
+    """Return the number of calls of the drift in `steps` tried steps.
 
     Each stage of the Butcher tableau is a call. In an FSAL method (first same as last) the last
     stage of a step is the first of the next, so it is called only once.

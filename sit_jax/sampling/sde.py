@@ -59,11 +59,11 @@ class ReferenceHeun(diffrax.AbstractItoSolver):
 
 @dataclasses.dataclass(frozen=True)
 class SdeSolver:
-    """A solver of diffrax, its cost and its needs."""
+    """A diffrax solver, its cost, and whether it evaluates the end of a step."""
 
     method: type[diffrax.AbstractSolver]
     evaluations: int  # calls of the network in a step
-    evaluates_end: bool = False  # calls it at the step's end, too; at t=1 the score is infinite
+    evaluates_end: bool = False  # calls it at a step's end too; at t=1 the score is infinite
 
 
 # Strong orders for additive noise: euler-maruyama 1; sra1 (Roessler 2010) and shark (Foster et al.,
@@ -75,7 +75,7 @@ SOLVERS = {
     "shark": SdeSolver(diffrax.ShARK, evaluations=2),
 }
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
-_END = 1e-3  # how far from t=1 a solver stops that evaluates the end of its last step
+_END = 1e-3  # distance from t=1 at which a solver that evaluates_end stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,5 +178,5 @@ def _take_last_step(
     velocity, score = fields(x, jnp.full(x.shape[:1], t))
     if options.last_step == "euler":
         return x + options.last_step_size * velocity
-    # Tweedie's formula.
+    # Tweedie's formula: E[x1 | x].
     return (x + path.sigma(t) ** 2 * score) / path.alpha(t)

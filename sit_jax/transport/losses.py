@@ -12,9 +12,9 @@ from sit_jax.transport.prediction import Predict, check_prediction
 # (path, t_b) -> weight of each example's loss
 WEIGHTS: dict[str, Callable[[Path, jax.Array], jax.Array]] = {
     "none": lambda path, t: jnp.ones_like(t),
-    # Makes the loss of a score or noise prediction that of the velocity it implies.
+    # Turns the loss of a score or noise prediction into that of the velocity it implies.
     "velocity": lambda path, t: (drift_variance(path, t) / path.sigma(t)) ** 2,
-    # Makes it a bound on log p (Song et al., arXiv 2101.09258).
+    # Turns it into a bound on log p (Song et al., arXiv 2101.09258).
     "likelihood": lambda path, t: drift_variance(path, t) / path.sigma(t) ** 2,
 }
 

@@ -14,9 +14,9 @@ Coefficient = Callable[[jax.Array], jax.Array]  # t of any shape -> like t
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """The four functions of time from which every conversion follows; `d_` is the derivative in t.
+    """The four functions of time that define a path; `d_` is the derivative in t.
 
-    The fields after them say where the path is singular.
+    The fields after them state where the path is singular.
     """
 
     name: str
@@ -66,7 +66,7 @@ def _gvp() -> Path:
 def _vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
     """Return the variance-preserving diffusion (Song et al., arXiv 2011.13456, eq. 33).
 
-    Its time is reversed here.
+    Its time runs the other way there.
     """
 
     def log_alpha(t: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The meaning of a network's output, and conversions between velocity, score and noise.
+"""The quantity that a network predicts, and conversions between velocity, score and noise.
 
 With x = alpha x1 + sigma x0 and v = alpha' x1 + sigma' x0 (both conditional means given x), any
 one of velocity, score and noise gives the others: solve two linear equations (paper eqs. 6 and 7).

@@ -26,8 +26,8 @@ def training_times(
     """Draw n times in [t0, t1], float32 [n].
 
     "logit-normal" is the sigmoid of a normal(mean, std) (Esser et al., arXiv 2403.03206, eq. 19).
-    Here t=1 is data, so a positive mean trains more on nearly clean images. Raises UserError for
-    an unknown distribution.
+    Here t=1 is data, so a positive mean gives more nearly clean images. Raises UserError for an
+    unknown distribution.
     """
     if distribution == "uniform":
         return rescale(interval, jax.random.uniform(key, (n,)))

@@ -279,7 +279,7 @@ def test_another_image_size_recomputes_only_the_position_embedding(tmp_path, cap
     assert step == 0 and state.opt_state[0].count == 0
     printed = capsys.readouterr().out
     assert "pos_embed is recomputed for 16 instead of 8 cells" in printed
-    assert "a new training: it starts at step 0" in printed
+    assert "a new run: it starts at step 0" in printed
 
 
 def test_another_number_of_classes_replaces_only_the_label_table(tmp_path, capsys):

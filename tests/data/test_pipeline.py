@@ -1,4 +1,7 @@
-"""Batches are a pure function of (seed, number), on any number of processes."""
+"""Batches are a pure function of (seed, batch number), on any number of processes.
+
+The order and the way in which they are read do not matter either.
+"""
 
 import contextlib
 import itertools
@@ -19,13 +22,17 @@ from sit_jax.errors import UserError
 
 
 class Counting(sources.ImageRecords):
-    """`size` records: the label is the index, the 1x2 image shows a flip. Some may be broken."""
+    """`size` records, labelled by index, with a 1x2 image that shows whether it was flipped.
+
+    Reading an index in `broken` raises UnreadableImage.
+    """
 
     class_names = ("all",)
     spec = sources.image_spec((1, 2, 1))
 
     def __init__(self, size, broken=()):
-        self.size, self.broken = size, broken
+        self.size = size
+        self.broken = broken
 
     def __len__(self):
         return self.size
@@ -64,10 +71,11 @@ def test_shapes_and_types():
     assert build(batch_size=1)[0]["label"].shape == (1,)
 
 
-def test_a_batch_depends_on_seed_and_number_alone():
-    fresh, used = build(), build()
+def test_a_batch_depends_only_on_seed_and_number():
+    fresh = build()
+    used = build()
     for k in (9, 3, 0):
-        used[k]
+        used[k]  # earlier reads must not change later batches
     assert_same(fresh[7], used[7])
     assert not np.array_equal(labels(build(seed=1), 0, 5), labels(fresh, 0, 5))
 
@@ -80,7 +88,11 @@ def test_each_epoch_has_each_record_once_in_its_own_order():
 
 
 def test_seeds_share_no_epoch():
-    """Grain adds the epoch to its shuffle seed: raw, seed 1 would be seed 0 an epoch late."""
+    """No epoch of one seed reappears under another.
+
+    Grain adds the epoch to the seed of a shuffle. Given raw seeds, it would return the data of
+    seed 0 for seed 1, one epoch late.
+    """
     epochs = [
         tuple(epoch)
         for seed in range(5)
@@ -90,17 +102,18 @@ def test_seeds_share_no_epoch():
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_rows_of_all_processes_joined_are_the_batch_of_one(count):
+def test_rows_of_all_processes_joined_are_the_batch_of_one_process(count):
     options = {"size": 23, "batch_size": 8}
-    whole = build(**options)
-    shares = [range(i, 8, count) for i in range(count)]
-    parts = [build(**options, rows=rows) for rows in shares]
+    complete = build(**options)
+    rows_of_process = [range(i, 8, count) for i in range(count)]
+    parts = [build(**options, rows=rows) for rows in rows_of_process]
     for k in (0, 2, 11):
-        for rows, part in zip(shares, parts, strict=True):
-            assert_same(part[k], {key: value[list(rows)] for key, value in whole[k].items()})
+        for rows, part in zip(rows_of_process, parts, strict=True):
+            expected = {key: value[list(rows)] for key, value in complete[k].items()}
+            assert_same(part[k], expected)
 
 
-def test_flip_mirrors_about_half_and_anew_each_epoch():
+def test_flip_mirrors_about_half_of_the_rows_drawn_again_each_epoch():
     dataset = build(size=100, batch_size=100)
     by_record = []
     for k in range(2):
@@ -124,8 +137,8 @@ def test_a_row_is_mirrored_half_of_the_time():
 def test_iterating_from_a_start_continues_as_if_never_stopped(start):
     dataset = build()
     with contextlib.closing(pipeline.iterate(dataset, start, workers=0)) as iterator:
-        for k, batch in zip(range(start, start + 12), iterator, strict=False):
-            assert_same(batch, dataset[k])
+        for k in range(start, start + 12):
+            assert_same(next(iterator), dataset[k])
 
 
 def test_a_far_start_on_a_huge_source_is_immediate():
@@ -134,9 +147,8 @@ def test_a_far_start_on_a_huge_source_is_immediate():
         pipeline.iterate(build(size=10**9, batch_size=64), 3_000_000, workers=0)
     ) as iterator:
         batch = next(iterator)
-    assert (
-        time.monotonic() - began < 5
-    )  # 0.07 s where it was measured; reading 3,000,000 batches takes hours
+    # It took 0.07 s when measured. Reading the 3,000,000 batches before it would take hours.
+    assert time.monotonic() - began < 5
     assert_same(batch, build(size=10**9, batch_size=64)[3_000_000])
 
 
@@ -146,9 +158,8 @@ def test_worker_processes_give_the_same_batches():
     dataset = pipeline.batches(source, seed=3, batch_size=16, flip=True, skip_unreadable=False)
     with contextlib.closing(pipeline.iterate(dataset, 5, workers=2)) as iterator:
         ahead = pipeline.prefetch_to_device(itertools.islice(iterator, 6), jax.device_put)
-        on_device = list(
-            ahead
-        )  # read only below: shared memory of the workers must outlive their arrays' use
+        on_device = list(ahead)
+    # Compared after the workers have ended: the arrays must not point into their shared memory.
     for k, batch in enumerate(on_device, start=5):
         assert_same(batch, dataset[k])
 
@@ -178,7 +189,7 @@ def test_readers_outlive_signals_but_not_their_parent():
         assert len(readers) == 2
         for number, pid in itertools.product((signal.SIGTERM, signal.SIGINT), readers):
             os.kill(pid, number)
-        for _ in range(40):  # more than is read ahead
+        for _ in range(40):  # more than the readers prefetch
             parent.stdin.write("next\n")
             assert parent.stdout.readline() == "(8,)\n"
         parent.kill()
@@ -186,9 +197,9 @@ def test_readers_outlive_signals_but_not_their_parent():
     for pid in readers:
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < end:
-                os.kill(pid, 0)  # 0 asks whether it is there
+                os.kill(pid, 0)  # signal 0 only checks that it runs
                 time.sleep(0.05)
-            pytest.fail("a reader goes on without its parent")
+            pytest.fail("a reader outlives its parent")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -202,23 +213,23 @@ def test_unreadable_image_stops_the_run_with_one_line(workers):
             UserError, match="'broken-10-3' cannot be read.*skip_unreadable=True"
         ) as error,
     ):
-        for _ in range(4):  # an epoch and more
+        for _ in range(4):  # more than one epoch
             next(iterator)
     assert type(error.value) is UserError and "\n" not in str(error.value)
 
 
-def test_unreadable_images_give_way_to_the_next_and_are_told_once(caplog):
+def test_unreadable_images_are_replaced_by_the_next_and_reported_once(caplog):
     size = 11
     dataset = build(size=size, broken={3, 4, 10}, skip_unreadable=True, batch_size=size)
     intact = build(size=size, batch_size=size)
     with caplog.at_level(logging.WARNING):
         for k in range(3):
-            batch, wanted = dataset[k], intact[k]["label"]
-            replaced = [{3: 5, 4: 5, 10: 0}.get(label, label) for label in wanted]
+            batch = dataset[k]
+            intact_labels = intact[k]["label"]
+            replaced = [{3: 5, 4: 5, 10: 0}.get(label, label) for label in intact_labels]
+            skipped = [{3: 2, 4: 1, 10: 1}.get(label, 0) for label in intact_labels]
             np.testing.assert_array_equal(batch["label"], replaced)
-            np.testing.assert_array_equal(
-                batch["skipped"], [{3: 2, 4: 1, 10: 1}.get(label, 0) for label in wanted]
-            )
+            np.testing.assert_array_equal(batch["skipped"], skipped)
     assert sorted(record.getMessage().split("'")[1] for record in caplog.records) == [
         "broken-11-10",
         "broken-11-3",
@@ -245,15 +256,15 @@ def test_bad_options_are_one_line(options, message):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 9])
-def test_prefetch_keeps_depth_batches_on_their_way(depth):
-    put = []
+def test_prefetch_keeps_depth_batches_in_flight(depth):
+    sent = []
 
     def send(batch):
-        put.append(batch)
+        sent.append(batch)
         return -batch
 
     received = []
     for batch in pipeline.prefetch_to_device(range(1, 6), send, depth):
         received.append(batch)
-        assert len(put) == min(len(received) + depth, 5)
+        assert len(sent) == min(len(received) + depth, 5)
     assert received == [-1, -2, -3, -4, -5]

@@ -1,4 +1,4 @@
-"""Sources give the records and the order they promise, and one line for each mistake."""
+"""Sources give the records and order that they document, and one line for each mistake."""
 
 import io
 import os
@@ -48,8 +48,8 @@ def test_digits_are_scaled_to_bytes_and_split_by_parity():
     assert splits["train"].class_names == tuple("0123456789")
 
 
-# In torchvision's order: classes, then complete folder paths ("sub-b" before "sub/deep"), then
-# names, each sorted as strings.
+# In torchvision's order: by class, then by full folder path ("sub-b" before "sub/deep"), then by
+# file name, each sorted as strings.
 FILES = [
     "Zebra/a.png",
     "ant/B.JPG",
@@ -64,13 +64,14 @@ FILES = [
 
 
 def test_folder_lists_images_in_the_order_of_torchvision(tmp_path):
-    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    root = tmp_path / "data"
+    elsewhere = tmp_path / "elsewhere"
     for name in np.random.default_rng(0).permutation(FILES[:-1]):
         write_image(root / name)
     write_image(elsewhere / "x.png")
     (root / "bee").mkdir()
     os.symlink(elsewhere, root / "bee" / "linked")
-    (root / "ant" / "notes.txt").write_text("no image")
+    (root / "ant" / "notes.txt").write_text("not an image")
     (root / "top.png").write_bytes(b"files beside the class folders are not listed")
 
     source = open_source("folder", path=str(root), **FOLDER)
@@ -78,8 +79,8 @@ def test_folder_lists_images_in_the_order_of_torchvision(tmp_path):
     assert source.class_names == ("Zebra", "ant", "bee")
     assert [int(source[i]["label"]) for i in range(len(source))] == [0] + [1] * 7 + [2]
     assert source[0]["label"].dtype == np.int32
-    again = pickle.loads(pickle.dumps(source))
-    np.testing.assert_array_equal(again[3]["image"], source[3]["image"])
+    unpickled = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(unpickled[3]["image"], source[3]["image"])
 
 
 def test_folder_crops_and_drops_alpha(tmp_path):

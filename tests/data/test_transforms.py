@@ -1,4 +1,4 @@
-"""The crop equals the PyTorch reference bit for bit, the scaling to rounding."""
+"""The crop equals the PyTorch reference bit for bit; the scaling agrees up to rounding."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ CASES = json.loads((GOLDEN / "crop.golden.json").read_text())["cases"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_decoded_crop_and_normalised_equal_the_reference(case):
+def test_decoding_cropping_and_scaling_equal_the_reference(case):
     image = transforms.decode_rgb(ARRAYS[case["file"]].tobytes())
     np.testing.assert_array_equal(np.asarray(image), ARRAYS[case["rgb"]])
     for size, expected in case["outputs"].items():
@@ -26,8 +26,8 @@ def test_decoded_crop_and_normalised_equal_the_reference(case):
         np.testing.assert_array_equal(crop, ARRAYS[expected["crop"]])
         normalised = normalise(crop)
         assert normalised.dtype == np.float32
-        # The reference rounds x/255 before it subtracts 0.5: an error of 2**-25 at most, doubled by
-        # its last division.
+        # The reference rounds x/255 before it subtracts 0.5. That error is at most 2**-25, and the
+        # last division doubles it.
         reference = ARRAYS[expected["normalised_chw"]].transpose(1, 2, 0)
         np.testing.assert_allclose(normalised, reference, rtol=0, atol=2**-24)
 
@@ -47,7 +47,7 @@ def test_normalise_in_jit_stays_in_range_and_agrees_with_numpy():
     np.testing.assert_array_equal(on_device, -on_device[::-1])
 
 
-def test_bytes_that_are_no_image_give_the_same_error_each_time():
+def test_bytes_that_are_not_an_image_give_the_same_error_each_time():
     messages = set()
     for _ in range(2):
         with pytest.raises(ValueError, match="not an image") as error:

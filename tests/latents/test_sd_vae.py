@@ -305,7 +305,7 @@ def test_a_truncated_file_is_named(folder, share):
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
     message = refusal(folder)
-    assert "cannot be read (" in message and "bring a complete copy of it" in message
+    assert "cannot be read (" in message and "get a complete copy of it" in message
 
 
 def test_numbers_that_are_not_read_are_named(folder):
@@ -379,7 +379,7 @@ def test_without_a_network_the_error_says_what_to_bring_where(hub, kind):
     assert "\n" not in message
     assert f"of {repo} could not be fetched" in message and "set latents.path to it" in message
     assert (
-        "bring config.json and diffusion_pytorch_model.safetensors (334,643,276 bytes, sha256 "
+        "put config.json and diffusion_pytorch_model.safetensors (334,643,276 bytes, sha256 "
         in message
     )
     commit = f"https://huggingface.co/{repo}/tree/{known.revision}"

@@ -19,8 +19,8 @@ class Chip:
 
 
 # From Google's TPU documentation and NVIDIA's data sheets. Where these count both directions of ICI
-# and NVLink, the table has one. jax calls a v5p "TPU v5", and counts a tpu7x as two devices. Slower
-# variants of a chip have their own, longer kinds, because a wrong peak is worse than none.
+# and NVLink, the table counts one. jax calls a v5p "TPU v5", and counts a tpu7x as two devices.
+# Slower variants of a chip have their own, longer kinds, because a wrong peak is worse than none.
 _2D = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _3D = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16"
 CHIPS = (

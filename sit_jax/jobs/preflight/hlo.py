@@ -1,4 +1,4 @@
-"""Reads FLOPs, memory traffic and collectives off the text of a compiled program.
+"""Reads FLOPs, memory traffic and collectives from the text of a compiled program.
 
 The text (`compiled.as_text()`) is the program of one device after partitioning, fusion and
 scheduling. So it shows the work that is really executed, including work that partitioning left on
@@ -28,7 +28,7 @@ _KERNEL_PRODUCTS = {
     "dot_product_attention_fwd": 2,
     "dot_product_attention_bwd": 5,
 }
-# A float32 product of this precision takes a TPU several bfloat16 products.
+# A TPU computes a float32 product of this precision as several bfloat16 products.
 _BFLOAT16_PASSES = {"high": 3, "highest": 6}
 _CALLS_UNFUSED = ("while", "conditional", "call", "async-start")
 _NO_TRAFFIC = {
@@ -97,7 +97,7 @@ class Program:
 
     @functools.cached_property
     def executions(self) -> list[Execution]:
-        """Return all instructions with their counts. All branches of a conditional count."""
+        """Return all instructions with their counts. Every branch of a conditional counts."""
         return list(self._walk(self.entry, times=1, in_loop=False, fused=False, caller_origin=""))
 
     def _walk(
@@ -141,7 +141,7 @@ class Program:
         return -(-limits[0] // self._counter_step(condition, body))
 
     def _counter_step(self, condition: Computation, body: Computation) -> int:
-        """Return by how much the body of a loop advances the counter that its condition reads."""
+        """Return the increment, per iteration, of the counter that a loop's condition reads."""
         indices = [
             instruction.attribute("index")
             for instruction in condition.values()
@@ -163,9 +163,9 @@ class Program:
 
     @property
     def unknown_loops(self) -> int:
-        """Return the number of loops that are counted once, because their length is not known.
+        """Return the number of loops that are counted once because their length is unknown.
 
-        It depends on the data, as an adaptive solver's does.
+        It depends on the data, as in an adaptive solver.
         """
         return sum(
             e.instruction.opcode == "while" and not self.trips(e.instruction)
@@ -181,8 +181,8 @@ class Program:
     def flops(self) -> int:
         """Return the FLOPs of matrix products and convolutions, two per multiply-add.
 
-        A hand-written kernel (Pallas, or the compiler's own for attention) counts as many as its
-        text says.
+        A hand-written kernel (Pallas, or the compiler's own for attention) counts as its text
+        states.
         """
         return sum(
             e.times * self._flops(e) for e in self.executions if e.instruction.opcode in _PRODUCTS
@@ -190,7 +190,7 @@ class Program:
 
     @functools.cached_property
     def bfloat16_flops(self) -> int:
-        """Return `flops` in units of bfloat16 products, as a TPU executes precise float32 ones."""
+        """Return `flops`, counting a precise float32 product as the bfloat16 ones a TPU runs."""
         total = 0
         for e in self.executions:
             if e.instruction.opcode in _PRODUCTS:
@@ -210,7 +210,7 @@ class Program:
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """Return the transfers between devices, each once, with how often it is executed."""
+        """Return the transfers between devices: each one once, with its number of executions."""
         transfers: dict[object, Collective] = {}
         for e in self.executions:
             kind = e.instruction.opcode.removesuffix("-start")  # "-done" ends one counted already
@@ -236,8 +236,8 @@ class Program:
     def hbm_bytes(self) -> int:
         """Return the bytes that the program reads from and writes to HBM.
 
-        They are the operands and results of every kernel. Of an operand that a kernel slices, and a
-        result that it updates in place, only the slice counts.
+        They are the operands and results of every kernel. If a kernel slices an operand or updates
+        its result in place, only the slice counts.
         """
         return sum(e.times * self._traffic(e) for e in self.executions if not e.fused)
 

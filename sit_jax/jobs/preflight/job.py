@@ -2,9 +2,9 @@
 
 The compiler is the chip's own (libtpu, or the CUDA plugin), so its memory verdict is the one that a
 run would get. All other figures are read from the compiled program (`hlo`) and from the makers'
-data (`chips`). The roofline takes every unit at its peak, and all of them at once. So a run can be
-slower than it but not faster, as far as the program's kernels read and write the HBM traffic that
-is counted.
+data (`chips`). The roofline assumes that every unit runs at its peak and that all of them overlap.
+So a run can be slower than the roofline but not faster, provided that its kernels read and write
+all the HBM traffic that is counted.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def _print_fastest(reports: Sequence[Preflight], topology: str) -> None:
 
 
 def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
-    """Compile for --topology. Nothing in the workdir is read or written."""
+    """Compile for --topology. The workdir is not used."""
     leave_devices_alone()
     preflight(config, flags.topology, flags.json, search=flags.search, sampler=flags.sampler)
 
@@ -113,7 +113,9 @@ JOB = Job(
     run,
     "compile for chips that are not present: does it fit, and how fast can it be?",
     flags=(
-        Flag("topology", "chips to compile for, none of them needed: v5e:4x4, h100:8", "CHIPS"),
+        Flag(
+            "topology", "chips to compile for, which need not be present: v5e:4x4, h100:8", "CHIPS"
+        ),
         Flag("search", "try batches, meshes and remat policies"),
         Flag("sampler", "compile the sampler too"),
         Flag("json", "write the figures to this file", "FILE"),

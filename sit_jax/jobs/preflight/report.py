@@ -21,7 +21,7 @@ SAMPLER = "sampler"
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """What one program costs on each device, for a training step or a batch of samples.
+    """The costs of a program on each device, for one training step or one batch of samples.
 
     Figures are in bytes, FLOPs and seconds.
     """
@@ -46,7 +46,7 @@ class Preflight:
     # from hlo.by_kind
     collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     background: float = 0.0  # fraction of the sent bytes that move during other computation
-    data_dependent_loops: int = 0  # the bodies of these are counted once
+    data_dependent_loops: int = 0  # loops of unknown length, whose bodies are counted once
     # seconds of compute, hbm, interconnect
     roofline: dict[str, float] = dataclasses.field(default_factory=dict)
     mfu_bound: float | None = None
@@ -124,7 +124,7 @@ def _compile(program: _Program) -> tuple[jax.stages.Compiled | None, str]:
 
 
 def _with_costs(report: Preflight, compiled: jax.stages.Compiled, chip: Chip) -> Preflight:
-    """Return the report with everything that the compiled program tells."""
+    """Return the report with the figures that are read from the compiled program."""
     program = hlo.Program(compiled.as_text() or "")
     memory = _memory(compiled)
     fits = memory["peak"] <= chip.hbm_bytes  # a GPU's compiler does not refuse

@@ -1,4 +1,4 @@
-"""The chips that can be compiled for without being present, and their compilers."""
+"""The chips that programs can be compiled for without having them, and their compilers."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ _GPU_TARGETS = {"h100": _H100}
 
 
 def leave_devices_alone() -> None:
-    """Keep jax on the CPU, and libtpu from looking for a TPU. Call it before either has started."""
+    """Keep jax on the CPU, and stop libtpu from looking for a TPU. Call it before either starts."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     # Only the compiler is used: a training run on this host keeps its TPU.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
@@ -73,7 +73,7 @@ def _tpus(chip: Chip, layout: str) -> list[jax.Device]:
         'pip install -e ".[tpu]" (jax\'s own libtpu, 137 MB)',
     )
     options: dict[str, object] = {}
-    if chip.name == "v4":  # otherwise the compiler counts two devices a chip, and a run one
+    if chip.name == "v4":  # otherwise the compiler counts two devices a chip, unlike a run
         options["chip_config_name"] = "megacore"
     if set(layout.split("x")) == {"1"}:  # otherwise the compiler expects four chips a host
         options["chips_per_host_bounds"] = (1, 1, 1)
