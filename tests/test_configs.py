@@ -85,11 +85,13 @@ def test_its_model_and_state_have_shapes(path):
     assert metrics["loss"].shape == ()
 
 
-def test_cached_latents_are_refused_because_they_cannot_be_read_yet(tmp_path, capsys):
+@pytest.mark.parametrize("with_images", [True, False])
+def test_cached_latents_are_refused_because_they_cannot_be_read_yet(tmp_path, capsys, with_images):
     flags = [f"--config.{key}={text}" for key, text in ONE_DEVICE.items()]
-    images = make_images(tmp_path / "images")
+    if with_images:
+        flags.append(f"--config.data.path={make_images(tmp_path / 'images')}")
     command = ["--config", str(CONFIGS / "latents.py"), "--workdir", str(tmp_path / "run")]
-    assert main.main([*command, f"--config.data.path={images}", *flags]) == 2
+    assert main.main([*command, *flags]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "data.channels=4" in message
     assert "Stored latents cannot be read yet" in message and "configs/imagenet.py" in message

@@ -142,6 +142,12 @@ def _open_folder(path: str | None, image_shape: Shape, split: str) -> FolderSour
     Classes and files are ordered as in torchvision's ImageFolder. The folder is one split, "all".
     """
     image_size, _, channels = image_shape
+    check(
+        channels == 3,
+        f"data.channels={channels}, but the folder source reads RGB images; set it to 3. Stored "
+        "latents cannot be read yet, as no command makes them: configs/imagenet.py encodes images "
+        "in the training step instead",
+    )
     if not path:
         raise UserError(
             "data.path is empty, but data.source='folder' needs a folder of class folders; set it"
@@ -149,12 +155,6 @@ def _open_folder(path: str | None, image_shape: Shape, split: str) -> FolderSour
     check(
         not is_remote(path),
         f"data.path={path!r} is not on a local disk; copy it to one, or mount the bucket",
-    )
-    check(
-        channels == 3,
-        f"data.channels={channels}, but the folder source reads RGB images; set it to 3. Stored "
-        "latents cannot be read yet, as no command makes them: configs/imagenet.py encodes images "
-        "in the training step instead",
     )
     check(
         image_size > 0,
