@@ -33,6 +33,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         raise SystemExit(0)
     if flags.mode not in JOBS:
         raise unknown_name("mode", flags.mode, JOBS)
+    check(flags.config != "", "--config is empty; expected a file such as configs/digits.py")
     job = JOBS[flags.mode]
     if job.uses_devices:
         if flags.workdir is None:
@@ -40,7 +41,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
     for mode, other_job in JOBS.items():
         for flag in other_job.flags:
-            is_given = bool(getattr(flags, flag.name))
+            # A switch is False unless given; any other flag is None, and may be given empty.
+            is_given = getattr(flags, flag.name) not in (None, False)
             check(
                 not is_given or mode == flags.mode,
                 f"--{flag.name} is for --mode {mode}, not {flags.mode}",

@@ -85,6 +85,12 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
         (["--profile", "0:2"], "--profile is '0:2'; expected two steps"),
         (["--profile", "a:b"], "--profile is 'a:b'; expected two steps"),
         (["--profile=-1:2"], "--profile is '-1:2'; expected two steps"),
+        (["--profile=\u00b2:\u00b3"], "--profile is '\u00b2:\u00b3'; expected two steps"),
+        (["--fork="], "--fork is empty; expected a new folder such as runs/fork"),
+        (["--fork=", "--mode", "sample"], "--fork is for --mode train, not sample"),
+        (["--minimum="], "--minimum is for --mode quality, not train"),
+        (["--json="], "--json is for --mode preflight, not train"),
+        (["--config="], "--config is empty; expected a file such as configs/digits.py"),
         (["--profile="], "--profile is ''; expected two steps"),
         (["--profile", "2:3", "--mode", "sample"], "--profile is for --mode train, not sample"),
     ],
@@ -317,3 +323,10 @@ def test_a_damaged_recorded_config_is_one_line(run_copy):
     before = snapshot(run_copy)
     assert "config.json cannot be read as a recorded config" in refusal("--workdir", run_copy)
     assert snapshot(run_copy) == before
+
+
+def test_an_empty_fork_leaves_the_source_run_alone(trained):
+    before = snapshot(trained[0])
+    message = refusal("--workdir", trained[0], "--fork", "", "--config.train.steps=5")
+    assert "--fork is empty; expected a new folder" in message
+    assert snapshot(trained[0]) == before

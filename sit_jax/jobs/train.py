@@ -205,12 +205,15 @@ def steps_to_profile(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+    if not (
+        first.isdecimal() and last.isdecimal() and text.isascii() and 0 < int(first) <= int(last)
+    ):
         raise UserError(f"--profile is {text!r}; expected two steps FIRST:LAST such as 100:110")
     return int(first), int(last)
 
 
 def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
+    check(flags.fork != "", "--fork is empty; expected a new folder such as runs/fork")
     steps_to_profile(flags.profile)
 
 

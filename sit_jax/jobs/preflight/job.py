@@ -106,6 +106,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
 
 
 def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
+    check(flags.json != "", "--json is empty; expected a file such as preflight.json")
     check(flags.topology, f"--mode preflight needs --topology; known: {known_topologies()}")
 
 
