@@ -76,7 +76,8 @@ class Run:
         or seed=1; others are as in the run's config. n is the number of `labels`, or of rows in
         `noise`, or `count`. Sample i is the image that `--mode sample` writes for index i and this
         label. `noise` [n, h, w, c], standard normal, replaces the noise that the seed gives. New
-        options compile a new program at their first use; other labels and counts do not.
+        options compile a new program at their first use; so does a new count below sample.batch.
+        Other labels do not.
 
         Raises `UserError` for an unknown option, an invalid value or a label out of range.
         """
@@ -84,7 +85,7 @@ class Run:
             labels_n = _whole_numbers(labels)
             options |= {"labels": tuple(labels_n.tolist()), "count": len(labels_n)}
         if noise is not None:
-            noise = _checked("noise", noise, self._setup.input_shape).astype(np.float32)
+            noise = _checked("noise", noise, self._setup.input_shape, np.float32)
             options["count"] = len(noise)
             check(
                 labels is None or len(labels_n) in (1, len(noise)),
@@ -159,7 +160,7 @@ class Run:
             images.dtype == np.uint8,
             f"images are {images.dtype}; expected uint8, as sample() returns them",
         )
-        images = _checked("images", images, self.config.data.image_shape)
+        images = _checked("images", images, self.config.data.image_shape, np.uint8)
         options |= {"labels": "data"}  # `labels` holds the null label where none are given
         config = self._with("likelihood", options, without=("split", "count")).config
         # As `--mode likelihood` does: the divergence needs attention with forward-mode derivatives.
@@ -181,7 +182,14 @@ class Run:
             condition = setup.conditioning.from_records(padded)
             outputs = log_prob(self.params, padded["index"], padded, condition)
             parts.append(hosts.to_host(outputs)[0][: len(records["index"])])
-        return np.concatenate(parts)
+        log_prob_n = np.concatenate(parts)
+        bad = np.flatnonzero(~np.isfinite(log_prob_n))
+        check(
+            not len(bad),
+            f"log p of images {bad[:8].tolist()} is not finite; use more steps or looser "
+            "tolerances, or check whether training diverged",
+        )
+        return log_prob_n
 
     def _with(self, section: str, options: dict[str, Any], without: Sequence[str]) -> Setup:
         """Return the setup with these settings of one section changed, after checking them.
@@ -209,13 +217,13 @@ class Run:
 
     def _apply(self, compiled: Callable, x: np.ndarray, t: Any, labels: Labels) -> np.ndarray:
         """Call a compiled function of (x, t_n, condition) on a batch padded for the devices."""
-        x = _checked("x", x, self._setup.input_shape)
+        x = _checked("x", x, self._setup.input_shape, np.float32)
         t_n = np.asarray(t, np.float32)
         expected = f"expected one time, or {len(x)}, from 0 (noise) to 1 (data)"
         check(t_n.shape in ((), (len(x),)), f"t has shape {t_n.shape}; {expected}")
         check(((t_n >= 0) & (t_n <= 1)).all(), f"t is {t_n.tolist()}; {expected}")
         records = {
-            "x": x.astype(np.float32),
+            "x": x,
             "t": np.broadcast_to(t_n, (len(x),)),
             "label": self._labels(labels, len(x)),
         }
@@ -267,15 +275,19 @@ def _whole_numbers(labels: Any) -> np.ndarray:
     return array
 
 
-def _checked(name: str, array: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a non-empty batch [n, *shape] as a NumPy array. Raises `UserError` for any other."""
+def _checked(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Return a non-empty batch [n, *shape] of finite numbers. Raises `UserError` for any other."""
     array = np.asarray(array)
     check(
         array.ndim == len(shape) + 1 and array.shape[1:] == shape and len(array),
         f"{name} has shape {array.shape}; expected [n, {', '.join(map(str, shape))}] with n > 0",
     )
+    numbers = array.dtype.kind in "fiu"
+    with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below
+        array = array.astype(dtype) if numbers else array
     check(
-        array.dtype.kind in "fiu" and np.isfinite(array).all(),
-        f"{name} holds NaN, infinite values or no numbers; expected finite numbers",
+        numbers and np.isfinite(array).all(),
+        f"{name} holds NaN, values beyond {np.dtype(dtype).name} or no numbers; expected finite "
+        "numbers",
     )
     return array

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
@@ -141,7 +142,12 @@ IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
         (lambda r: r.velocity(X, 1.5), r"t is 1.5; expected one time, or 2, from 0"),
         (lambda r: r.velocity(X, float("nan")), r"t is nan; expected one time"),
         (lambda r: r.velocity(X, []), r"t has shape \(0,\); expected one time"),
-        (lambda r: r.velocity(X * np.nan, 0.5), r"x holds NaN, infinite values or no numbers"),
+        (
+            lambda r: r.velocity(X * np.nan, 0.5),
+            r"x holds NaN, values beyond float32 or no",
+        ),
+        (lambda r: r.velocity(np.full(X.shape, 1e300), 0.5), r"x holds NaN, values beyond float32"),
+        (lambda r: r.sample(noise=np.full(X.shape, 1e300)), r"noise holds NaN, values beyond"),
         (lambda r: r.tokens(X, 0.5, layer="1"), r"layer is '1'; expected a whole number"),
         (lambda r: r.velocity(X, [0.1, 0.2, 0.3]), r"t has shape \(3,\)"),
         (lambda r: r.velocity(X, 0.5, labels=[1, 2, 3]), r"3 labels for 2 examples"),
@@ -178,3 +184,10 @@ def test_a_run_of_another_model_is_refused(tmp_path, workdir):
 def test_an_unknown_attribute_of_the_package_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         _ = sit_jax.lod
+
+
+def test_a_diverged_run_gives_no_log_prob(workdir):
+    diverged = sit_jax.load(workdir)
+    diverged.params = jax.tree.map(lambda leaf: leaf * np.nan, diverged.params)
+    with pytest.raises(UserError, match=r"log p of images \[0, 1\] is not finite"):
+        diverged.log_prob(IMAGES, [1, 2], solver="euler", steps=1)

@@ -9,7 +9,7 @@ import pytest
 from sit_jax.errors import UserError
 from sit_jax.jobs import quality
 from sit_jax.metrics import pixels
-from tests.commands import refusal, succeed
+from tests.commands import flags, refusal, succeed
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
@@ -48,3 +48,36 @@ def test_a_class_with_few_images_cannot_be_judged():
     features = np.random.default_rng(0).uniform(size=(9, 4))
     with pytest.raises(UserError, match="a class has 4 images; expected 5 or more"):
         pixels.cross_validated_accuracy(features, np.repeat([0, 1], [5, 4]))
+
+
+def test_another_count_or_other_real_images_have_a_folder_of_their_own(run_copy):
+    for change in ({}, {"sample__count": 4}, {"sweep__reference_count": 500}):
+        succeed("--workdir", run_copy, "--mode", "quality", *flags(**change))
+    summaries = [
+        json.loads(path.read_text()) for path in (run_copy / "quality").glob("*/summary.json")
+    ]
+    figures = sorted((summary["samples"], summary["real_images"]) for summary in summaries)
+    assert figures == [(4, 899), (8, 500), (8, 899)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--minimum", "0,0,0"],
+            "--minimum is '0,0,0', but samples are drawn at 2",
+        ),
+        (
+            ["--minimum", "0,1", "--config.sample.cfg_scale=1"],
+            "--minimum is '0,1', but samples are drawn at 1 guidance scale; give as many",
+        ),
+    ],
+)
+def test_a_minimum_that_nothing_is_compared_with_is_refused(run_copy, arguments, words):
+    assert words in refusal("--workdir", run_copy, "--mode", "quality", *arguments)
+
+
+def test_classes_without_a_readable_image_are_named(run_copy):
+    few = flags(sweep__reference_count=3)
+    message = refusal("--workdir", run_copy, "--mode", "quality", *few)
+    assert "have no image among the 3 that were read; raise sweep.reference_count" in message

@@ -40,6 +40,14 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     `UserError` if fewer samples than --minimum are read as their label.
     """
     setup = set_up(config)
+    # With the config's guidance first, then without, in order of decreasing scale.
+    scales = sorted({config.sample.cfg_scale, 1.0}, reverse=True)
+    minimums = _minimums(flags)
+    check(
+        len(minimums) <= len(scales),
+        f"--minimum is {flags.minimum!r}, but samples are drawn at {len(scales)} guidance "
+        f"scale{'s' * (len(scales) > 1)}; give as many fractions or fewer",
+    )
     source = hosts.run_on_all(lambda: open_source(setup))
     step, params = restore_weights(setup, workdir, config.sample.weights)
     guide = open_guide(config)
@@ -47,20 +55,26 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     count = min(config.sweep.reference_count, len(source))
     indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
     images, labels = read_images(setup, source, indices)
+    absent = sorted(set(range(config.data.classes)) - set(labels.tolist()))
+    check(
+        not absent,
+        f"classes {absent[:8]} have no image among the {len(images)} that were read; raise "
+        "sweep.reference_count, or check data.path for images that cannot be read",
+    )
     features = as_features(images)
     accuracy = cross_validated_accuracy(features, labels)
     print(f"the classifier reads {accuracy:.1%} of the real images it was not trained on")
     classifier = fit_classifier(features, labels)
     name = sampler_name(config.sample, step)
-    results = Results(workdir / "quality", name, sampler_settings(setup, step, guide))
+    results = Results(workdir / "quality", name, _results_settings(setup, step, guide))
     summary: dict[str, Any] = {
         "samples": config.sample.count,
         "real_images": len(images),
+        "unreadable_images": count - len(images),
         "classifier_accuracy": accuracy,
         "agreement": {},
     }
-    # With the config's guidance first, then without, in order of decreasing scale.
-    for scale in sorted({config.sample.cfg_scale, 1.0}, reverse=True):
+    for scale in scales:
         drawn, drawn_labels, seconds = _draw(setup, params, guide, scale)
         agreement = float(np.mean(classifier.predict(as_features(drawn)) == drawn_labels))
         summary["agreement"][f"cfg {scale:g}"] = agreement
@@ -74,14 +88,24 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
             results.write_bytes("sheet.png", encode_png(sheet))
     results.write_summary(summary)
     print(f"sheet: {results.folder / 'sheet.png'}")
-    for minimum, (scale_name, agreement) in zip(
-        _minimums(flags), summary["agreement"].items(), strict=False
-    ):
+    for minimum, scale in zip(minimums, scales, strict=False):
+        scale_name = f"cfg {scale:g}"
+        agreement = summary["agreement"][scale_name]
         check(
             agreement >= minimum,
             f"{scale_name}: {agreement:.1%} of the samples are read as their label, below "
             f"--minimum {minimum:g}; train longer, or check the log for divergence",
         )
+
+
+def _results_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str, Any]:
+    """Return every setting that the summary depends on."""
+    return {
+        **sampler_settings(setup, step, guide),
+        "count": setup.config.sample.count,
+        "reference_count": setup.config.sweep.reference_count,
+        "data": dataclasses.asdict(setup.config.data),
+    }
 
 
 def _draw(

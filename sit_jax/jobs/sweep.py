@@ -136,6 +136,7 @@ def read_images(
     images, labels, skipped = (
         np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "skipped")
     )
+    check((skipped == 0).any(), f"none of the {len(indices)} images can be read; check data.path")
     return images[skipped == 0], labels[skipped == 0]
 
 
