@@ -337,6 +337,17 @@ def test_other_settings_write_other_samples_beside_the_first(sampled, tmp_path, 
     assert change.items() <= json.loads((other / "settings.json").read_text()).items()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"sample__steps": "none", "sample__times": "0,0.3,1"}, {"precision__compute": "bfloat16"}],
+)
+def test_other_times_and_other_precision_draw_other_samples(sampled, tmp_path, change):
+    workdir = shutil.copytree(sampled[0], tmp_path / "run")
+    out = succeed("--workdir", workdir, "--mode", "sample", *flags(**change))
+    assert "sampling 8 of 8" in out
+    assert len(list((workdir / "samples").iterdir())) == 2
+
+
 def help_text(*arguments):
     """Return the stdout of main, which must exit with status 0."""
     out = io.StringIO()

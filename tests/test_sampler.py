@@ -1,10 +1,8 @@
 """The sampler through main: devices, frames, grids, autoguidance, inversion and sweeps."""
 
+import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,28 +11,19 @@ from PIL import Image
 
 from sit_jax import checkpoint
 from sit_jax import config as config_lib
-from sit_jax.jobs.setup import set_up
+from sit_jax.jobs.sampler import sampler_settings
+from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.laws import declared
+from sit_jax.settings import Config
 from tests.commands import TINY, flags, pictures, refusal, snapshot, succeed
+from tests.processes import run_python
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
 
 def sample_on(devices):
     """Run sample_on_devices.py on as many CPU devices; return its samples by mesh and solver."""
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": ".",
-    }
-    process = subprocess.run(
-        [sys.executable, "tests/sample_on_devices.py"],
-        capture_output=True,
-        text=True,
-        env=env,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(run_python("tests/sample_on_devices.py", devices=devices).splitlines()[-1])
 
 
 def pixels_of(images):
@@ -89,6 +78,29 @@ def test_a_custom_grid_changes_samples_unless_it_equals_the_uniform_one(run_copy
     for name, image in plain.items():
         assert np.abs(image.astype(int) - same[name]).max() <= 1
     assert any((image != other[name]).any() for name, image in plain.items())
+
+
+def change(config, key):
+    """Return the config with another value of this setting, which need not be a valid one."""
+    section, _, name = key.partition(".")
+    changed = dataclasses.replace(getattr(config, section), **{name: "another"})
+    return dataclasses.replace(config, **{section: changed})
+
+
+IMAGE_KEYS = [
+    *(entry.key for entry in declared(Config) if entry.key.startswith(("sample.", "transport."))),
+    "precision.compute",
+    "precision.matmul",
+]
+
+
+@pytest.mark.parametrize("key", IMAGE_KEYS)
+def test_every_setting_that_changes_an_image_is_in_the_settings_of_its_folder(key):
+    config = Config()
+    settings = sampler_settings(Setup(config, None), 4, None)
+    changed = sampler_settings(Setup(change(config, key), None), 4, None)
+    no_image = {"sample.count", "sample.batch", "sample.columns", "sample.scale"}
+    assert (changed == settings) == (key in no_image)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +224,7 @@ def test_a_sweep_writes_a_table_and_a_plot_and_resumes(run_copy):
         (
             "sample",
             {"sample__last_step_size": 1},
-            "sample.last_step_size is 1.0; expected a number inside (0, 1)",
+            "sample.last_step_size is 1.0; expected more than 0 and less than 1",
         ),
         ("sample", {"sample__steps": 0}, "sample.steps is 0; expected more than 0"),
         (

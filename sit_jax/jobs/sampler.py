@@ -18,7 +18,7 @@ from sit_jax.jobs.workdir import restore_weights
 from sit_jax.sampling import ode, sde
 from sit_jax.sampling.brownian import keyed_draw
 from sit_jax.sampling.guidance import with_guidance
-from sit_jax.settings import Config, Sample
+from sit_jax.settings import Config, Precision, Sample
 from sit_jax.transport.interval import Interval, ode_interval, sde_interval
 from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
 
@@ -271,6 +271,12 @@ def sampler_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str, 
         **dataclasses.asdict(config.sample),
         **dataclasses.asdict(config.transport),
     }
+    # Left out at their defaults, so that folders of earlier versions keep their names.
+    if config.sample.times:  # `times` above is transport.times
+        settings["sample_times"] = config.sample.times
+    formats = {"compute": config.precision.compute, "matmul": config.precision.matmul}
+    if formats != {"compute": Precision.compute, "matmul": Precision.matmul}:
+        settings["precision"] = formats
     if guide:
         settings["guide_step"] = guide.step
     for key in ("count", "batch", "columns", "scale"):  # these change no image

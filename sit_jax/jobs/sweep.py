@@ -219,6 +219,7 @@ def _results_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str,
         settings[name] = getattr(setup.config.sweep, name)
     for name in (*KEY, "atol", "times", "frames", "labels"):
         del settings[name]
+    settings.pop("sample_times", None)
     return settings
 
 
