@@ -33,14 +33,15 @@ DTYPES = ("float32", "bfloat16")
 MATMUL_PRECISIONS = ("default", "high", "highest")
 
 _time_margin = Law(
-    lambda eps: 0 < eps < 0.5,
-    "a number inside (0, 0.5): give one, or none for the path's default",
+    lambda eps: 0 < eps < 0.5, "more than 0 and less than 0.5, or none for the path's default"
 )
 _cfg_scale = Law(lambda scale: scale >= 1, "1 (no guidance) or more")
 _frechet_count = Law(lambda count: count >= 2, "2 or more, as a Frechet distance needs")
 _frames = Law(lambda frames: frames >= 2, "2 or more, or none")
 _axis = Law(lambda size: size == -1 or size >= 1, "1 or more, or -1 for the remaining devices")
-_last_step_size = Law(lambda size: 0 < size < 1, "a number inside (0, 1), or sample.last_step=none")
+_last_step_size = Law(
+    lambda size: 0 < size < 1, "more than 0 and less than 1, or sample.last_step=none"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ ARGS = {
 def shapes(
     size: Size = TINY, side=8, channels=4, classes=10, learn_sigma=False
 ) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the network's state dict."""
+    """Return {name: shape} of the network's state dict."""
     x = np.zeros((1, side, side, channels), np.float32)
     one = np.zeros((1,), np.float32)
     model = SiT(size, side, channels, classes, learn_sigma=learn_sigma)
@@ -34,7 +34,7 @@ def shapes(
 
 
 def state_dict(seed: int = 0, size: Size = TINY, **network) -> dict[str, np.ndarray]:
-    """{name: array} of random numbers."""
+    """Return {name: array} of random numbers."""
     generator = np.random.default_rng(seed)
     return {
         name: 0.1 * generator.standard_normal(shape).astype(np.float32)
@@ -43,7 +43,7 @@ def state_dict(seed: int = 0, size: Size = TINY, **network) -> dict[str, np.ndar
 
 
 def training(size: Size = TINY, count: int = 5, **network) -> dict[str, Any]:
-    """{model, ema, opt, args} as the reference's train.py saves it after `count` steps of AdamW."""
+    """Return {model, ema, opt, args} as the reference's train.py saves it after `count` steps."""
     model, ema, average, square = (state_dict(seed, size, **network) for seed in range(4))
     state = {
         number: {

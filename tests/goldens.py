@@ -23,19 +23,19 @@ CLASSES = 10
 
 @functools.cache
 def load(name: str) -> tuple[dict, np.lib.npyio.NpzFile]:
-    """(manifest, arrays) of a fixture."""
+    """Return (manifest, arrays) of a fixture."""
     return json.loads((FOLDER / f"{name}.golden.json").read_text()), np.load(FOLDER / f"{name}.npz")
 
 
 def cases(name: str, kind: str) -> list[dict]:
-    """The cases of a fixture of one kind; there is at least one."""
+    """Return the cases of one kind in a fixture, which must have at least one."""
     of_kind = [case for case in load(name)[0]["cases"] if case["kind"] == kind]
     assert of_kind, f"{name} has no case of kind {kind}"
     return of_kind
 
 
 def parameters(cases: list[dict], *combinations: tuple[str, ...]) -> list:
-    """The cases as pytest's parameters.
+    """Return the cases as pytest's parameters.
 
     A case is slow if each of its combinations of fields has occurred in earlier cases.
     """
@@ -51,25 +51,25 @@ def parameters(cases: list[dict], *combinations: tuple[str, ...]) -> list:
 
 @functools.cache
 def params(file: str, entry: str | None) -> dict:
-    """The weights in a file, or in one entry of it, in our layout."""
+    """Return the weights in a file, or in one entry of it, in our layout."""
     content = read_torch_file(str(FOLDER / file))
     return params_from_torch(content[entry] if entry else content, SIZE)
 
 
 @functools.cache
 def model(learn_sigma: bool) -> SiT:
-    """The network of the fixtures."""
+    """Return the network of the fixtures."""
     return SiT(SIZE, 8, 4, CLASSES, learn_sigma=learn_sigma)
 
 
 def bare() -> tuple[SiT, dict]:
-    """The model and weights of every fixture except `model` and `train`."""
+    """Return the model and weights of every fixture except `model` and `train`."""
     return model(True), params("sit_bare.pt", None)
 
 
 @functools.cache
 def labelled(y: tuple[int, ...]) -> Predict:
-    """The network of `bare` with labels y.
+    """Return the network of `bare` with labels y.
 
     All cases share one trace of it, which saves a sixth of their time.
     """
@@ -78,7 +78,7 @@ def labelled(y: tuple[int, ...]) -> Predict:
 
 
 def sampling(case: dict, y: np.ndarray) -> tuple[Path, Predict, int]:
-    """The path, the network (guided if the case is) and the number of samples of a sampling case.
+    """Return a sampling case's path, network (guided if the case is) and number of samples.
 
     With guidance the reference doubles the batch: labels y, then null labels. The samples are the
     first half.
@@ -91,12 +91,12 @@ def sampling(case: dict, y: np.ndarray) -> tuple[Path, Predict, int]:
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
-    """Channels moved last."""
+    """Move channels last: [..., c, h, w] -> [..., h, w, c]."""
     return np.moveaxis(x, -3, -1)
 
 
 def relative_error(ours, theirs) -> float:
-    """The largest difference over the largest value.
+    """Return the largest difference divided by the largest value.
 
     float32 rounding is relative to the largest summand, not to each value.
     """

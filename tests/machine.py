@@ -66,14 +66,14 @@ class Machine:
         )
 
     def calls(self):
-        """The calls of Python since the last time this was called."""
+        """Return the calls of Python since the last time this was called."""
         calls = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.unlink(missing_ok=True)
         return calls
 
 
 def refusal(result):
-    """The one line of a script that refused to run."""
+    """Return the one line of a script that refused to run."""
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if not line.startswith("== ")]
     assert line.startswith("error: ")

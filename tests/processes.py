@@ -1,4 +1,4 @@
-"""Runs main in several real processes on this machine, each with fake devices."""
+"""Runs programs in other processes on this machine, each with fake devices."""
 
 import os
 import pathlib
@@ -14,6 +14,25 @@ from tests.commands import ROOT
 MAIN = ("-m", "sit_jax.main")
 _GLOO = re.compile(r"Gloo|peer ranks|^[\d\s]*$")
 TIMEOUT_S = 200  # enough for a run on a busy machine
+
+
+def run_python(*arguments: str, devices: int) -> str:
+    """Return the stdout of a Python program that sees this many CPU devices and must succeed."""
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
 
 
 class Processes:

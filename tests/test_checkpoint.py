@@ -36,7 +36,7 @@ def save(checkpoints, *steps):
 
 
 def value_of(checkpoints, step):
-    """The number with which `save` filled this step."""
+    """Return the number with which `save` filled this step."""
     restored = checkpoints.restore(step, {"params": jax.eval_shape(lambda: tree(0.0))})["params"]
     (value,) = set(restored["a"]["kernel"].ravel().tolist())
     return value
@@ -178,7 +178,7 @@ def test_another_models_arrays_are_named_with_both_shapes(folder):
 
 
 def largest(step_folder):
-    """The file with most of the arrays."""
+    """Return the file with most of the arrays."""
     files = [
         path for path in step_folder.rglob("*") if path.is_file() and path.name != "manifest.json"
     ]

@@ -20,13 +20,13 @@ NOT_IMPORTED_YET = {"tensorflow_datasets"}  # requirements.txt says why it is de
 
 
 def import_name(requirement):
-    """The name that `etils[epath]>=1.15` and the like are imported by."""
+    """Return the name to import a requirement by, such as etils for `etils[epath]>=1.15`."""
     distribution = re.match(r"[\w.-]+", requirement)[0]
     return IMPORT_NAMES.get(distribution, distribution)
 
 
 def base():
-    """The import names of the packages in requirements.txt."""
+    """Return the import names of the packages in requirements.txt."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     return {import_name(line) for line in lines if line and not line.startswith("#")}
 
@@ -37,12 +37,12 @@ def requirements_of(extra):
 
 
 def extras(*names):
-    """The import names of the packages that these extras add."""
+    """Return the import names of the packages that these extras add."""
     return {import_name(requirement) for name in names for requirement in requirements_of(name)}
 
 
 def imported_by(*folders):
-    """The third-party top-level packages that any file imports, inside functions too."""
+    """Return the third-party packages that any of the files imports, inside functions too."""
     names = set()
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,13 +1,11 @@
 """hlo: FLOPs, memory traffic and collectives of a hand-written and of a really compiled program."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from sit_jax.jobs.preflight import hlo, hlo_text
+from tests.processes import run_python
 
 # As the TPU compiler writes it: a layer loop of 3 iterations and in it a loop that counts to 8 in
 # twos, one all-gather (one channel) in two fusions, a batched product as a dilated convolution, and
@@ -235,16 +233,7 @@ print(json.dumps({"flops": program.flops, "table": table, "hbm": program.hbm_byt
 
 
 def test_a_compiled_program_of_eight_devices():
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": ".",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    costs = json.loads(done.stdout.splitlines()[-1])
+    costs = json.loads(run_python("-c", COMPILE, devices=8).splitlines()[-1])
     assert costs["flops"] == 5 * 2 * (64 // 8) * 32 * 32
     shard = 32 * 32 * 4 // 4
     assert costs["table"]["all-gather"] == {"in_loop": 5 * 3 * shard, "outside": 0, "count": 5}

@@ -34,7 +34,7 @@ def _rows(workdir):
 
 
 def _events(folder):
-    """The events in a folder's files, oldest file first.
+    """Return the events in a folder's files, oldest file first.
 
     A record is: length, checksum, message, checksum.
     """

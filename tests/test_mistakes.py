@@ -71,11 +71,11 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
         (flags(sample__steps=-1), "sample.steps is -1; expected more than 0"),
         (
             flags(transport__train_eps=0.5),
-            "transport.train_eps is 0.5; expected a number inside (0, 0.5)",
+            "transport.train_eps is 0.5; expected more than 0 and less than 0.5",
         ),
         (
             flags(transport__sample_eps=0),
-            "transport.sample_eps is 0.0; expected a number inside (0, 0.5)",
+            "transport.sample_eps is 0.0; expected more than 0 and less than 0.5",
         ),
         (flags(mesh__data=3), "mesh data x fsdp x tensor = 3 x 1 x 1 does not use"),
         (["--mode", "sample"], "has no checkpoints; train first, with --mode train"),

@@ -84,7 +84,7 @@ def test_candidates_cover_batches_meshes_and_policies():
 
 
 def tried(batch=128, remat="full", fits=False, images_per_second=0.0):
-    """The report of a candidate that the search has compiled."""
+    """Return the report of a candidate that the search has compiled."""
     return report.Preflight(
         program="train step",
         topology="v5e:1x1",

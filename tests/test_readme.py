@@ -12,6 +12,7 @@ import pytest
 
 from sit_jax import command_line, main
 from sit_jax.config import flatten
+from sit_jax.errors import UserError
 from sit_jax.settings import Config
 from tests import goldens
 from tests.commands import ROOT, TINY, call, flags, succeed, write_images
@@ -33,17 +34,17 @@ SECTIONS = {key.partition(".")[0] for key in SETTINGS if "." in key}
 
 
 def blocks(text, language):
-    """The contents of the fenced code blocks in a language."""
+    """Return the contents of the fenced code blocks in a language."""
     return [content for found, content in FENCE.findall(text) if found == language]
 
 
 def spans(text):
-    """The inline code of a page."""
+    """Return the inline code of a page."""
     return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
 
 
 def commands(text):
-    """Every command of a page in order: the lines of bash blocks, and inline code that is one."""
+    """Return a page's commands in order: lines of bash blocks, and inline code that is one."""
     lines = []
     for block in blocks(text, "bash"):
         lines += block.replace("\\\n", " ").splitlines()
@@ -107,7 +108,7 @@ def inside(clone, monkeypatch):
 
 
 def option(words, name, default=None):
-    """The value that follows a flag."""
+    """Return the value that follows a flag."""
     return words[words.index(name) + 1] if name in words else default
 
 
@@ -175,7 +176,7 @@ def check_run(words):
 
 
 def check(command, capsys):
-    """Check a command of README. Fails if there is no way to."""
+    """Check a command of README. Fail if it is of a kind that this test does not know."""
     words = shlex.split(command)
     if words[:2] == ["cd", "sit_jax"] or words[:3] == ["python3", "-m", "venv"]:
         return
@@ -229,7 +230,7 @@ def test_the_python_example_runs(inside):
 
 
 def slug(heading):
-    """The anchor that GitHub gives a heading."""
+    """Return the anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
@@ -238,7 +239,7 @@ def anchors(text):
 
 
 def broken_links(page, text):
-    """The relative links of a page whose file or heading does not exist."""
+    """Return the relative links of a page whose file or heading does not exist."""
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", link):
@@ -251,17 +252,30 @@ def broken_links(page, text):
 
 
 def missing_files(text):
-    """The paths into this repository that a page names and that do not exist."""
+    """Return the paths into this repository that a page names and that do not exist."""
     pattern = rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w/-]+\.(?:py|sh|ipynb|md|png|flags)\b"
     return [path for path in re.findall(pattern, text) if not (ROOT / path).exists()]
 
 
 def unknown_settings(text):
-    """The settings in the code of a page, as a flag or a dotted key, that do not exist."""
+    """Return the settings that a page's code names, as a flag or a key, and that do not exist."""
     code = "\n".join([*spans(text), *(content for _, content in FENCE.findall(text))])
     keys = re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)*)", code)
     dotted = rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.(?!py\b)[a-z_0-9]+"
     return [key for key in keys + re.findall(dotted, code) if key not in SETTINGS]
+
+
+def refused_commands(text):
+    """Return (command, message) of each command of main with an unknown flag or mode."""
+    refused = []
+    for command in commands(text):
+        prefix, arguments = shlex.split(command)[:3], shlex.split(command)[3:]
+        if prefix == ["python", "-m", "sit_jax.main"] and arguments and "--help" not in command:
+            try:
+                command_line.parse(arguments)
+            except UserError as error:
+                refused.append((command, str(error)))
+    return refused
 
 
 @each_page
@@ -279,11 +293,8 @@ def test_settings_exist(page):
 
 
 @each_page
-def test_the_flags_of_its_commands_parse(page):
-    for command in commands(page.read_text()):
-        prefix, arguments = shlex.split(command)[:3], shlex.split(command)[3:]
-        if prefix == ["python", "-m", "sit_jax.main"] and arguments and "--help" not in command:
-            command_line.parse(arguments)  # raises UserError for an unknown flag or mode
+def test_the_flags_of_its_commands_are_accepted(page):
+    assert refused_commands(page.read_text()) == []
 
 
 def test_contributing_shows_the_levels_of_imports():
@@ -303,3 +314,7 @@ def test_what_does_not_exist_is_noticed():
         "`--config.train.stepz=1`, `--config.trane.steps`, `sample.step`, `sample.py`, `log.every`"
     )
     assert unknown_settings(text) == ["train.stepz", "trane.steps", "sample.step"]
+    good = "python -m sit_jax.main --workdir runs/a --mode sample"
+    bad = [f"{good}r", f"{good} --minimum=1", f"{good} --stepz=1"]
+    text = f"```bash\n{good}\n{bad[0]}\n{bad[1]}\n```\nOr `{bad[2]}`."
+    assert [command for command, _ in refused_commands(text)] == bad

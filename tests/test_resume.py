@@ -61,7 +61,7 @@ def final_arrays(workdir):
 
 
 def rows(workdir):
-    """The log's rows without the fields that depend on the clock."""
+    """Return the log's rows without the fields that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: line[name] for name in line.keys() - {"images_per_s", "flops_per_s", "mfu"}}

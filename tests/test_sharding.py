@@ -1,9 +1,6 @@
 """sharding: every matrix has a rule, and training gives the same losses on every mesh."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,20 +10,11 @@ from jax.sharding import PartitionSpec as P
 from sit_jax import sharding
 from sit_jax.errors import UserError
 from tests import goldens
+from tests.processes import run_python
 
 
 def train_on_meshes(devices: int) -> dict:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
-    result = subprocess.run(
-        [sys.executable, "tests/train_on_meshes.py"],
-        capture_output=True,
-        text=True,
-        env=env,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(run_python("tests/train_on_meshes.py", devices=devices).splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

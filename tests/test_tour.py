@@ -35,14 +35,14 @@ def figures(notebook):
 
 
 def texts(notebook):
-    """Everything that the outputs say in words."""
+    """Return everything that the outputs say in words."""
     for output in outputs(notebook):
         yield output.get("text", "")
         yield output.get("data", {}).get("text/plain", "")
 
 
 def calls(notebook):
-    """(object, method, keywords) of every call of sit_jax or run, also of those in Markdown."""
+    """Return (object, method, keywords) of each call of sit_jax or run, in Markdown too."""
     sources = [cell.source for cell in code_cells(notebook)]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":

@@ -154,7 +154,7 @@ class Trainer:
     def step(
         self, x1: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        """One update from data x1 and noise x0; returns the loss before it."""
+        """Update once from data x1 and noise x0; return the loss before it."""
         t_bchw = t.reshape(-1, 1, 1, 1)
         loss = F.mse_loss(self.model(t_bchw * x1 + (1 - t_bchw) * x0, t, y), x1 - x0)
         self.optimizer.zero_grad(set_to_none=True)

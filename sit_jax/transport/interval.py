@@ -3,20 +3,10 @@
 Some predictions are singular at an end of time; a small eps keeps the interval away from that end.
 """
 
-from sit_jax.errors import check
 from sit_jax.transport.paths import Path
 
 Interval = tuple[float, float]
 SINGULAR_FORM_EPS = 1e-3  # start of an SDE whose diffusion is infinite at t=0
-
-
-def check_eps(name: str, eps: float | None) -> None:
-    """Raise UserError unless eps is None (the path's default) or inside (0, 0.5)."""
-    check(
-        eps is None or 0 < eps < 0.5,
-        f"{name} is {eps}; expected a number inside (0, 0.5): give one, or leave it unset for the "
-        "path's default",
-    )
 
 
 def default_train_eps(path: Path, prediction: str) -> float:

@@ -71,11 +71,6 @@ def velocity_field(predict: Predict, path: Path, prediction: str) -> Predict:
     return lambda x, t_b: to_velocity(path, prediction, predict(x, t_b), x, t_b)
 
 
-def score_field(predict: Predict, path: Path, prediction: str) -> Predict:
-    """Return the network as a score: (x, t_b) -> grad log p_t(x)."""
-    return lambda x, t_b: to_score(path, prediction, predict(x, t_b), x, t_b)
-
-
 def velocity_and_score(predict: Predict, path: Path, prediction: str) -> VelocityAndScore:
     """Return both fields, computed from a single call of the network."""
 

@@ -35,7 +35,7 @@ def spec(*image_shape):
 
 
 def records(x_bhwc):
-    """Records whose images `normalise` maps to x."""
+    """Return records whose images `normalise` maps to x."""
     return {"image": (x_bhwc + 1) * 127.5}
 
 
@@ -202,7 +202,7 @@ def folder(tmp_path):
 
 
 def refusal(folder, **changes):
-    """The message, one line that names the folder."""
+    """Return the message, after checking that it is one line and names the folder."""
     with pytest.raises(UserError) as caught:
         sd_vae(folder, **changes).load()
     message = str(caught.value)
@@ -211,7 +211,7 @@ def refusal(folder, **changes):
 
 
 def same(a, b):
-    """Whether two trees of weights are equal to the bit."""
+    """Return True if two trees of weights are equal to the bit."""
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 

@@ -3,10 +3,9 @@
 The weights are replicated, and nothing is gathered.
 """
 
-import os
 import re
-import subprocess
-import sys
+
+from tests.processes import run_python
 
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
@@ -36,14 +35,6 @@ print(decode.as_text())
 
 
 def test_every_device_does_its_own_rows():
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": ".",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "convolution" in done.stdout
-    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", done.stdout)
+    program = run_python("-c", SCRIPT, devices=8)
+    assert "convolution" in program
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", program)

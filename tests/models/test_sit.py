@@ -71,7 +71,7 @@ def test_embeddings_equal_reference():
 
 
 def record_outputs(model, params, x, t, y):
-    """The outputs of the modules outside the scan over layers, by name."""
+    """Return the outputs of the modules outside the scan over layers, by name."""
     outputs = {}
 
     def record(call, args, kwargs, context):
@@ -86,7 +86,7 @@ def record_outputs(model, params, x, t, y):
 
 
 def run_layers(model, params, x, t, y, record=lambda layer, name, output: None):
-    """The tokens after each layer, by a Python loop over unstacked layers instead of the scan.
+    """Return the tokens after each layer, with a Python loop over unstacked layers.
 
     `record` is called with the output of each module inside a layer.
     """
@@ -302,7 +302,7 @@ def test_qk_norm_bounds_the_logits_and_adds_two_scales():
     assert shapes == {"q_norm": (3, 12), "k_norm": (3, 12)}
 
     def output(factor):
-        """The output with queries and keys scaled by a factor, which no longer matters."""
+        """Return the output with queries and keys scaled by a factor."""
         params = jax.tree.map(jnp.asarray, goldens.params("sit_bare.pt", None))
         attention = params["blocks"]["attn"]
         attention["qkv"] = jax.tree.map(

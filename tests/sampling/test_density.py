@@ -16,7 +16,7 @@ SOLVERS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}  # torchdiffeq
 
 
 def golden(case):
-    """The case's velocity, x, probe [1, b, h, w, c], and interval in our direction of time."""
+    """Return a case's velocity, x, probe [1, b, h, w, c], and interval in our time."""
     arrays = goldens.load("likelihood")[1]
     path = paths.path_by_name(case["path_type"])
     network = goldens.labelled(tuple(arrays["y"]))
@@ -110,7 +110,7 @@ ROTATION = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
 
 
 def gaussian_field(path):
-    """v = alpha' E[x1 | x] + sigma' E[x0 | x] of that target."""
+    """Return v = alpha' E[x1 | x] + sigma' E[x0 | x] of that target."""
 
     def velocity(x_bhwc, t_b):
         t = t_b[:, None]
@@ -124,7 +124,7 @@ def gaussian_field(path):
 
 
 def exact_log_prob(path, low_high, x_bhwc):
-    """log p under the flow of N(0, I) over the interval, float64.
+    """Return log p under the flow of N(0, I) over the interval, float64.
 
     The flow is linear, so it carries a Gaussian to a Gaussian.
     """

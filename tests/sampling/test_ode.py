@@ -18,7 +18,7 @@ OURS = {"euler": "euler", "heun2": "heun", "dopri5": "dopri5"}  # torchdiffeq's 
 
 
 def solvable(case):
-    """Whether a case has one of our solvers and our interval.
+    """Return True if a case has one of our solvers and our interval.
 
     The reference runs VP backwards from 1, where sigma is 0. Trajectories, the second tolerance of
     dopri5 and euler backwards are left out: they take the same path through the code.

@@ -21,7 +21,7 @@ OURS = {"Euler": "euler-maruyama", "Heun": "reference-heun"}
 
 
 def comparable(case):
-    """Whether the reference can do the case, and it is not a repetition.
+    """Return True if the reference supports the case and it repeats no other.
 
     The reference's Heun gives NaN where it goes up to t=1; ours stops before. Last steps do not
     depend on the form, so that Linear velocity is compared with every last step for one form only.
@@ -82,7 +82,7 @@ STDS = jnp.array([0.3, 0.2])
 
 
 def mixture_score(path):
-    """The exact score of a two-component Gaussian mixture in one dimension, at every time."""
+    """Return the exact score of a two-component Gaussian mixture in one dimension."""
 
     def log_density(x, t):
         alpha, sigma = path.alpha(t), path.sigma(t)
@@ -98,7 +98,7 @@ def mixture_score(path):
 
 
 def moments(path, t):
-    """Mean, variance and share above 0 of the mixture's marginal at time t."""
+    """Return mean, variance and share above 0 of the mixture's marginal at time t."""
     means = path.alpha(t) * MEANS
     variances = path.alpha(t) ** 2 * STDS**2 + path.sigma(t) ** 2
     mean = (WEIGHTS * means).sum()
@@ -147,7 +147,7 @@ def test_no_combination_is_nan(path, kind, monkeypatch):
     forms = list(diffusion.FORMS.values())
 
     def finals(solver, index, span, last_steps):
-        """The end of every last step for the form of that index: one compilation for all forms."""
+        """Return the end of every last step for the form of that index, compiled once for all."""
 
         def any_form(path, t, norm):
             return jax.lax.switch(index, [lambda t, f=f: f(path, t, norm) for f in forms], t)
@@ -214,9 +214,9 @@ def test_evaluations_are_counted_and_the_end_of_time_is_avoided(solver):
 
 
 def strong_error(solver, steps, n=512):
-    """RMS distance at t=0.9 from the path of the same Brownian motion, for a nonlinear drift.
+    """Return the RMS distance at t=0.9 from the path of the same Brownian motion.
 
-    The truth is another solver of order 1.5 on a grid of 256 steps.
+    The drift is nonlinear. The truth is another solver of order 1.5 on a grid of 256 steps.
     """
     path = paths.PATHS["Linear"]
     span = (0.0, 0.9)
@@ -226,7 +226,7 @@ def strong_error(solver, steps, n=512):
     fields = prediction.velocity_and_score(lambda x, t: jnp.sin(3 * x), path, "velocity")
 
     def draw_on(steps):
-        """Increments over coarser steps and their space-time Levy areas, of unit variance."""
+        """Return increments over coarser steps and their space-time Levy areas."""
         parts = fine // steps
         w = unit.reshape(steps, parts, *unit.shape[1:]) / np.sqrt(parts)
         total = w.sum(axis=1)

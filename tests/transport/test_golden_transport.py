@@ -71,8 +71,10 @@ def test_losses(case):
 def test_drift_and_score(case):
     arrays, path = goldens.load("transport")[1], paths.path_by_name(case["path_type"])
     x, t = nhwc(arrays["x"]), jnp.asarray(arrays["t_drift"])
-    drift = prediction.velocity_field(golden_predict(), path, case["prediction"])(x, t)
-    score = prediction.score_field(golden_predict(), path, case["prediction"])(x, t)
+    velocity = prediction.velocity_field(golden_predict(), path, case["prediction"])(x, t)
+    fields = prediction.velocity_and_score(golden_predict(), path, case["prediction"])
+    drift, score = fields(x, t)
+    assert relative_error(velocity, nhwc(arrays[case["drift"]])) < FLOAT32
     assert relative_error(drift, nhwc(arrays[case["drift"]])) < FLOAT32
     assert relative_error(score, nhwc(arrays[case["score"]])) < FLOAT32
 
