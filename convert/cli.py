@@ -10,7 +10,7 @@ from typing import NoReturn
 from etils import epath
 from safetensors import SafetensorError
 
-from sit_jax import storage
+from sit_jax import runtime, storage
 from sit_jax.errors import UserError, check
 
 _MARGIN = 10**7  # bytes of free space required beyond the size of the arrays
@@ -45,6 +45,7 @@ def run(main: Callable[[Sequence[str]], None]) -> int:
 
     # Convert on the CPU: a training run may be using this machine's accelerator.
     jax.config.update("jax_platforms", "cpu")
+    runtime.fix_numerics()
     try:
         main(sys.argv[1:])
     except UserError as error:

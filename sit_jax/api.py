@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import hosts, sharding
+from sit_jax import hosts, runtime, sharding
 from sit_jax.data import pipeline
 from sit_jax.errors import check, unknown_name
 from sit_jax.jobs import likelihood, sampler
@@ -37,6 +37,13 @@ def load(workdir: epath.PathLike, weights: str = "ema") -> "Run":
     `UserError` if the folder is not a workdir, has no complete checkpoint, or holds a different
     model from the one in its config.
     """
+    changed = runtime.changed_numerics()
+    check(
+        not changed,
+        f"jax's options {', '.join(map(str.upper, changed))} would give other numbers than the "
+        f"command line does; set them back: "
+        + ", ".join(f"jax.config.update({name!r}, {value!r})" for name, value in changed.items()),
+    )
     folder = epath.Path(workdir)
     recorded = folder / "config.json"
     check(

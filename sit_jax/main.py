@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = load_config(flags, overrides)
             JOBS[flags.mode].run(config, epath.Path(flags.workdir or ""), flags)
             return 0
+        if warning := runtime.fix_numerics():
+            print(warning, file=sys.stderr)
         runtime.use_compilation_cache()
         hosts.join(flags.distributed, preemptible=flags.mode == "train")
         runtime.keep_host_memory()

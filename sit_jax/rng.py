@@ -3,14 +3,19 @@
 import zlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 def key(seed: int, stream: str, index: int | jax.Array = 0) -> jax.Array:
-    """Return the key of a named stream at a step or sample index.
+    """Return the key of a named stream at a step or sample index, for 0 <= seed < 2**32.
 
     Different names or indices give independent keys.
     """
-    stream_key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
+    # As jax.random.key(seed), but $JAX_DEFAULT_PRNG_IMPL and $JAX_RANDOM_SEED_OFFSET cannot change
+    # it.
+    run_key = jax.random.wrap_key_data(np.array([0, seed], np.uint32), impl="threefry2x32")
+    stream_key = jax.random.fold_in(run_key, zlib.crc32(stream.encode()))
     return jax.random.fold_in(stream_key, index)
 
 
@@ -21,4 +26,4 @@ def normal_by_index(
 
     The row of index i depends only on (seed, stream, i), however rows are batched.
     """
-    return jax.vmap(lambda i: jax.random.normal(key(seed, stream, i), shape))(indices)
+    return jax.vmap(lambda i: jax.random.normal(key(seed, stream, i), shape, jnp.float32))(indices)

@@ -1,4 +1,4 @@
-"""Process-wide set-up of jax: the compilation cache, and memory on the CPU."""
+"""Process-wide set-up of jax: the compilation cache, number formats, and memory on the CPU."""
 
 import ctypes
 import os
@@ -8,6 +8,37 @@ import jax
 # Parameters of mallopt, from malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
+# Options of jax that change the numbers a program computes, each with the value used here. They can
+# be set by environment variables of the same names.
+_NUMERICS = {
+    "jax_enable_x64": False,
+    "jax_threefry_partitionable": True,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_random_seed_offset": 0,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+
+
+def changed_numerics() -> dict[str, object]:
+    """Return {option: value used here} of the options of jax that are set to another value."""
+    return {
+        name: value
+        for name, value in _NUMERICS.items()
+        if getattr(jax.config, name, value) != value  # an option may be gone in a newer jax
+    }
+
+
+def fix_numerics() -> str | None:
+    """Undo options of jax that would change results; return a warning that names them, or None.
+
+    Results depend on the config, the seed and the data, not on the environment.
+    """
+    changed = changed_numerics()
+    for name, value in changed.items():
+        jax.config.update(name, value)
+    names = ", ".join(name.upper() for name in changed)
+    return f"warning: ignored, as results must not depend on it: {names}" if changed else None
 
 
 def use_compilation_cache() -> None:

@@ -54,7 +54,7 @@ def draw_examples(
     """
     size = len(next(iter(records.values())))
     x1 = encode(jax.random.split(rng.key(seed, "posterior", step), size), records)
-    x0 = jax.random.normal(rng.key(seed, "noise", step), x1.shape)
+    x0 = jax.random.normal(rng.key(seed, "noise", step), x1.shape, jnp.float32)
     t = training_times(
         rng.key(seed, "time", step),
         size,

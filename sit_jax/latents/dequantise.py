@@ -59,4 +59,4 @@ def gaussian(
 
 
 def _draw(distribution: Callable, keys_b: jax.Array, images_bhwc: jax.Array) -> jax.Array:
-    return jax.vmap(lambda key: distribution(key, images_bhwc.shape[1:]))(keys_b)
+    return jax.vmap(lambda key: distribution(key, images_bhwc.shape[1:], jnp.float32))(keys_b)

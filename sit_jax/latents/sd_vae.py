@@ -57,7 +57,7 @@ def open_sd_vae(options: VaeOptions, per_device: PerDevice = lambda apply: apply
 
     def encode(params: Any, keys_b: jax.Array, records: Records) -> jax.Array:
         mean, logvar = jnp.split(moments_of(params, normalise(records["image"])), 2, axis=-1)
-        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys_b)
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys_b)
         return scale * (mean + jnp.exp(logvar / 2) * noise)
 
     def shape(spec: RecordSpec) -> Shape:

@@ -37,5 +37,5 @@ class ClassLabels:
         A network that is trained with and without labels can be guided without a classifier
         (Ho & Salimans, arXiv 2207.12598).
         """
-        dropped_b = jax.random.uniform(key, condition.shape) < rate
+        dropped_b = jax.random.uniform(key, condition.shape, jnp.float32) < rate
         return jnp.where(dropped_b, self.classes, condition)

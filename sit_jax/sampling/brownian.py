@@ -24,7 +24,7 @@ def keyed_draw(keys_b: jax.Array, shape: tuple[int, ...]) -> Draw:
     def draw(step: jax.Array, which: int) -> jax.Array:
         def row(key: jax.Array) -> jax.Array:
             key = jax.random.fold_in(jax.random.fold_in(key, step), which)
-            return jax.random.normal(key, shape)
+            return jax.random.normal(key, shape, jnp.float32)
 
         return jax.vmap(row)(keys_b)
 

@@ -21,8 +21,11 @@ from sit_jax.transport.prediction import Predict
 
 # (key, shape) -> a probe
 PROBES: dict[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
-    "rademacher": jax.random.rademacher,
-    "gaussian": jax.random.normal,
+    # Not jax.random.rademacher, whose draws are others when 64-bit types are enabled.
+    "rademacher": lambda key, shape: jnp.where(
+        jax.random.bernoulli(key, jnp.float32(0.5), shape), 1.0, -1.0
+    ),
+    "gaussian": lambda key, shape: jax.random.normal(key, shape, jnp.float32),
 }
 # Directions that the exact trace takes at once, with the memory of as many forward passes.
 _DIRECTIONS = 16

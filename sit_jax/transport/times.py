@@ -30,7 +30,7 @@ def training_times(
     unknown distribution.
     """
     if distribution == "uniform":
-        return rescale(interval, jax.random.uniform(key, (n,)))
+        return rescale(interval, jax.random.uniform(key, (n,), jnp.float32))
     if distribution == "logit-normal":
         logits = mean + std * jax.random.normal(key, (n,), jnp.float32)
         return rescale(interval, jax.nn.sigmoid(logits))
