@@ -55,8 +55,8 @@ def load(workdir: epath.PathLike, weights: str = "ema") -> "Run":
     config = config_lib.load(str(recorded))
     # Data-parallel over the devices here, however the run was trained.
     setup = Setup(config, sharding.make_mesh(-1, 1, 1))
-    step, params = restore_weights(setup, folder, weights)
-    return Run(setup, step, params)
+    restored = restore_weights(setup, folder, weights)
+    return Run(setup, restored.step, restored.params)
 
 
 class Run:

@@ -1,20 +1,23 @@
 """Checkpoints by Orbax, each with a manifest that is checked before the checkpoint is used.
 
 The folder of a step holds named items (params, ema, opt_state), so that weights can be restored by
-themselves, a JSON note, and manifest.json with the size and SHA-256 of every file. Orbax commits a
-step by a rename, and the manifest is written after that. So a step without a manifest is
-unfinished, and one whose files disagree with its manifest is damaged. Neither is ever used, and
-neither is deleted before a newer step is complete.
+themselves, a JSON note, and a manifest. Orbax commits a step by a rename, and the manifest is
+written after that. So a step without a manifest is unfinished, and one whose files disagree with
+its manifest is damaged. Neither is ever used, and neither is deleted before a newer step is
+complete.
+
+Beside the folder lies run.json with a random id of the run. It is written once the first checkpoint
+is complete, so it also tells a run that has lost its checkpoints from one that never had any.
 """
 
 import contextlib
 import copy
-import hashlib
 import itertools
 import json
 import logging
 import os
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,13 +25,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sit_jax import hosts, storage
+from sit_jax import hosts, manifest, storage
 from sit_jax.errors import UserError
 
-_MANIFEST = "manifest.json"
+_RECORD = "run.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder until it renames it
 _DAMAGED = ".damaged"  # our suffix for the old folder of a step that is saved again
-_CHUNK = 2**24  # bytes
 
 
 # Errors are reported here, once and in one line. Orbax also logs them, as pages of tracebacks, and
@@ -51,6 +53,8 @@ class Checkpoints:
         With `keep_last`, older steps are deleted, except multiples of `keep_every`.
         """
         self._folder = epath.Path(folder).resolve()
+        self._record = self._folder.parent / _RECORD
+        self._run = _read_run(self._record)  # None: not known yet
         self._items = tuple(items)
         self._keep_last = keep_last
         self._keep_every = keep_every
@@ -89,19 +93,41 @@ class Checkpoints:
         # Process 0 decides: another process might read a different state of the disk.
         step, problems = hosts.broadcast_from_first(self._find_newest_complete)
         if step is not None:
-            hosts.check_all_see(self._folder / str(step) / _MANIFEST)
+            hosts.check_all_see(self._folder / str(step) / manifest.NAME)
         return step, problems
 
     def _find_newest_complete(self) -> tuple[int | None, list[str]]:
         problems: list[str] = []
-        committed = [(step, self._folder / str(step)) for step in self._steps()]
-        folders = committed + self._folders_with_suffix(_UNFINISHED)
+        folders = self._saved()
         for step, folder in sorted(folders, reverse=True):
-            problem = _damage(folder)
+            problem = manifest.problem(folder, step, self._run)
             if problem is None:
+                self._run = self._run or manifest.read(folder).run
                 return step, problems
-            problems.append(f"checkpoint {folder} is not used: {problem}")
-        return None, problems
+            if folder.exists():  # else a training run has deleted it, after a newer one
+                problems.append(f"checkpoint {folder} is not used: {problem}")
+        # While this looked, a training run may have completed a newer one and deleted these.
+        return (None, problems) if self._saved() == folders else self._find_newest_complete()
+
+    def _saved(self) -> list[tuple[int, epath.Path]]:
+        """Return (step, folder) of everything that Orbax has saved or begun to save."""
+        committed = [(step, self._folder / str(step)) for step in self._steps()]
+        return committed + self._folders_with_suffix(_UNFINISHED)
+
+    def has_trained(self) -> bool:
+        """Return True if the run has had a complete checkpoint, even if all are lost now."""
+
+        def look() -> bool:
+            steps = self._steps()
+            manifests = [self._folder / str(step) / manifest.NAME for step in steps]
+            # A run of an earlier version has no record. Only its newest step may be unfinished.
+            return self._record.exists() or len(steps) > 1 or any(m.exists() for m in manifests)
+
+        return hosts.broadcast_from_first(look)
+
+    def digest(self, step: int, item: str) -> str:
+        """Return a name for the content of one item of a complete step, 16 hexadecimal digits."""
+        return hosts.broadcast_from_first(lambda: manifest.digest(self._folder / str(step), item))
 
     def save(self, step: int, items: Mapping[str, Any], note: Mapping[str, Any]) -> None:
         """Start to save trees of arrays and a note.
@@ -204,8 +230,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if not hosts.is_first():
                 return
-            folder = self._folder / str(step)
-            storage.write_text(folder / _MANIFEST, json.dumps(_digests(folder), indent=1))
+            self._run = self._run or uuid.uuid4().hex[:12]
+            manifest.write(self._folder / str(step), step, self._run)
+            if not self._record.exists():
+                storage.write_text(self._record, json.dumps({"run": self._run}) + "\n")
             self._delete_old(step)
         except BaseException as error:  # lost if raised in this thread; wait() raises it
             self._failure = step, error
@@ -216,7 +244,7 @@ class Checkpoints:
         Later steps are damaged, or else `newest` would not have been saved, and are left alone.
         """
         steps = sorted(step for step in self._steps() if step <= newest)
-        finished = [step for step in steps if (self._folder / str(step) / _MANIFEST).exists()]
+        finished = [step for step in steps if (self._folder / str(step) / manifest.NAME).exists()]
         oldest_kept = finished[-self._keep_last :][0] if self._keep_last else 0
         # All steps, not only those with a manifest: a kill during a deletion leaves some without.
         for step in steps:
@@ -229,63 +257,25 @@ class Checkpoints:
                     folder.rmtree()
 
     def _steps(self) -> list[int]:
-        return [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
+        return [int(path.name) for path in self._folder.iterdir() if _is_step(path.name)]
 
     def _folders_with_suffix(self, suffix: str) -> list[tuple[int, epath.Path]]:
         """Return (step, folder) for every folder named by a step and this suffix."""
         folders = [(path.name.partition(".")[0], path) for path in self._folder.glob(f"*{suffix}")]
-        return [(int(name), path) for name, path in folders if name.isdigit()]
+        return [(int(name), path) for name, path in folders if _is_step(name)]
 
 
-def _files(folder: epath.Path) -> dict[str, epath.Path]:
-    """Return every file below a folder except the manifest, by its relative name."""
-    files: dict[str, epath.Path] = {}
-    for path in folder.iterdir():
-        if path.is_dir():
-            files |= {f"{path.name}/{name}": file for name, file in _files(path).items()}
-        elif path.name != _MANIFEST:
-            files[path.name] = path
-    return files
+def _is_step(name: str) -> bool:
+    """Return True for the name of a step's folder: not for "007", and not for "²", also a digit."""
+    return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
-def _digests(folder: epath.Path) -> dict[str, dict[str, Any]]:
-    """Return the manifest of a folder: {relative name: {"bytes": size, "sha256": hex}}."""
-    return {
-        name: {"bytes": path.stat().length, "sha256": _sha256(path)}
-        for name, path in sorted(_files(folder).items())
-    }
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _damage(folder: epath.Path) -> str | None:
-    """Return the reason why a step's folder cannot be used, in a few words; None if it can."""
+def _read_run(record: epath.Path) -> str | None:
+    """Return the id in run.json, or None if there is none."""
     try:
-        entries = json.loads((folder / _MANIFEST).read_text())
-        manifest = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except FileNotFoundError:
-        return "its manifest is missing, so the save did not finish"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"its manifest cannot be read ({type(error).__name__}: {error})"
-    if not manifest:
-        return "its manifest is empty"
-    files = _files(folder)
-    for name, (expected_size, _) in manifest.items():  # first, because it costs nothing
-        if name not in files:
-            return f"{name} is missing"
-        size = files[name].stat().length
-        if size != expected_size:
-            return f"{name} has {size} bytes instead of {expected_size}"
-    for name, (_, digest) in manifest.items():
-        if _sha256(files[name]) != digest:
-            return f"the content of {name} has changed"
-    return None
+        return str(json.loads(record.read_text())["run"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _check_same_shapes(item: str, stored: Any, target: Any) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -28,6 +28,8 @@ from sit_jax.validation import validate
 CHANGEABLE = (
     "train.steps",
     "train.skip_nonfinite",
+    "train.accumulation",
+    "train.ema_decay",
     "data.path",
     "data.workers",
     "data.skip_unreadable",
@@ -36,12 +38,17 @@ CHANGEABLE = (
     "model.remat",
     "model.attention",
     "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
     "transport.sample_eps",
     "sample.",
     "likelihood.",
     "sweep.",
     "checkpoint.",
     "log.",
+    "precision.",
     "mesh.",
 )
 # Settings that trained weights depend on. Modes other than train may change all others.
@@ -101,6 +108,20 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     before = flatten(old)
     after = flatten(new)
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def changes_since(recorded: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return `changes` from the flat settings that a checkpoint has recorded as JSON.
+
+    Settings that it lacks, because they are newer, had their defaults.
+    """
+    before = flatten(Config()) | {key: _from_json(value) for key, value in recorded.items()}
+    after = flatten(config)
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+
+
+def _from_json(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _split_argument(spec: str) -> tuple[str, str | None]:

@@ -59,10 +59,7 @@ def run_on_devices(flags: argparse.Namespace, overrides: Overrides) -> None:
 
 
 def load_config(flags: argparse.Namespace, overrides: Overrides) -> Config:
-    """Return the config of the flags, or the workdir's own.
-
-    Raises `UserError` if both exist and belong to different runs.
-    """
+    """Return the config of the flags, or the workdir's own if they name none."""
     if not flags.workdir:
         check(
             flags.config,
@@ -75,25 +72,7 @@ def load_config(flags: argparse.Namespace, overrides: Overrides) -> Config:
         f"--workdir {flags.workdir!r} holds no run yet; give --config as well, such as --config "
         "configs/digits.py",
     )
-    config = config_lib.load(flags.config or str(recorded), overrides)
-    if recorded.exists() and not flags.fork:
-        refuse_another_run(config_lib.load(str(recorded)), config, flags)
-    return config
-
-
-def refuse_another_run(recorded: Config, config: Config, flags: argparse.Namespace) -> None:
-    """Raise `UserError` that names every setting this mode may not change, with both values."""
-    changes = config_lib.changes(recorded, config).items()
-    if flags.mode == "train":
-        refused = [item for item in changes if not item[0].startswith(config_lib.CHANGEABLE)]
-    else:
-        refused = [item for item in changes if item[0].startswith(config_lib.NETWORK)]
-    listed = ", ".join(f"{key} is {new!r} but was {old!r}" for key, (old, new) in refused)
-    check(
-        not refused,
-        f"the run in {flags.workdir!r} is another one: {listed}; keep the recorded values, use "
-        "another --workdir, or --fork NEWDIR for a new run from these weights",
-    )
+    return config_lib.load(flags.config or str(recorded), overrides)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,19 @@ which a run resumes.
 
 import concurrent.futures
 import contextlib
-import json
+import functools
 import math
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import tqdm
 from absl import logging
 from etils import epath
 
-from sit_jax import hosts, storage
-from sit_jax.errors import UserError
+from sit_jax import hosts, sinks, storage
 
 _COPY_EVERY_S = 60.0
 
@@ -52,7 +49,8 @@ class MetricLog(contextlib.AbstractContextManager):
         workdir = epath.Path(workdir)
         folder = workdir  # where the sinks write; a remote workdir gets copies
         self._mirror: _Mirror | None = None
-        self._sinks: list[_Sink] = []
+        self._sinks: dict[str, sinks.Sink] = {}
+        self._failing: set[str] = set()  # sinks that could not write the last time
         # Closes the sinks in reverse order, also if a later one cannot be opened.
         with contextlib.ExitStack() as stack:
             if not hosts.is_first():
@@ -62,40 +60,62 @@ class MetricLog(contextlib.AbstractContextManager):
                 temporary = tempfile.TemporaryDirectory(prefix="sit_jax_log_")
                 folder = epath.Path(stack.enter_context(temporary))
                 self._mirror = _Mirror(folder, workdir)
-                stack.callback(self._mirror.close)
+                stack.callback(_close, f"the copy of the logs in {workdir}", self._mirror)
 
-            def add(sink: _Sink) -> None:
-                self._sinks.append(sink)
-                stack.callback(sink.close)
+            def add(place: str, sink: sinks.Sink) -> None:
+                self._sinks[place] = sink
+                stack.callback(_close, place, sink)
 
             if wandb_project:  # first: it may fail, and no other sink has dropped rows yet
-                run_id = _wandb_id(workdir / "wandb_id.txt")
+                run_id = sinks.wandb_id(workdir / "wandb_id.txt")
                 add(
-                    _Wandb(
+                    "Weights & Biases",
+                    sinks.Wandb(
                         folder,
                         project=wandb_project,
                         run_id=run_id,
                         run_name=run_name,
                         config=config,
-                    )
+                    ),
                 )
-            add(_Jsonl(folder / "metrics.jsonl", start_step))
+            add("metrics.jsonl", sinks.Jsonl(folder / "metrics.jsonl", start_step))
             if tensorboard:
-                add(_TensorBoard(folder / "tensorboard", start_step))
+                add("tensorboard/", sinks.TensorBoard(folder / "tensorboard", start_step))
             self._closing = stack.pop_all()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log the named numbers of one step; a value may be anything that `float` accepts."""
         values = {name: float(value) for name, value in values.items()}
-        for sink in self._sinks:
-            sink.scalars(step, values)
+        for place, sink in self._sinks.items():
+            self._try(place, functools.partial(sink.scalars, step, values))
         if self._mirror:
             self._mirror.tick()
 
     def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
         """Log one uint8 image (c = 1 or 3) to TensorBoard and W&B."""
-        for sink in self._sinks:
-            sink.image(step, name, image_hwc)
+        for place, sink in self._sinks.items():
+            self._try(place, functools.partial(sink.image, step, name, image_hwc))
+
+    def flush(self) -> None:
+        """Try again to write what could not be written."""
+        for place in sorted(self._failing):
+            self._try(place, self._sinks[place].flush)
+
+    def _try(self, place: str, write: Callable[[], None]) -> None:
+        """Write to a sink. A log that fails is a warning, and does not end or delay the run."""
+        try:
+            write()
+        except Exception as error:  # wandb has errors of its own
+            if place not in self._failing:
+                self._failing.add(place)
+                warn(
+                    f"{place} cannot be written ({storage.reason(error)}); training goes on, and "
+                    "tries again"
+                )
+            return
+        if place in self._failing:
+            self._failing.remove(place)
+            warn(f"{place} is written again, without a gap")
 
     def close(self) -> None:
         """Flush and close every sink and the remote copy; a second call does nothing."""
@@ -105,110 +125,19 @@ class MetricLog(contextlib.AbstractContextManager):
         self.close()
 
 
-class _Sink(Protocol):
-    def scalars(self, step: int, values: dict[str, float]) -> None: ...
-    def image(self, step: int, name: str, image_hwc: np.ndarray) -> None: ...
-    def close(self) -> None: ...
+def _close(place: str, sink: "sinks.Sink | _Mirror") -> None:
+    """Close a sink. An error is a warning: the run itself is complete."""
+    try:
+        sink.close()
+    except Exception as error:
+        warn(f"{place} lacks its last rows ({storage.reason(error)})")
 
 
-class _Jsonl:
-    """A file with one JSON object per line, flushed after each."""
-
-    def __init__(self, path: epath.Path, start_step: int):
-        if path.exists():
-            storage.write_bytes(path, _rows_up_to(start_step, path.read_bytes()))
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - close() does
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        # JSON has no NaN: null keeps the row readable by every parser.
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
-
-    def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
-        """Ignore images: the file holds only numbers."""
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _rows_up_to(step: int, log: bytes) -> bytes:
-    """Return the complete rows of a log up to `step`."""
-    return b"".join(
-        line + b"\n" for line, row in storage.json_rows(log) if row.get("step", math.inf) <= step
-    )
-
-
-class _TensorBoard:
-    """One event file per start of the run.
-
-    purge_step makes TensorBoard hide the steps of older files that this run logs again.
-    """
-
-    def __init__(self, folder: epath.Path, start_step: int):
-        import tensorboardX  # here, because it imports torch where that is installed
-
-        # By default two minutes of events stay in memory. A kill would lose them, and a resumed run
-        # does not log the steps before its checkpoint again.
-        self._writer = tensorboardX.SummaryWriter(
-            str(folder), purge_step=start_step + 1, flush_secs=1
-        )
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
-        self._writer.add_image(name, image_hwc, step, dataformats="HWC")
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    """A W&B run. W&B ignores steps below its newest, so steps logged again do not appear twice."""
-
-    def __init__(
-        self, folder: epath.Path, *, project: str, run_id: str, run_name: str, config: dict
-    ):
-        try:
-            import wandb  # an optional dependency, imported only if a project is given
-        except ImportError as error:
-            raise UserError(
-                f"Weights & Biases project {project!r} is set, but the package wandb is not "
-                'installed; pip install -e ".[wandb]", or leave the project empty'
-            ) from error
-        self._wandb = wandb
-        try:
-            self._run = wandb.init(
-                project=project,
-                id=run_id,
-                name=run_name,
-                config=config,
-                resume="allow",
-                dir=str(folder),
-            )
-        except wandb.errors.Error as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"Weights & Biases project {project!r} could not be opened ({reason}); "
-                "run `wandb login`, set WANDB_MODE=offline, or leave the project empty"
-            ) from error
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
-
-    def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
-        self._run.log({name: self._wandb.Image(image_hwc)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _wandb_id(path: epath.Path) -> str:
-    """Return the run id in the file; write a new one if the file does not exist."""
-    if not path.exists():
-        storage.write_text(path, uuid.uuid4().hex[:8] + "\n")
-    return path.read_text().strip()
+def warn(message: str) -> None:
+    """Print a warning to stderr, above a progress bar."""
+    # A terminal that is closed or a log file on a full disk does not end a run.
+    with contextlib.suppress(OSError), tqdm.tqdm.external_write_mode(file=sys.stderr):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class _Mirror:
@@ -270,7 +199,8 @@ class Progress(contextlib.AbstractContextManager):
 
     def write(self, line: str) -> None:
         """Print a line to stdout, flushed, and redraw the bar below it."""
-        with tqdm.tqdm.external_write_mode(file=sys.stdout):
+        # A terminal that is closed or a log file on a full disk does not end a run.
+        with contextlib.suppress(OSError), tqdm.tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
 
     def close(self) -> None:

@@ -78,3 +78,14 @@ def make_optimizer(options: Options, total_steps: int) -> optax.GradientTransfor
     if options.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(options.clip_norm), adamw)
+
+
+def with_clipping(opt_state: Any, was_clipped: bool, is_clipped: bool) -> Any:
+    """Return a state of `make_optimizer` after `clip_norm` was set or unset: the same moments."""
+    adamw = opt_state[1] if was_clipped else opt_state
+    return (optax.EmptyState(), adamw) if is_clipped else adamw
+
+
+def update_count(opt_state: Any) -> Any:
+    """Return the number of updates made, at which the next one reads the schedule."""
+    return optax.tree.get(opt_state, "ScaleByScheduleState").count

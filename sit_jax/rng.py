@@ -14,7 +14,9 @@ def key(seed: int, stream: str, index: int | jax.Array = 0) -> jax.Array:
     """
     # As jax.random.key(seed), but $JAX_DEFAULT_PRNG_IMPL and $JAX_RANDOM_SEED_OFFSET cannot change
     # it.
-    run_key = jax.random.wrap_key_data(np.array([0, seed], np.uint32), impl="threefry2x32")
+    run_key = jax.random.wrap_key_data(
+        jnp.asarray(np.array([0, seed], np.uint32)), impl="threefry2x32"
+    )
     stream_key = jax.random.fold_in(run_key, zlib.crc32(stream.encode()))
     return jax.random.fold_in(stream_key, index)
 

@@ -8,6 +8,9 @@ would copy the object.
 import contextlib
 import json
 import os
+import re
+import socket
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -25,22 +28,93 @@ def is_remote(path: epath.PathLike) -> bool:
 def beside(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yield a path next to the local `path` for a new file or folder, renamed to `path` at the end.
 
-    The old file or folder stays until then. After an error the new one is removed instead.
+    The old file or folder stays until then. After an error the new one is removed instead. After a
+    kill, `clean_up` removes what is left, or completes the replacement of a folder.
     """
     path = epath.Path(path)
-    new = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
+    new = _sibling(path, "tmp")
     try:
         yield new
         if path.is_dir():
-            path.rename(old)  # os.replace does not replace a folder that holds files
-        os.replace(new, path)
+            _replace_folder(path, new)
+        else:
+            os.replace(new, path)
     except BaseException:
         _remove(new)
-        if old.exists() and not path.exists():
-            old.rename(path)
+        raise
+
+
+def _replace_folder(path: epath.Path, new: epath.Path) -> None:
+    """Rename a folder away, which os.replace does not do if it holds files, and `new` to `path`."""
+    complete = _sibling(path, "new")
+    old = _sibling(path, "old")
+    new.rename(complete)  # this name says that it is complete
+    path.rename(old)
+    try:
+        complete.rename(path)
+    except BaseException:
+        old.rename(path)
+        _remove(complete)
         raise
     _remove(old)
+
+
+def _sibling(path: epath.Path, kind: str) -> epath.Path:
+    """Return a hidden name beside a path that tells which process uses it."""
+    owner = f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
+    return path.parent / f".{path.name}.{owner}.{kind}"
+
+
+_HOST = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
+_SIBLING = re.compile(r"\.(?P<name>.+)\.(?P<host>\w+)-(?P<pid>\d+)-\w{4}\.(?P<kind>tmp|new|old)")
+# Earlier versions did not name the process. Such a file is dead if it has not changed for an hour.
+_OLD_SIBLING = re.compile(r"\.(?P<name>.+)\.\w{8}\.(?P<kind>tmp|old)")
+_DEAD_AFTER_S = 3600
+
+
+def clean_up(folder: epath.PathLike, name: str | None = None) -> None:
+    """Remove what writers that were killed have left in a local folder; only of `name`, if given.
+
+    A folder that was being replaced gets its name back: the new one if it is complete, otherwise
+    the old one. What a process that still runs, or one on another machine, is writing stays.
+    """
+    folder = epath.Path(folder)
+    if is_remote(folder) or not folder.is_dir():
+        return
+    left: dict[str, dict[str, epath.Path]] = {}
+    for path in folder.iterdir():
+        match = _SIBLING.fullmatch(path.name) or _OLD_SIBLING.fullmatch(path.name)
+        if match and name in (None, match["name"]) and _is_dead(path, match):
+            left.setdefault(match["name"], {})[match["kind"]] = path
+            if match["kind"] == "tmp":
+                _remove(path)
+    for target_name, by_kind in left.items():
+        target = folder / target_name
+        for kind in ("new", "old"):
+            if kind in by_kind and not target.exists():
+                by_kind[kind].rename(target)
+            elif kind in by_kind:
+                _remove(by_kind[kind])
+
+
+def _is_dead(path: epath.Path, match: re.Match[str]) -> bool:
+    if "pid" in match.groupdict():
+        return match["host"] == _HOST and not is_running(int(match["pid"]))
+    try:
+        return time.time() - path.stat().mtime > _DEAD_AFTER_S
+    except FileNotFoundError:
+        return False
+
+
+def is_running(pid: int) -> bool:
+    """Return True if a process of this machine has this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of another user, or no process number at all
+        return True
+    return True
 
 
 def _remove(path: epath.Path) -> None:
@@ -50,36 +124,56 @@ def _remove(path: epath.Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def reason(error: BaseException) -> str:
+    """Return an error's reason in a few words, without a path."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _writing(path: epath.PathLike) -> Iterator[None]:
+    """Raise `UserError` that names the file for an error of the file system."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{os.fspath(path)} cannot be written ({reason(error)}); make room or repair the "
+            "folder: the same command then continues"
+        ) from error
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Write `data` to a file atomically."""
+    """Write `data` to a file atomically. Raises `UserError` if it cannot be written."""
     path = epath.Path(path)
-    if is_remote(path):
-        path.write_bytes(data)
-        return
-    with beside(path) as new, open(new, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with _writing(path):
+        if is_remote(path):
+            path.write_bytes(data)
+            return
+        with beside(path) as new, open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Write `text` to a file atomically, as UTF-8."""
+    """Write `text` to a file atomically, as UTF-8. Raises `UserError` if it cannot be written."""
     write_bytes(path, text.encode())
 
 
 def append_text(path: epath.PathLike, text: str) -> None:
     """Append UTF-8 text to a file, not atomically: a kill may leave a part of it.
 
-    In an object store this writes the entire object again.
+    In an object store this writes the entire object again. Raises `UserError` if it cannot be
+    written.
     """
-    if is_remote(path):
-        path = epath.Path(path)
-        path.write_text((path.read_text() if path.exists() else "") + text)
-        return
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with _writing(path):
+        if is_remote(path):
+            path = epath.Path(path)
+            path.write_text((path.read_text() if path.exists() else "") + text)
+            return
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def json_rows(text: bytes) -> Iterator[tuple[bytes, dict]]:

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sit_jax import checkpoint, storage
+from sit_jax import manifest, storage
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError
 
@@ -85,7 +85,9 @@ def test_the_manifest_lists_every_file(folder):
         if p.is_file()
     }
     assert files.pop("manifest.json")
-    assert {name: entry["bytes"] for name, entry in listed.items()} == files
+    assert {name: entry["bytes"] for name, entry in listed["files"].items()} == files
+    run = json.loads((folder.parent / "run.json").read_text())["run"]
+    assert (listed["step"], listed["run"]) == (8, run)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,8 @@ def test_an_older_step_stays_until_the_newer_one_is_complete(tmp_path, monkeypat
     seen = []
 
     def write_manifest(path, text):
-        seen.append(names(tmp_path / "c"))
+        if path.name == "manifest.json":
+            seen.append(names(tmp_path / "c"))
         write_text(path, text)
 
     monkeypatch.setattr(storage, "write_text", write_manifest)
@@ -279,9 +282,9 @@ def test_every_file_is_checked(folder):
             continue
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        assert checkpoint._damage(storage.epath.Path(folder / "12")), path
+        assert manifest.problem(storage.epath.Path(folder / "12"), 12, None), path
         path.write_bytes(data)
-    assert checkpoint._damage(storage.epath.Path(folder / "12")) is None
+    assert manifest.problem(storage.epath.Path(folder / "12"), 12, None) is None
 
 
 @pytest.mark.parametrize("kind", ["cut", "flipped", "no manifest", "unfinished"])
@@ -292,7 +295,8 @@ def test_a_damaged_folder_stays_until_its_step_is_complete_again(folder, monkeyp
     seen = []
 
     def write_manifest(path, text):
-        seen.append([snapshot(moved) for moved in folder.glob("12.*damaged")])
+        if path.name == "manifest.json":
+            seen.append([snapshot(moved) for moved in folder.glob("12.*damaged")])
         write_text(path, text)
 
     monkeypatch.setattr(storage, "write_text", write_manifest)
@@ -436,7 +440,7 @@ def test_leaving_reports_a_failed_save_but_hides_no_other_error(tmp_path, monkey
             if error:
                 raise error
 
-    monkeypatch.setattr(checkpoint, "_digests", lambda folder: 1 / 0)
+    monkeypatch.setattr(manifest, "write", lambda folder, step, run: 1 / 0)
     with pytest.raises(UserError, match="checkpoint 4 could not be saved"):
         save_and_leave(4)
     with pytest.raises(KeyError):

@@ -35,6 +35,9 @@ class Recorder:
     def wait(self):
         pass
 
+    def flush(self):
+        pass
+
     def scalars(self, step, values):
         self.events.append(("line", step))
 
@@ -85,6 +88,7 @@ def make_loop(events):
             recorder,
             recorder,
             watcher.Watcher(setup, recorder, recorder, {}),
+            {},
         ),
     )
 

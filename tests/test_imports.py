@@ -11,8 +11,9 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 LEVELS = {
-    0: "transport sampling rng ema metrics storage hosts errors precision laws record runtime",
-    1: "models latents data optimizer sharding checkpoint image_io metric_log report",
+    0: "transport sampling rng ema metrics storage hosts errors precision laws record runtime"
+    " manifest",
+    1: "models latents data optimizer sharding checkpoint image_io metric_log sinks report lock",
     2: "train_state train_step",
     3: "jobs config settings validation convert",
     4: "api main command_line settings_help",
@@ -26,7 +27,9 @@ BESIDE = {
     "sampling": {"transport", "errors"},
     "metrics": {"errors"},
     "storage": {"errors"},
+    "manifest": {"storage"},
     "hosts": {"errors"},
+    "metric_log": {"sinks"},
     "train_step": {"train_state"},
     "validation": {"settings"},
     "config": {"settings", "validation"},

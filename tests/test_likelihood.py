@@ -3,6 +3,7 @@
 Every mistake is reported in one line.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -230,10 +231,10 @@ def test_latents_are_not_dequantised_and_their_factor_is_taken_out(half_latents)
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
 
 
-def test_the_output_says_that_log_p_is_the_density_of_latents(half_latents, run_copy):
-    config = run_copy / "config.json"
-    config.write_text(config.read_text().replace('"codec": "pixels"', '"codec": "sd-vae"'))
-    out = evaluate(run_copy)
+def test_the_output_says_that_log_p_is_the_density_of_latents(half_latents, tmp_path):
+    run = tmp_path / "run"
+    succeed(*TINY, *flags(latents__codec="sd-vae", log__sheet_every=0), "--workdir", run)
+    out = evaluate(run)
     assert (
         "density of the latents, their factor 0.5 taken out; continuous, so not dequantised" in out
     )
@@ -242,7 +243,7 @@ def test_the_output_says_that_log_p_is_the_density_of_latents(half_latents, run_
         "are continuous"
     )
     flag = "--config.likelihood.dequantisation=uniform"
-    assert words in refusal("--workdir", run_copy, "--mode", "likelihood", flag)
+    assert words in refusal("--workdir", run, "--mode", "likelihood", flag)
 
 
 def test_matmuls_have_the_highest_precision_unless_configured(monkeypatch):
@@ -367,8 +368,9 @@ def test_weights_that_are_not_finite_end_in_one_line(run_copy, monkeypatch):
     restore = likelihood.restore_weights
 
     def broken(*arguments):
-        step, params = restore(*arguments)
-        return step, jax.tree.map(lambda leaf: leaf * np.nan, params)
+        weights = restore(*arguments)
+        params = jax.tree.map(lambda leaf: leaf * np.nan, weights.params)
+        return dataclasses.replace(weights, params=params)
 
     monkeypatch.setattr(likelihood, "restore_weights", broken)
     message = refusal("--workdir", run_copy, "--mode", "likelihood", *flags(**FAST))

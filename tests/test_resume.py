@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from sit_jax import checkpoint, train_step
 from sit_jax import config as config_lib
+from sit_jax import manifest, train_step
 from sit_jax.errors import UserError
 from sit_jax.jobs import train
 from sit_jax.jobs.loop import Loop
@@ -160,15 +160,15 @@ def test_no_more_updates_are_skipped_than_allowed_even_after_a_restart(
 @pytest.fixture
 def full_disk(monkeypatch):
     """`full_disk(4)` makes the save of step 4 fail as on a full disk."""
-    digests = checkpoint._digests
+    write = manifest.write
 
     def fill(*steps):
-        def fail(folder):
-            if int(folder.name) in steps:
+        def fail(folder, step, run):
+            if step in steps:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return digests(folder)
+            write(folder, step, run)
 
-        monkeypatch.setattr(checkpoint, "_digests", fail)
+        monkeypatch.setattr(manifest, "write", fail)
 
     return fill
 
@@ -179,7 +179,7 @@ def test_a_save_that_fails_is_a_warning_and_the_next_one_works(folders, full_dis
     full_disk(4, 6)
     train.train(config(**settings), workdir)
     warnings = [
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")
     ]
     assert [line.split(" in ")[0] for line in warnings] == [
         f"warning: checkpoint {step} could not be saved" for step in (4, 6)

@@ -13,6 +13,7 @@ from sit_jax import checkpoint
 from sit_jax import config as config_lib
 from sit_jax.jobs.sampler import sampler_settings
 from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.jobs.workdir import Weights
 from sit_jax.laws import declared
 from sit_jax.settings import Config
 from tests.commands import TINY, flags, pictures, refusal, snapshot, succeed
@@ -97,8 +98,9 @@ IMAGE_KEYS = [
 @pytest.mark.parametrize("key", IMAGE_KEYS)
 def test_every_setting_that_changes_an_image_is_in_the_settings_of_its_folder(key):
     config = Config()
-    settings = sampler_settings(Setup(config, None), 4, None)
-    changed = sampler_settings(Setup(change(config, key), None), 4, None)
+    weights = Weights(4, {}, "0123", {})
+    settings = sampler_settings(Setup(config, None), weights, None)
+    changed = sampler_settings(Setup(change(config, key), None), weights, None)
     no_image = {"sample.count", "sample.batch", "sample.columns", "sample.scale"}
     assert (changed == settings) == (key in no_image)
 
@@ -122,7 +124,7 @@ def test_autoguidance_leads_away_from_another_run(run_copy, weak):
     ours = pictures(sample(run_copy, **unguided))
     plain = pictures(sample(run_copy, **settings))
     folder = sample(run_copy, **settings, sample__guide=weak)
-    assert json.loads((folder / "settings.json").read_text())["guide_step"] == 2
+    assert json.loads((folder / "settings.json").read_text())["guide"]["step"] == 2
     guided = pictures(folder)
     assert any((guided[name] != plain[name]).any() for name in ours)
     # One Euler step is linear in the velocity, so the guided image is 3 times this run's unguided

@@ -1,7 +1,9 @@
 """Opens the data source of a config, and reads batches of it for the devices."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -23,6 +25,30 @@ def open_source(setup: Setup) -> sources.Source:
         f"data.classes={classes}",
     )
     return source
+
+
+def describe(source: sources.Source) -> dict[str, Any]:
+    """Return what a checkpoint records of the data: the class names and the number of images."""
+    return {"class_names": list(source.class_names), "images": len(source)}
+
+
+def check_same_classes(note: Mapping[str, Any], source: sources.Source) -> None:
+    """Raise `UserError` if the labels of the data mean other classes than those trained on.
+
+    `note` is a checkpoint's. Earlier versions recorded no data.
+    """
+    trained = note.get("data", {}).get("class_names")
+    if trained is None:
+        return
+    pairs = enumerate(itertools.zip_longest(trained, source.class_names))
+    label, (before, now) = next(
+        ((k, pair) for k, pair in pairs if pair[0] != pair[1]), (0, ("", ""))
+    )
+    check(
+        before == now,
+        f"these are other classes than the run was trained on: label {label} was {before!r} and is "
+        f"now {now!r}; give the data set it was trained on (data.path), or start a new run",
+    )
 
 
 @contextlib.contextmanager

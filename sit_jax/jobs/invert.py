@@ -37,15 +37,15 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     )
     source = hosts.run_on_all(lambda: open_source(setup))
     count = min(options.count, len(source))
-    step, params = restore_weights(setup, workdir, options.weights)
+    weights = restore_weights(setup, workdir, options.weights)
     guide = open_guide(config)
-    settings = sampler_settings(setup, step, guide)
+    settings = sampler_settings(setup, weights, guide)
     settings |= {"data_path": config.data.path, "split": config.data.split}
-    results = Results(workdir / "inversions", sampler_name(options, step), settings)
+    results = Results(workdir / "inversions", sampler_name(options, weights.step), settings)
     missing = results.missing_images(count)
     print(
         f"inverting {len(missing)} of {count} images of split {config.data.split!r} under step "
-        f"{step}, into {results.folder}"
+        f"{weights.step}, into {results.folder}"
     )
     invert = make_inverter(setup, guide)
     batches = read_in_order(setup, source, missing, options.batch, skip_unreadable=False)
@@ -55,7 +55,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
             padded = pipeline.pad(batch, options.batch)
             condition = setup.conditioning.from_records(padded)
             noise_bhwc, reconstructed_bhwc, error_b, evaluations = hosts.to_host(
-                invert(params, padded["index"], padded, condition)
+                invert(weights.params, padded["index"], padded, condition)
             )
             bad = batch["index"][~np.isfinite(error_b[:size])]
             check(

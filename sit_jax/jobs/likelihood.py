@@ -19,7 +19,7 @@ from sit_jax.jobs.data import open_source, read_in_order
 from sit_jax.jobs.job import Job, Overrides
 from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.setup import Setup, call_with_batches, check_batch, jit_for_batches, set_up
-from sit_jax.jobs.workdir import restore_weights
+from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.latents import dequantise
 from sit_jax.sampling import density
 from sit_jax.settings import Config
@@ -186,20 +186,20 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         f"likelihood.count is {count}, but split {data.split!r} of the {data.source} source has "
         f"{len(source)} images",
     )
-    step, params = restore_weights(setup, workdir, options.weights)
+    weights = restore_weights(setup, workdir, options.weights)
     meaning = density_target(setup).meaning
-    settings = _results_settings(setup, step, meaning)
-    results = Results(workdir / "likelihood", _results_name(setup, step), settings)
+    settings = _results_settings(setup, weights, meaning)
+    results = Results(workdir / "likelihood", _results_name(setup, weights.step), settings)
     rows = results.read_rows()
     evaluated = {row["index"] for row in rows}
     missing = [index for index in range(count) if index not in evaluated]
     print(
-        f"log p of {len(missing)} of {count} images of split {data.split!r} under step {step}, "
-        f"into {results.folder}"
+        f"log p of {len(missing)} of {count} images of split {data.split!r} under step "
+        f"{weights.step}, into {results.folder}"
     )
     print(f"unguided; {meaning}", flush=True)
     with progress_bar(len(missing), "image") as bar:
-        for new_rows, evaluations in evaluate(setup, source, params, missing):
+        for new_rows, evaluations in evaluate(setup, source, weights.params, missing):
             results.add_rows(new_rows)
             rows += new_rows
             bar.update(min(options.batch, len(missing) - bar.n))
@@ -228,11 +228,12 @@ def _results_name(setup: Setup, step: int) -> str:
     return f"step{step}-{options.weights}-{split}-{options.solver}-{trace}-seed{options.seed}"
 
 
-def _results_settings(setup: Setup, step: int, meaning: str) -> dict[str, Any]:
-    """Return every setting that an image's log p depends on."""
+def _results_settings(setup: Setup, weights: Weights, meaning: str) -> dict[str, Any]:
+    """Return everything that an image's log p depends on."""
     config = setup.config
     settings: dict[str, Any] = {
-        "step": step,
+        "step": weights.step,
+        "checkpoint": weights.digest,
         "log_prob": meaning,
         "data": dataclasses.asdict(config.data),
         "precision": dataclasses.asdict(config.precision),
@@ -244,7 +245,7 @@ def _results_settings(setup: Setup, step: int, meaning: str) -> dict[str, Any]:
         del settings["likelihood"][key]
     for key in ("workers", "flip", "skip_unreadable"):
         del settings["data"][key]
-    return settings
+    return settings | setup.codec_settings()
 
 
 def _print_summary(summary: dict[str, Any], unreadable: int) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -21,7 +21,7 @@ from sit_jax.jobs import sampler
 from sit_jax.jobs.results import make_sheet
 from sit_jax.jobs.setup import Setup
 from sit_jax.jobs.watcher import Watcher
-from sit_jax.metric_log import MetricLog, Progress
+from sit_jax.metric_log import MetricLog, Progress, warn
 from sit_jax.train_state import TrainState
 
 Step = Callable[[TrainState, dict, Any], tuple[TrainState, dict]]
@@ -38,13 +38,16 @@ class Loop:
         log: MetricLog,
         progress: Progress,
         watcher: Watcher,
+        data: Mapping[str, Any],
     ):
+        """Prepare to train. `data` describes the data set, for the checkpoints."""
         self._setup = setup
         self._workdir = workdir
         self._checkpoints = checkpoints
         self._log = log
         self._progress = progress
         self._watcher = watcher
+        self._data = data
         self._sampler = sampler.make_sampler(setup, sampler.open_guide(setup.config))
         self._saved: int | None = None  # the step last handed to checkpoints
 
@@ -98,11 +101,16 @@ class Loop:
         self._saved = step
         # Log first, so that a run that continues from this checkpoint finds every row.
         self._watcher.write_due_line()
-        note = {"config": config_lib.flatten(self._setup.config), "log": self._watcher.to_carry()}
+        self._log.flush()
+        note = {
+            "config": config_lib.flatten(self._setup.config),
+            "data": self._data,
+            "log": self._watcher.to_carry(),
+        }
         try:
             self._checkpoints.wait()
         except UserError as error:  # the previous save failed: warn, and try this one
-            self._progress.write(f"warning: {error}")
+            warn(str(error))
         self._checkpoints.save(step, state.items(), note)
 
     def _draw_sheet(self, step: int, ema: Any) -> None:
@@ -121,8 +129,11 @@ class Loop:
         image = make_sheet(config, images)
         self._log.image(step, "samples", image)
         folder = self._workdir / "sheets"
-        folder.mkdir(exist_ok=True)
-        storage.write_bytes(folder / f"step_{step:08d}.png", encode_png(image))
+        try:
+            folder.mkdir(exist_ok=True)
+            storage.write_bytes(folder / f"step_{step:08d}.png", encode_png(image))
+        except (OSError, UserError) as error:  # the next one may find room
+            warn(f"no sheet of step {step}: {error}")
 
 
 def _must_stop(step: int, stop: threading.Event) -> bool:

@@ -28,7 +28,7 @@ from sit_jax.jobs.sampler import (
 )
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.sweep import read_images
-from sit_jax.jobs.workdir import restore_weights
+from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.metrics.pixels import as_features, cross_validated_accuracy, fit_classifier
 from sit_jax.settings import Config
 
@@ -49,7 +49,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         f"scale{'s' * (len(scales) > 1)}; give as many fractions or fewer",
     )
     source = hosts.run_on_all(lambda: open_source(setup))
-    step, params = restore_weights(setup, workdir, config.sample.weights)
+    weights = restore_weights(setup, workdir, config.sample.weights)
     guide = open_guide(config)
     # Evenly spaced, because a source may be sorted by class.
     count = min(config.sweep.reference_count, len(source))
@@ -65,8 +65,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     accuracy = cross_validated_accuracy(features, labels)
     print(f"the classifier reads {accuracy:.1%} of the real images it was not trained on")
     classifier = fit_classifier(features, labels)
-    name = sampler_name(config.sample, step)
-    results = Results(workdir / "quality", name, _results_settings(setup, step, guide))
+    name = sampler_name(config.sample, weights.step)
+    results = Results(workdir / "quality", name, _results_settings(setup, weights, guide))
     summary: dict[str, Any] = {
         "samples": config.sample.count,
         "real_images": len(images),
@@ -75,7 +75,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         "agreement": {},
     }
     for scale in scales:
-        drawn, drawn_labels, seconds = _draw(setup, params, guide, scale)
+        drawn, drawn_labels, seconds = _draw(setup, weights.params, guide, scale)
         agreement = float(np.mean(classifier.predict(as_features(drawn)) == drawn_labels))
         summary["agreement"][f"cfg {scale:g}"] = agreement
         print(
@@ -98,10 +98,10 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         )
 
 
-def _results_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str, Any]:
+def _results_settings(setup: Setup, weights: Weights, guide: Guide | None) -> dict[str, Any]:
     """Return every setting that the summary depends on."""
     return {
-        **sampler_settings(setup, step, guide),
+        **sampler_settings(setup, weights, guide),
         "count": setup.config.sample.count,
         "reference_count": setup.config.sweep.reference_count,
         "data": dataclasses.asdict(setup.config.data),

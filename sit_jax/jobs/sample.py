@@ -28,19 +28,21 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     """
     setup = set_up(config)
     options = config.sample
-    step, params = restore_weights(setup, workdir, options.weights)
+    weights = restore_weights(setup, workdir, options.weights)
     guide = open_guide(config)
-    settings = sampler_settings(setup, step, guide)
-    results = Results(workdir / "samples", sampler_name(options, step), settings)
+    settings = sampler_settings(setup, weights, guide)
+    results = Results(workdir / "samples", sampler_name(options, weights.step), settings)
     frames = ImageWriter(results.folder / "frames") if options.frames else None
     missing = np.asarray(results.missing_images(options.count))
     print(
-        f"sampling {len(missing)} of {options.count} images from step {step} into {results.folder}",
+        f"sampling {len(missing)} of {options.count} images from step {weights.step} into "
+        f"{results.folder}",
         flush=True,
     )
     sampler = make_sampler(setup, guide)
+    batches = sample_images(setup, sampler, weights.params, missing)
     with progress_bar(len(missing), "image") as bar:
-        for indices, images_bfhwc, evaluations in sample_images(setup, sampler, params, missing):
+        for indices, images_bfhwc, evaluations in batches:
             for row in results.own_rows(len(indices)):
                 index = int(indices[row])
                 strip_fhwc = images_bfhwc[row]

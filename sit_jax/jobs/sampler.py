@@ -14,11 +14,11 @@ from sit_jax import hosts, rng, sharding
 from sit_jax.errors import check
 from sit_jax.image_io import to_uint8
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches, set_up
-from sit_jax.jobs.workdir import restore_weights
+from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.sampling import ode, sde
 from sit_jax.sampling.brownian import keyed_draw
 from sit_jax.sampling.guidance import with_guidance
-from sit_jax.settings import Config, Precision, Sample
+from sit_jax.settings import Config, Sample
 from sit_jax.transport.interval import Interval, ode_interval, sde_interval
 from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
 
@@ -33,9 +33,8 @@ class Guide:
     `network` is (params, x_bhwc, t_b, condition) -> like x_bhwc.
     """
 
-    step: int  # of its checkpoint
+    weights: Weights
     network: Callable[..., jax.Array]
-    params: Any
 
 
 def make_sampler(setup: Setup, guide: Guide | None = None) -> Sampler:
@@ -149,7 +148,7 @@ def _guided(setup: Setup, guide: Guide | None, both_params: Any, condition: Any)
 
 def _call_with_guide(setup: Setup, guide: Guide | None, compiled: Callable) -> Callable:
     call = call_with_batches(setup, compiled)
-    guide_params = guide.params if guide else None
+    guide_params = guide.weights.params if guide else None
     return lambda params, *batch: call((params, guide_params), *batch)
 
 
@@ -252,8 +251,7 @@ def open_guide(config: Config) -> Guide | None:
         "give a run with the same data and transport",
     )
     setup = set_up(dataclasses.replace(config, model=guide_config.model))
-    step, params = restore_weights(setup, folder, config.sample.weights)
-    return Guide(step, setup.network, params)
+    return Guide(restore_weights(setup, folder, config.sample.weights), setup.network)
 
 
 def sampler_name(options: Sample, step: int) -> str:
@@ -263,24 +261,18 @@ def sampler_name(options: Sample, step: int) -> str:
     )
 
 
-def sampler_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str, Any]:
-    """Return every setting that a sampler's images depend on."""
+def sampler_settings(setup: Setup, weights: Weights, guide: Guide | None) -> dict[str, Any]:
+    """Return everything that a sampler's images depend on."""
     config = setup.config
-    settings = {
-        "step": step,
-        **dataclasses.asdict(config.sample),
-        **dataclasses.asdict(config.transport),
+    settings: dict[str, Any] = {
+        "step": weights.step,
+        "checkpoint": weights.digest,
+        "sample": dataclasses.asdict(config.sample),
+        "transport": dataclasses.asdict(config.transport),
+        "precision": {"compute": config.precision.compute, "matmul": config.precision.matmul},
     }
-    # Left out at their defaults, so that folders of earlier versions keep their names.
-    if config.sample.times:  # `times` above is transport.times
-        settings["sample_times"] = config.sample.times
-    formats = {"compute": config.precision.compute, "matmul": config.precision.matmul}
-    if formats != {"compute": Precision.compute, "matmul": Precision.matmul}:
-        settings["precision"] = formats
-    if guide:
-        settings["guide_step"] = guide.step
     for key in ("count", "batch", "columns", "scale"):  # these change no image
-        del settings[key]
-    if setup.codec.abstract_params:  # a codec with weights of its own
-        settings["latents"] = dataclasses.asdict(config.latents) | {"batch": None}
-    return settings
+        del settings["sample"][key]
+    if guide:
+        settings["guide"] = {"step": guide.weights.step, "checkpoint": guide.weights.digest}
+    return settings | setup.codec_settings()

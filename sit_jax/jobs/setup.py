@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -61,6 +63,16 @@ class Setup:
     def codec_params(self) -> Any:
         """The codec's weights, read at the first access; a complete copy on every device."""
         return sharding.put_replicated(self.mesh, hosts.run_on_all(self.codec.load))
+
+    def codec_settings(self) -> dict[str, Any]:
+        """Return what images depend on besides the network: {} for a codec without weights."""
+        if not self.codec.abstract_params:
+            return {}
+        weights = hashlib.sha256()
+        for leaf in jax.tree.leaves(hosts.to_host(self.codec_params)):
+            weights.update(np.asarray(leaf).tobytes())
+        settings = dataclasses.asdict(self.config.latents) | {"batch": None}
+        return {"latents": settings | {"weights": weights.hexdigest()[:16]}}
 
     @functools.cached_property
     def input_shape(self) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ from sit_jax.jobs.sampler import (
     sampler_settings,
 )
 from sit_jax.jobs.setup import Setup, set_up
-from sit_jax.jobs.workdir import restore_weights
+from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.metrics.frechet import feature_statistics, frechet_distance
 from sit_jax.metrics.pixels import as_features, fit_classifier, fit_components
 from sit_jax.sampling import ode, sde
@@ -170,18 +170,18 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     setup = set_up(config)
     sweep = config.sweep
     source = hosts.run_on_all(lambda: open_source(setup))
-    step, params = restore_weights(setup, workdir, config.sample.weights)
+    weights = restore_weights(setup, workdir, config.sample.weights)
     guide = open_guide(config)
-    name = f"step{step}-{config.sample.weights}-count{sweep.count}"
-    results = Results(workdir / "sweeps", name, _results_settings(setup, step, guide))
+    name = f"step{weights.step}-{config.sample.weights}-count{sweep.count}"
+    results = Results(workdir / "sweeps", name, _results_settings(setup, weights, guide))
     rows = results.read_rows()
     measured = {_key(row) for row in rows}
     grid = sampler_grid(sweep, config.sample)
     missing = [options for options in grid if _key(row_key(options)) not in measured]
     evaluate, real = make_evaluator(setup, source, sweep)
     print(
-        f"{len(missing)} of {len(grid)} samplers at step {step}, {sweep.count} images each, into "
-        f"{results.folder}"
+        f"{len(missing)} of {len(grid)} samplers at step {weights.step}, {sweep.count} images "
+        f"each, into {results.folder}"
     )
     print(
         f"compared with {real['images']} real images of split {config.data.split!r}, whose halves "
@@ -192,7 +192,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         for options in missing:
             bar.set_postfix_str(_label(row_key(options)))
             try:
-                row = measure(config, options, params, guide, evaluate)
+                row = measure(config, options, weights.params, guide, evaluate)
             except UserError as error:  # this sampler's images are not finite; others may be
                 bar.write(f"warning: {_label(row_key(options))}: {error}")
             else:
@@ -211,15 +211,14 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     print(f"plot: {results.folder / 'plot.png'}")
 
 
-def _results_settings(setup: Setup, step: int, guide: Guide | None) -> dict[str, Any]:
+def _results_settings(setup: Setup, weights: Weights, guide: Guide | None) -> dict[str, Any]:
     """Return every setting that the rows depend on, except those that identify a row."""
-    settings = sampler_settings(setup, step, guide)
+    settings = sampler_settings(setup, weights, guide)
     settings["data"] = dataclasses.asdict(setup.config.data)
     for name in ("count", "reference_count", "components"):
         settings[name] = getattr(setup.config.sweep, name)
     for name in (*KEY, "atol", "times", "frames", "labels"):
-        del settings[name]
-    settings.pop("sample_times", None)
+        del settings["sample"][name]
     return settings
 
 

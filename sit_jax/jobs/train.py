@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,19 +17,28 @@ from clu import parameter_overview
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import hosts, sharding, storage
+from sit_jax import hosts, optimizer, sharding, storage
 from sit_jax import train_step as step_lib
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError, check, require
-from sit_jax.jobs.data import open_batches, open_source
+from sit_jax.jobs.data import check_same_classes, describe, open_batches, open_source
 from sit_jax.jobs.job import Flag, Job, Overrides
 from sit_jax.jobs.loop import Loop, stop_signal
 from sit_jax.jobs.setup import Setup, in_precision, set_up
 from sit_jax.jobs.watcher import Watcher
-from sit_jax.jobs.workdir import make_workdir, newest_step, open_checkpoints, restore_items
+from sit_jax.jobs.workdir import (
+    check_trained_with,
+    make_workdir,
+    newest_step,
+    open_checkpoints,
+    recorded_settings,
+    restore_items,
+)
 from sit_jax.metric_log import MetricLog, Progress
 from sit_jax.settings import Config
 from sit_jax.train_state import TrainState
+
+_LARGEST_INITIAL_SHARE = 0.1  # of the initial weights in the EMA, without a word
 
 
 def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict]]:
@@ -47,7 +58,9 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
         encode = functools.partial(setup.codec.encode, codec_params)
         seed = setup.config.seed
         examples = step_lib.draw_examples(objective, encode, seed, state.step, batch)
-        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        # At the optimizer's own count: after skipped updates it is less than the step.
+        count = optimizer.update_count(state.opt_state)
+        learning_rate = jnp.asarray(schedule(count), jnp.float32)
         state, scalars = step_lib.update(
             state,
             examples,
@@ -69,18 +82,33 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
     )
 
 
-def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, TrainState, dict]:
+def restore_or_create(
+    setup: Setup, workdir: epath.Path, checkpoints: Checkpoints
+) -> tuple[int, TrainState, dict]:
     """Return the step to continue from, its state and its note.
 
-    They come from the newest complete checkpoint, or are fresh weights at step 0.
+    They come from the newest complete checkpoint, or are fresh weights at step 0. Raises
+    `UserError` if the checkpoint was trained with other settings, or if all checkpoints are lost.
     """
     start = newest_step(checkpoints)
     if start is None:
+        check(
+            not checkpoints.has_trained(),
+            f"{str(workdir)!r} has been trained, but none of its checkpoints can be used; restore "
+            "its folder checkpoints/ from a copy, or give another --workdir to start from step 0",
+        )
         return 0, setup.create_state(), {}
+    note = checkpoints.note(start)
+    check_trained_with(note, start, setup.config, workdir)
     target = setup.abstract_state
     step = sharding.put_replicated(setup.mesh, np.asarray(start, np.int32))
     if "opt_state" in checkpoints.stored(start):
-        items = checkpoints.restore(start, target.items())
+        is_clipped = setup.config.optimizer.clip_norm is not None
+        recorded = recorded_settings(note, workdir) or {}
+        was_clipped = recorded.get("optimizer.clip_norm") is not None
+        stored = optimizer.with_clipping(target.opt_state, is_clipped, was_clipped)
+        items = checkpoints.restore(start, target.items() | {"opt_state": stored})
+        items["opt_state"] = optimizer.with_clipping(items["opt_state"], was_clipped, is_clipped)
     else:  # only weights, from convert.from_torch
         weights = {"params": target.params, "ema": target.ema}
         items = restore_items(checkpoints, start, weights)
@@ -89,7 +117,7 @@ def restore_or_create(setup: Setup, checkpoints: Checkpoints) -> tuple[int, Trai
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target.opt_state)
         init = jax.jit(setup.optimizer.init, out_shardings=shardings)
         items["opt_state"] = init(items["params"])
-    return start, TrainState(step=step, **items), checkpoints.note(start)
+    return start, TrainState(step=step, **items), note
 
 
 def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
@@ -100,7 +128,10 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     """
     setup = set_up(config)
     target_exists, source_exists = hosts.broadcast_from_first(
-        lambda: [(folder / "checkpoints").exists() for folder in (workdir, source)]
+        lambda: [
+            any((workdir / name).exists() for name in ("checkpoints", "run.json")),
+            (source / "checkpoints").exists(),
+        ]
     )
     check(not target_exists, f"--fork {str(workdir)!r} holds a run already; give a new folder")
     check(source_exists, f"--workdir {str(source)!r} has no checkpoints to fork from")
@@ -116,25 +147,57 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     fresh = setup.create_state()
     make_workdir(workdir)
     with open_checkpoints(config, workdir) as checkpoints:
-        note = {"forked_from": f"{source}, step {step}"}
+        note = {
+            "forked_from": f"{source}, step {step}",
+            "config": config_lib.flatten(config),
+        }
         checkpoints.save(0, fresh.items() | weights, note)
     print(f"forked step {step} of {source} into {workdir}")
 
 
-def record_config(config: Config, workdir: epath.Path, step: int) -> None:
-    """Write workdir/config.json. Print changes to it and append them to config_changes.jsonl."""
-    recorded = workdir / "config.json"
-    changes = {}
-    if recorded.exists():
-        changes = config_lib.changes(config_lib.load(str(recorded)), config)
-    for key, (old, new) in changes.items():
-        print(f"{key} changes from {old!r} to {new!r} at step {step}")
+def record_config(
+    config: Config, workdir: epath.Path, step: int, changes: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Write workdir/config.json, and append changes to config_changes.jsonl."""
     if changes:
         history = workdir / "config_changes.jsonl"
         before = history.read_text() if history.exists() else ""
         row = json.dumps({"step": step, "changes": changes})
         storage.write_text(history, f"{before}{row}\n")
-    storage.write_text(recorded, config_lib.to_json(config))
+    storage.write_text(workdir / "config.json", config_lib.to_json(config))
+
+
+def describe_start(
+    setup: Setup, state: TrainState, start: int, changes: Mapping[str, tuple[Any, Any]]
+) -> Iterator[str]:
+    """Yield a line for each change of settings, and for each of its effects that may surprise."""
+    for key, (old, new) in changes.items():
+        yield f"{key} changes from {old!r} to {new!r} at step {start}"
+    config = setup.config
+    old_optimizer = dataclasses.replace(
+        config.optimizer,
+        **{
+            key.removeprefix("optimizer."): old
+            for key, (old, _) in changes.items()
+            if key.startswith("optimizer.")
+        },
+    )
+    old_steps, _ = changes.get("train.steps", (config.train.steps, None))
+    count = int(optimizer.update_count(state.opt_state))
+    old_rate = float(optimizer.make_schedule(old_optimizer, old_steps)(count))
+    new_rate = float(setup.schedule(count))
+    if start and not math.isclose(old_rate, new_rate, rel_tol=1e-6):
+        yield (
+            f"the learning rate at step {start} changes from {old_rate:.3g} to {new_rate:.3g}: a "
+            f"{config.optimizer.schedule} schedule over {config.train.steps} steps"
+        )
+    share = config.train.ema_decay**config.train.steps
+    if not start and share > _LARGEST_INITIAL_SHARE:
+        yield (
+            f"after {config.train.steps} steps the EMA still holds {share:.0%} of the initial, "
+            f"random weights, so samples of it are noisy: train.ema_decay is "
+            f"{config.train.ema_decay:g}; set a smaller one, or sample.weights=raw"
+        )
 
 
 def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = None) -> None:
@@ -151,7 +214,8 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         checkpoints = stack.enter_context(open_checkpoints(config, workdir))
-        start, state, note = restore_or_create(setup, checkpoints)
+        start, state, note = restore_or_create(setup, workdir, checkpoints)
+        check_same_classes(note, source)
         if start >= steps:
             print(f"{workdir} is already at step {start} of {steps}; raise train.steps to train on")
             return
@@ -166,12 +230,16 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         first = hosts.run_on_all(lambda: next(batches))
         batches = itertools.chain([first], batches)
         log = stack.enter_context(hosts.run_on_all(lambda: _open_log(config, workdir, start)))
-        hosts.broadcast_from_first(lambda: record_config(config, workdir, start))
+        recorded = recorded_settings(note, workdir)
+        changes = {} if recorded is None else config_lib.changes_since(recorded, config)
+        for line in describe_start(setup, state, start, changes):
+            print(line)
+        hosts.broadcast_from_first(lambda: record_config(config, workdir, start, changes))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)
         progress = stack.enter_context(Progress(start, steps))
         watcher = Watcher(setup, log, progress, note.get("log", {}))
-        loop = Loop(setup, workdir, checkpoints, log, progress, watcher)
+        loop = Loop(setup, workdir, checkpoints, log, progress, watcher, describe(source))
         reached = loop.run(make_train_step(setup), state, batches, start, stop, profile)
         checkpoints.wait()
     if reached < steps:

@@ -75,34 +75,43 @@ class Watcher:
         self._on_device: list[tuple[int, dict]] = []  # of this interval, not yet read
         self._skipped: int = carried.get("skipped_updates", 0)  # in the entire run
         self._step = 0
-        self._steps_timed = 0  # since the last line
-        self._began: float | None = None  # when the first of these began
+        # When the clock was last read, and the last step that had ended by then.
+        self._clock: tuple[float, int] | None = None
 
     def add(self, step: int, scalars: dict[str, jax.Array]) -> None:
         """Take the scalars of a step just dispatched, after writing a line due before it."""
-        self.write_due_line()
-        if self._began is None:  # only now: the dispatch of the first step compiles
-            self._began = time.perf_counter()
+        # On a CPU, where a dispatch waits, the new step has ended as well.
+        has_ended = scalars["loss"].is_ready()  # type: ignore[attr-defined]  # not in jax's stubs
+        self.write_due_line(step if has_ended else None)
+        if self._clock is None:  # only now: the first step compiles
+            jax.block_until_ready(scalars)
+            self._clock = time.perf_counter(), step
         self._on_device.append((step, scalars))
         self._step = step
-        self._steps_timed += 1
         self._progress.update(step)
 
-    def write_due_line(self) -> None:
-        """Log the interval if the newest step ends it. Waits for the devices only then."""
+    def write_due_line(self, ended: int | None = None) -> None:
+        """Log the interval if the newest step ends it. Waits for the devices only then.
+
+        `ended` is a later step that has ended too, if there is one.
+        """
         total = self._setup.config.train.steps
         is_due = self._step % self._setup.config.log.every == 0 or self._step == total
-        if self._began is None or not self._on_device or not is_due:
+        if self._clock is None or not self._on_device or not is_due:
             return
         self.read()
-        seconds = time.perf_counter() - self._began
-        line = summarise_interval(self._on_host) | speed(self._setup, self._steps_timed, seconds)
+        began, first = self._clock
+        last = ended or self._step
+        now = time.perf_counter()
+        line = summarise_interval(self._on_host)
+        eta = {}
+        if last > first:  # else no step lies between two readings of the clock
+            line |= speed(self._setup, last - first, now - began)
+            eta["eta_s"] = (total - self._step) * (now - began) / (last - first)
         self._log.scalars(self._step, line)
-        eta_s = (total - self._step) * seconds / self._steps_timed
-        self._progress.write(format_line(self._step, total, line | {"eta_s": eta_s}))
+        self._progress.write(format_line(self._step, total, line | eta))
         self._on_host = []
-        self._steps_timed = 0
-        self._began = time.perf_counter()
+        self._clock = time.perf_counter(), last
 
     def read(self) -> None:
         """Wait for the steps so far and read their scalars.
@@ -134,5 +143,6 @@ class Watcher:
         jax.block_until_ready(self._on_device)
         began = time.perf_counter()
         yield
-        if self._began is not None:
-            self._began += time.perf_counter() - began
+        if self._clock is not None:
+            clock, step = self._clock
+            self._clock = clock + time.perf_counter() - began, step

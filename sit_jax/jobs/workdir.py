@@ -1,11 +1,13 @@
 """A run's workdir: its folder, its checkpoints and the weights in them."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
+from sit_jax import config as config_lib
 from sit_jax import hosts, storage, train_state
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import check, require
@@ -41,10 +43,21 @@ def newest_step(checkpoints: Checkpoints) -> int | None:
     return step
 
 
-def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[int, Any]:
-    """Return the newest checkpoint's step and its weights: the EMA ("ema") or parameters ("raw").
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights of a checkpoint. Results are named after all but the parameters."""
 
-    Raises `UserError` if there is no complete checkpoint.
+    step: int
+    params: Any
+    digest: str  # of the stored weights: other weights of the same step have another one
+    note: Mapping[str, Any]  # of the checkpoint
+
+
+def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> Weights:
+    """Return the newest checkpoint's EMA (weights "ema") or parameters ("raw").
+
+    Raises `UserError` if there is no complete checkpoint, or if it was trained with other settings
+    of the network.
     """
     item = WEIGHTS[weights]
     folder = workdir / "checkpoints"
@@ -52,13 +65,69 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[in
         hosts.broadcast_from_first(folder.exists),
         f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train",
     )
-    target = getattr(setup.abstract_state, item)
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
-        step = require(
-            newest_step(checkpoints),
-            f"{str(folder)!r} holds no complete checkpoint; train first, with --mode train",
-        )
-        return step, restore_items(checkpoints, step, {item: target})[item]
+        while True:
+            step = require(
+                newest_step(checkpoints),
+                f"{str(folder)!r} holds no complete checkpoint; train first, with --mode train",
+            )
+            try:
+                return _restore_weights(setup, workdir, checkpoints, step, item)
+            except Exception:
+                # A run that is training deletes old checkpoints: then take the next newest.
+                if hosts.is_multiprocess() or (folder / str(step)).exists():
+                    raise
+
+
+def _restore_weights(
+    setup: Setup, workdir: epath.Path, checkpoints: Checkpoints, step: int, item: str
+) -> Weights:
+    note = checkpoints.note(step)
+    check_trained_with(note, step, setup.config, workdir, only=config_lib.NETWORK)
+    target = getattr(setup.abstract_state, item)
+    params = restore_items(checkpoints, step, {item: target})[item]
+    stored = item if item in checkpoints.stored(step) else "ema"
+    return Weights(step, params, checkpoints.digest(step, stored), note)
+
+
+def recorded_settings(note: Mapping[str, Any], workdir: epath.Path) -> dict[str, Any] | None:
+    """Return the flat settings of the run so far, or None if nothing has recorded them.
+
+    The note of a checkpoint decides, since config.json can be edited. A run without a checkpoint,
+    and a fork that an earlier version made, have only config.json.
+    """
+    if "config" in note:
+        return note["config"]
+    path = workdir / "config.json"
+    return config_lib.flatten(config_lib.load(str(path))) if path.exists() else None
+
+
+def check_trained_with(
+    note: Mapping[str, Any],
+    step: int,
+    config: Config,
+    workdir: epath.Path,
+    *,
+    only: tuple[str, ...] = ("",),
+) -> None:
+    """Raise `UserError` that names every setting which differs from those of a checkpoint.
+
+    It compares settings whose key starts with one of `only`, except those that may change.
+    """
+    recorded = recorded_settings(note, workdir)
+    if recorded is None:
+        return
+    differences = [
+        f"{key} is {new!r} but was {old!r}"
+        for key, (old, new) in config_lib.changes_since(recorded, config).items()
+        if key.startswith(only) and not key.startswith(config_lib.CHANGEABLE)
+    ]
+    check(
+        not differences,
+        f"the run in {str(workdir)!r} is another one: {', '.join(differences)} in checkpoint "
+        f"{step}; keep its values, use another --workdir, or --fork NEWDIR for a new run from "
+        "these weights",
+    )
 
 
 def restore_items(
