@@ -36,8 +36,8 @@ _POLL_S = 2.0
 def hold(folder: epath.Path) -> Iterator[None]:
     """Hold the lock of a folder. Not collective: only process 0 of a run calls it.
 
-    A lock whose owner is dead is taken over, which is said on stderr. Raises `UserError` that names
-    the owner if it is alive.
+    A lock whose owner is dead is taken over, with a line that says so. Raises `UserError` that
+    names the owner if it is alive.
     """
     path = folder / NAME
     with contextlib.ExitStack() as stack:
@@ -124,7 +124,7 @@ def _wait_for_lease(path: epath.Path) -> None:
         print(
             f"{path.parent} is in use by {_name(first)}; waiting up to {_LEASE_S:.0f} s to see "
             "whether that still runs",
-            file=sys.stderr,
+            flush=True,
         )
         end = time.monotonic() + _LEASE_S
         while time.monotonic() < end:
@@ -173,7 +173,7 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def _say_taken_over(path: epath.Path, owner: dict[str, Any]) -> None:
-    print(f"{path.parent}: taken over from {_name(owner)}, which has died", file=sys.stderr)
+    print(f"{path.parent} is taken over from {_name(owner)}, which has died", flush=True)
 
 
 def _in_use(path: epath.Path, owner: dict[str, Any]) -> UserError:

@@ -63,7 +63,8 @@ class Jsonl:
         self._file.write(json.dumps({"step": step, **row}, allow_nan=False).encode() + b"\n")
 
     def image(self, step: int, name: str, image_hwc: np.ndarray) -> None:
-        """Ignore images: the file holds only numbers."""
+        """Ignore images, since the file holds only numbers, but write what was kept."""
+        self.flush()
 
     def flush(self) -> None:
         self._file.flush()

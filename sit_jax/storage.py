@@ -12,7 +12,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
@@ -122,6 +122,14 @@ def _remove(path: epath.Path) -> None:
         path.rmtree()
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_empty(folders: Iterable[epath.Path]) -> None:
+    """Remove local folders, in this order, as far as they are empty."""
+    for folder in folders:
+        if not is_remote(folder):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
 
 
 def reason(error: BaseException) -> str:

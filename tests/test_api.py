@@ -177,9 +177,7 @@ def test_a_run_of_another_model_is_refused(tmp_path, workdir):
     other = shutil.copytree(workdir, tmp_path / "run")
     text = (other / "config.json").read_text()
     (other / "config.json").write_text(text.replace('"width": 16', '"width": 32'))
-    with pytest.raises(
-        UserError, match="another one: model.width is 32 but was 16 in"
-    ):
+    with pytest.raises(UserError, match="another one: model.width is 32 but was 16 in"):
         sit_jax.load(other)
 
 

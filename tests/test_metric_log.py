@@ -356,3 +356,62 @@ def test_si_units(flops, text):
 )
 def test_eta(seconds, text):
     assert metric_log.format_line(1, 1, {"eta_s": seconds}).endswith("ETA " + text)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Let os.write take `room[0]` more bytes, then fail as on a full disk."""
+    write = os.write
+    room = [10**9]
+
+    def limited(file, data):
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        count = write(file, bytes(data)[: room[0]])
+        room[0] -= count
+        return count
+
+    monkeypatch.setattr(os, "write", limited)
+    return room
+
+
+@pytest.mark.parametrize("room", [0, 1, 30, 100, 333])
+def test_a_full_disk_is_a_warning_and_no_row_is_lost_once_there_is_room(
+    tmp_path, full_disk, capsys, room
+):
+    with _log(tmp_path, tensorboard=True) as log:
+        log.scalars(1, {"loss": 1.0, "grad_norm": 2.0})
+        full_disk[0] = room
+        for step in range(2, 8):
+            log.scalars(step, {"loss": 1.0 / step, "grad_norm": 2.0})
+            log.image(step, "samples", np.zeros((4, 4, 1), np.uint8))
+        full_disk[0] = 10**9
+        log.flush()
+        log.scalars(8, {"loss": 0.125, "grad_norm": 2.0})
+    assert [row["step"] for row in _rows(tmp_path)] == list(range(1, 9))
+    scalars = [(step, tag) for step, tag, _ in _scalars(_events(tmp_path / "tensorboard"))]
+    assert [step for step, tag in scalars if tag == "loss"] == list(range(1, 9))
+    assert [step for step, tag in scalars if tag == "grad_norm"] == list(range(1, 9))
+    lines = capsys.readouterr().err.splitlines()
+    for place in ("metrics.jsonl", "tensorboard/"):
+        assert [line for line in lines if line.startswith(f"warning: {place}")] == [
+            f"warning: {place} cannot be written (No space left on device); training goes on, and "
+            "tries again",
+            f"warning: {place} is written again, without a gap",
+        ]
+
+
+def test_rows_that_find_no_room_until_the_end_are_said_to_be_lost(tmp_path, full_disk, capsys):
+    with _log(tmp_path, tensorboard=True) as log:
+        full_disk[0] = 0
+        log.scalars(1, {"loss": 1.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert "warning: metrics.jsonl lacks its last rows (No space left on device)" in lines
+    assert "warning: tensorboard/ lacks its last rows (No space left on device)" in lines
+
+
+def test_a_step_that_is_not_a_number_is_dropped_with_its_row(tmp_path):
+    rows = ['{"step": 1}', '{"step": null}', '{"step": "2"}', "{}", "[1]", "{", '{"step": true}']
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    _log(tmp_path, start_step=5).close()
+    assert _rows(tmp_path) == [{"step": 1}]

@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -93,3 +96,78 @@ def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     assert contents() == {"run": "old"}
     write("new")
     assert contents() == {"run": "new"}
+
+
+def run_until_killed(program, *arguments):
+    """Run a Python program that kills itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os, signal, sys\n{program}", *map(str, arguments)],
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
+KILLED_WHILE_WRITING = """
+from sit_jax import storage
+with storage.beside(sys.argv[1]) as new:
+    new.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"old")
+    run_until_killed(KILLED_WHILE_WRITING, tmp_path / "x.png")
+    run_until_killed(KILLED_WHILE_WRITING, tmp_path / "000004.png")
+    assert len(os.listdir(tmp_path)) == 3
+    strangers = [".x.tmp", ".a.b-1.tmp", "note.tmp", f".y.{storage._HOST}x-1-0000.tmp"]
+    for name in strangers:
+        (tmp_path / name).write_bytes(b"")
+    with storage.beside(tmp_path / "z") as mine:
+        mine.write_bytes(b"new")
+        storage.clean_up(tmp_path)  # this process still runs
+        assert sorted(os.listdir(tmp_path)) == sorted([*strangers, "x.png", mine.name])
+    assert (tmp_path / "x.png").read_bytes() == b"old" and (tmp_path / "z").read_bytes() == b"new"
+
+
+def test_what_an_earlier_version_left_is_removed_once_it_is_old(tmp_path):
+    old, young = tmp_path / ".000004.png.f8e3ce9e.tmp", tmp_path / ".x.65272f92.tmp"
+    for path in (old, young):
+        path.write_bytes(b"")
+    os.utime(old, (1, 1))
+    storage.clean_up(tmp_path)
+    assert os.listdir(tmp_path) == [young.name]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+def test_a_folder_that_was_being_replaced_has_its_name_again(tmp_path, renames):
+    """Killed before and after each of the three renames: there is the old or the new."""
+    program = f"""
+from etils import epath
+from sit_jax import storage
+run = epath.Path(sys.argv[1])
+rename, left = os.rename, [{renames}]
+def count(*paths):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    rename(*paths)
+os.rename = count
+storage._remove = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+with storage.beside(run) as new:
+    new.mkdir()
+    (new / "config.json").write_text("new")
+"""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("old")
+    (tmp_path / ".other.tmp").mkdir()
+    run_until_killed(program, run)
+    storage.clean_up(tmp_path, "run")
+    assert (run / "config.json").read_text() == ("new" if renames > 1 else "old")
+    assert sorted(os.listdir(tmp_path)) == [".other.tmp", "run"]
+
+
+def test_a_write_to_a_full_disk_is_one_line():
+    with pytest.raises(UserError, match=r"/dev/full cannot be written \(No space left on device\)"):
+        storage.append_text("/dev/full", "row")

@@ -10,7 +10,7 @@ from sit_jax import hosts
 from sit_jax.data import pipeline
 from sit_jax.errors import check
 from sit_jax.image_io import sheet, to_uint8
-from sit_jax.jobs.data import open_source, read_in_order
+from sit_jax.jobs.data import check_same_classes, open_source, read_in_order
 from sit_jax.jobs.job import Job
 from sit_jax.jobs.results import Results, progress_bar
 from sit_jax.jobs.sampler import make_inverter, open_guide, sampler_name, sampler_settings
@@ -38,6 +38,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     source = hosts.run_on_all(lambda: open_source(setup))
     count = min(options.count, len(source))
     weights = restore_weights(setup, workdir, options.weights)
+    check_same_classes(weights.note, source)
     guide = open_guide(config)
     settings = sampler_settings(setup, weights, guide)
     settings |= {"data_path": config.data.path, "split": config.data.split}

@@ -15,7 +15,7 @@ from sit_jax import hosts, rng, sharding
 from sit_jax.data import pipeline
 from sit_jax.data.sources import Source
 from sit_jax.errors import check
-from sit_jax.jobs.data import open_source, read_in_order
+from sit_jax.jobs.data import check_same_classes, open_source, read_in_order
 from sit_jax.jobs.job import Job, Overrides
 from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.setup import Setup, call_with_batches, check_batch, jit_for_batches, set_up
@@ -187,6 +187,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         f"{len(source)} images",
     )
     weights = restore_weights(setup, workdir, options.weights)
+    check_same_classes(weights.note, source)
     meaning = density_target(setup).meaning
     settings = _results_settings(setup, weights, meaning)
     results = Results(workdir / "likelihood", _results_name(setup, weights.step), settings)

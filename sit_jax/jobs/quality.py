@@ -14,7 +14,7 @@ from etils import epath
 from sit_jax import hosts
 from sit_jax.errors import UserError, check
 from sit_jax.image_io import encode_png
-from sit_jax.jobs.data import open_source
+from sit_jax.jobs.data import check_same_classes, open_source
 from sit_jax.jobs.job import Flag, Job, Overrides
 from sit_jax.jobs.results import Results, make_sheet
 from sit_jax.jobs.sampler import (
@@ -50,6 +50,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     )
     source = hosts.run_on_all(lambda: open_source(setup))
     weights = restore_weights(setup, workdir, config.sample.weights)
+    check_same_classes(weights.note, source)
     guide = open_guide(config)
     # Evenly spaced, because a source may be sorted by class.
     count = min(config.sweep.reference_count, len(source))

@@ -15,7 +15,7 @@ from etils import epath
 from sit_jax import hosts
 from sit_jax.data.sources import Source
 from sit_jax.errors import UserError, check
-from sit_jax.jobs.data import open_source, read_in_order
+from sit_jax.jobs.data import check_same_classes, open_source, read_in_order
 from sit_jax.jobs.job import Job
 from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.sampler import (
@@ -171,6 +171,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     sweep = config.sweep
     source = hosts.run_on_all(lambda: open_source(setup))
     weights = restore_weights(setup, workdir, config.sample.weights)
+    check_same_classes(weights.note, source)
     guide = open_guide(config)
     name = f"step{weights.step}-{config.sample.weights}-count{sweep.count}"
     results = Results(workdir / "sweeps", name, _results_settings(setup, weights, guide))

@@ -28,9 +28,9 @@ from sit_jax.jobs.setup import Setup, in_precision, set_up
 from sit_jax.jobs.watcher import Watcher
 from sit_jax.jobs.workdir import (
     check_trained_with,
-    make_workdir,
     newest_step,
     open_checkpoints,
+    open_for_writing,
     recorded_settings,
     restore_items,
 )
@@ -145,8 +145,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
         # Not the moments: the config may have a different optimizer.
         weights = restore_items(checkpoints, step, {"params": target.params, "ema": target.ema})
     fresh = setup.create_state()
-    make_workdir(workdir)
-    with open_checkpoints(config, workdir) as checkpoints:
+    with open_for_writing(workdir), open_checkpoints(config, workdir) as checkpoints:
         note = {
             "forked_from": f"{source}, step {step}",
             "config": config_lib.flatten(config),
@@ -170,7 +169,7 @@ def record_config(
 def describe_start(
     setup: Setup, state: TrainState, start: int, changes: Mapping[str, tuple[Any, Any]]
 ) -> Iterator[str]:
-    """Yield a line for each change of settings, and for each of its effects that may surprise."""
+    """Yield a line for each change of settings, and for each effect that may surprise."""
     for key, (old, new) in changes.items():
         yield f"{key} changes from {old!r} to {new!r} at step {start}"
     config = setup.config
@@ -210,8 +209,8 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
     steps = config.train.steps
     source = hosts.run_on_all(lambda: open_source(setup))
     _ = setup.codec_params  # read now, so that an error leaves no folder behind
-    make_workdir(workdir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(open_for_writing(workdir))
         stop = stack.enter_context(stop_signal())
         checkpoints = stack.enter_context(open_checkpoints(config, workdir))
         start, state, note = restore_or_create(setup, workdir, checkpoints)
@@ -234,6 +233,12 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         changes = {} if recorded is None else config_lib.changes_since(recorded, config)
         for line in describe_start(setup, state, start, changes):
             print(line)
+        images = note.get("data", {}).get("images", len(source))
+        if images != len(source):
+            print(
+                f"the data set had {images:,} images and has {len(source):,} now: from step "
+                f"{start} on, images come in another order"
+            )
         hosts.broadcast_from_first(lambda: record_config(config, workdir, start, changes))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)

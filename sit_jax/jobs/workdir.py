@@ -1,14 +1,15 @@
 """A run's workdir: its folder, its checkpoints and the weights in them."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import hosts, storage, train_state
+from sit_jax import hosts, lock, storage, train_state
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import check, require
 from sit_jax.jobs.setup import Setup
@@ -23,6 +24,32 @@ def make_workdir(folder: epath.Path) -> epath.Path:
     hosts.broadcast_from_first(lambda: storage.make_writable_folder(folder) and None)
     hosts.check_shared(folder)
     return folder
+
+
+@contextlib.contextmanager
+def open_for_writing(folder: epath.Path) -> Iterator[None]:
+    """Hold the lock of a folder, created if it does not exist, and tidy up after killed writers.
+
+    Raises `UserError` if another job writes there. After an error, folders that this created and
+    that are still empty are removed.
+    """
+    paths = (folder / "checkpoints", folder, *folder.parents)
+    created = [path for path in paths if not path.exists()]
+    make_workdir(folder)
+    is_held = False
+    try:
+        with contextlib.ExitStack() as stack:
+            if hosts.is_first():
+                hosts.run_on_all(lambda: stack.enter_context(lock.hold(folder)))
+            else:
+                hosts.run_on_all(lambda: None)
+            is_held = True
+            hosts.broadcast_from_first(lambda: storage.clean_up(folder))
+            yield
+    except BaseException:
+        if is_held and hosts.is_first():
+            storage.remove_empty(created)
+        raise
 
 
 def open_checkpoints(config: Config, workdir: epath.Path) -> Checkpoints:
