@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import types
 import typing
@@ -19,7 +20,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from sit_jax.errors import UserError, check, unknown_name
+from sit_jax.errors import UserError, brief, check, unknown_name
 from sit_jax.laws import declared
 from sit_jax.settings import Config, get
 from sit_jax.validation import validate
@@ -168,13 +169,13 @@ def _parse(key: str, text: str) -> Any:
     if kind is str or (kind == str | None and text.lower() != "none"):
         return text
     if kind == tuple[str, ...] and not text.startswith("("):
-        return tuple(filter(None, text.split(",")))
+        return tuple(text.removesuffix(",").split(","))
     if text.lower() in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text  # _build reports that its type is wrong
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text  # not a value of Python; _build reports that its type is wrong
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
@@ -198,10 +199,10 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 _ELEMENTS = {
     int: "whole numbers such as 3,1,4",
-    float: "numbers such as 0.1,0.9",
+    float: "finite numbers such as 0.1,0.9",
     str: "names such as a,b",
 }
-_EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+_EXPECTED = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False"}
 
 
 def _typed(key: str, kind: Any, value: Any) -> Any:
@@ -209,19 +210,26 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _typed(key, typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:
-        return _typed_tuple(key, typing.get_args(kind)[0], value)
-    if kind is float and type(value) is int:
-        return float(value)
+        element = typing.get_args(kind)[0]
+        elements = value if isinstance(value, tuple | list) else (value,)
+        check(
+            all(_is(element, v) for v in elements),
+            f"{key} is {brief(value)}; expected a list of {_ELEMENTS[element]}",
+        )
+        return tuple(map(element, elements))
     expected = _EXPECTED.get(kind, f"the {key} settings")
-    check(type(value) is kind, f"{key} is {value!r}; expected {expected}")
-    return value
+    check(_is(kind, value), f"{key} is {brief(value)}; expected {expected}")
+    return float(value) if kind is float else value
 
 
-def _typed_tuple(key: str, element: type, value: Any) -> tuple[Any, ...]:
-    elements = value if isinstance(value, tuple | list) else (value,)
-    allowed = (int, float) if element is float else (element,)
-    check(
-        all(type(v) in allowed for v in elements),
-        f"{key} is {value!r}; expected a list of {_ELEMENTS[element]}",
-    )
-    return tuple(map(element, elements))
+def _is(kind: type, value: Any) -> bool:
+    """Return True for a value of this type; a whole number is a number too, True is not.
+
+    Infinity and NaN are not numbers here, nor is a whole number beyond the largest float.
+    """
+    if kind is not float or type(value) not in (int, float):
+        return type(value) is kind
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -122,8 +122,8 @@ IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
         (lambda r: r.log_prob(IMAGES, weights="raw"), r"weights is 'raw'.*sit_jax.load"),
         (lambda r: r.log_prob(IMAGES, split="test"), r"unknown setting of likelihood 'split'"),
         (lambda r: r.velocity(X, 0.5, labels=[0.5, 1]), r"labels are .*expected one whole number"),
-        (lambda r: r.sample(count=0), r"sample.count is 0; expected more than 0"),
-        (lambda r: r.sample(steps=0), r"sample.steps is 0; expected more than 0"),
+        (lambda r: r.sample(count=0), r"sample.count is 0; expected 1 to 10,000,000"),
+        (lambda r: r.sample(steps=0), r"sample.steps is 0; expected 1 to 1,000,000"),
         (lambda r: r.sample(cfg_scal=2), r"unknown setting of sample 'cfg_scal'; did you mean"),
         (
             lambda r: r.sample(solver="eular"),

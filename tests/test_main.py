@@ -403,7 +403,7 @@ def test_the_tables_of_settings_are_those_of_the_declarations():
     """If this fails, run `python -m sit_jax.settings_help`."""
     document = (ROOT / "configs" / "README.md").read_text()
     assert settings_help.with_tables(document) == document
-    assert "| `sample.atol` | `1e-06` | number: more than 0 |" in document
+    assert "| `sample.atol` | `1e-06` | number: 1e-30 to 1000 |" in document
 
 
 def test_the_compilation_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -204,12 +205,10 @@ def steps_to_profile(text: str | None) -> tuple[int, int] | None:
     """Return (100, 110) for "100:110". Raises `UserError` for other text; None stays None."""
     if text is None:
         return None
-    first, _, last = text.partition(":")
-    if not (
-        first.isdecimal() and last.isdecimal() and text.isascii() and 0 < int(first) <= int(last)
-    ):
+    steps = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
+    if not steps or not 0 < int(steps[1]) <= int(steps[2]):
         raise UserError(f"--profile is {text!r}; expected two steps FIRST:LAST such as 100:110")
-    return int(first), int(last)
+    return int(steps[1]), int(steps[2])
 
 
 def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
