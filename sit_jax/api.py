@@ -10,6 +10,7 @@ Arrays in and out are NumPy. x is the network's input [n, h, w, c]: pixels in [-
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import hosts, sharding
+from sit_jax import hosts, sharding, storage
 from sit_jax.data import pipeline
 from sit_jax.errors import check, unknown_name
 from sit_jax.jobs import likelihood, sampler
@@ -37,6 +38,7 @@ def load(workdir: epath.PathLike, weights: str = "ema") -> "Run":
     `UserError` if the folder is not a workdir, has no complete checkpoint, or holds a different
     model from the one in its config.
     """
+    workdir = storage.expand("the workdir", os.fspath(workdir))
     folder = epath.Path(workdir)
     recorded = folder / "config.json"
     check(

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sit_jax import settings_help
+from sit_jax import settings_help, storage
 from sit_jax.errors import UserError, check, unknown_name
 from sit_jax.jobs.job import Overrides
 from sit_jax.jobs.table import JOBS
@@ -49,6 +49,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
             )
     overrides = _overrides(unknown)
     job.check(flags, overrides)
+    paths = ["workdir", *(flag.name for flag in job.flags if flag.is_path)]
+    for name in paths:
+        if path := getattr(flags, name):
+            setattr(flags, name, storage.expand(f"--{name}", path))
+            storage.check_reachable(f"--{name}", getattr(flags, name))
     return flags, overrides
 
 

@@ -68,9 +68,22 @@ class Choice:
         return ", ".join(self.names)
 
 
+@dataclasses.dataclass(frozen=True)
+class UserPath:
+    """The value is the path of a file or folder; `config` expands a leading ~."""
+
+    def check(self, key: str, value: Any) -> None:
+        """Accept the value: whether it exists is known where it is opened."""
+
+    def describe(self) -> str:
+        """Return what is special about a path."""
+        return "a path; a leading ~ is the home folder"
+
+
 anything = Anything()
+user_path = UserPath()
 between = Between
-Law = Between | Choice | Anything
+Law = Between | Choice | UserPath | Anything
 
 
 def setting(default: Any, law: Law, help: str) -> Any:

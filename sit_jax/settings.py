@@ -10,7 +10,7 @@ from typing import Any
 from sit_jax.data import sources
 from sit_jax.latents import CODECS, dequantise
 from sit_jax.latents.sd_vae import VaeOptions
-from sit_jax.laws import anything, between, choice, setting
+from sit_jax.laws import anything, between, choice, setting, user_path
 from sit_jax.models.sit import REMAT_POLICIES
 from sit_jax.models.sizes import SIZES
 from sit_jax.optimizer import SCHEDULES
@@ -121,7 +121,7 @@ class Data:
 
     source: str = choice("digits", sources.SOURCES, "digits: of scikit-learn; folder: image files")
     path: str | None = setting(
-        None, anything, "folder with a sub-folder of images per class, for source folder"
+        None, user_path, "folder with a sub-folder of images per class, for source folder"
     )
     split: str = setting("all", anything, "digits: train, test or all; folder: only all")
     image_size: int = setting(
@@ -156,7 +156,7 @@ class Latents:
     )
     path: str | None = setting(
         None,
-        anything,
+        user_path,
         "folder with config.json and diffusion_pytorch_model.safetensors; none: latents.repo",
     )
     repo: str | None = setting(
@@ -273,7 +273,7 @@ class Sample:
     )
     guide: str | None = setting(
         None,
-        anything,
+        user_path,
         "workdir of a weaker run to guide away from; none: guide away from the null label",
     )
     count: int = setting(64, between(1, 10_000_000), "number of samples")

@@ -26,6 +26,7 @@ BESIDE = {
     "sampling": {"transport", "errors"},
     "metrics": {"errors"},
     "storage": {"errors"},
+    "runtime": {"errors"},
     "hosts": {"errors"},
     "train_step": {"train_state"},
     "validation": {"settings"},

@@ -16,7 +16,6 @@ from PIL import Image
 
 from sit_jax import checkpoint, main, runtime, settings_help
 from sit_jax import config as config_lib
-from sit_jax.jobs.job import Job
 from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.workdir import open_checkpoints
 from sit_jax.latents import pixels
@@ -417,12 +416,3 @@ def test_the_compilation_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_p
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sit_jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-
-
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch, tmp_path):
-    def run(config, workdir, flags):
-        raise ValueError("a bug")
-
-    monkeypatch.setitem(main.JOBS, "train", Job(run, "a job with a bug"))
-    with pytest.raises(ValueError, match="a bug"):
-        call(*TINY, "--workdir", tmp_path)

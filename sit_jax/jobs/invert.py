@@ -108,4 +108,8 @@ def _write_summary(results: Results, count: int) -> None:
     print(f"images beside their reconstructions: {results.folder / 'sheet.png'}")
 
 
-JOB = Job(run, "map images of the data set to noise along the ODE, and back")
+JOB = Job(
+    run,
+    "map images of the data set to noise along the ODE, and back",
+    memory="sample.batch or sample.count",
+)

@@ -18,6 +18,7 @@ class Flag:
     name: str
     help: str
     metavar: str | None = None
+    is_path: bool = False
 
 
 def _accept(flags: argparse.Namespace, overrides: Overrides) -> None:
@@ -30,6 +31,7 @@ class Job:
 
     run: Callable[[Config, epath.Path, argparse.Namespace], None]
     help: str  # one line
+    memory: str = ""  # what to lower if memory runs out
     flags: tuple[Flag, ...] = ()
     # Raises UserError for flags or overrides that the job does not accept.
     check: Callable[[argparse.Namespace, Overrides], None] = _accept

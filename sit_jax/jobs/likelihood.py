@@ -270,5 +270,6 @@ def _refuse_sampler_settings(flags: argparse.Namespace, overrides: Overrides) ->
 JOB = Job(
     run,
     "log p and bits/dim of each image of the data set, under the unguided ODE flow",
+    memory="likelihood.batch or likelihood.probes",
     check=_refuse_sampler_settings,
 )

@@ -149,6 +149,7 @@ def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
 JOB = Job(
     run,
     "share of samples that a classifier of the real images reads as their label (small images)",
+    memory="sample.batch or sample.count",
     flags=(
         Flag(
             "minimum",

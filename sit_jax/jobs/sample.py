@@ -56,4 +56,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     print(f"sheet: {results.folder / 'sheet.png'}")
 
 
-JOB = Job(run, "draw images from a run's newest checkpoint, as PNG files and a sheet")
+JOB = Job(
+    run,
+    "draw images from a run's newest checkpoint, as PNG files and a sheet",
+    memory="sample.batch or sample.count",
+)

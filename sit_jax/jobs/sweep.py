@@ -297,4 +297,8 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mappin
         yield name, sorted(points, key=lambda row: row["networks"])
 
 
-JOB = Job(run, "compare solvers, steps, tolerances and guidance by quality and cost")
+JOB = Job(
+    run,
+    "compare solvers, steps, tolerances and guidance by quality and cost",
+    memory="sample.batch or sweep.count",
+)

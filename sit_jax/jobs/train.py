@@ -127,7 +127,7 @@ def record_config(config: Config, workdir: epath.Path, step: int) -> None:
     recorded = workdir / "config.json"
     changes = {}
     if recorded.exists():
-        changes = config_lib.changes(config_lib.load(str(recorded)), config)
+        changes = config_lib.changes(config_lib.read_recorded(recorded), config)
     for key, (old, new) in changes.items():
         print(f"{key} changes from {old!r} to {new!r} at step {step}")
     if changes:
@@ -219,8 +219,14 @@ def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
 JOB = Job(
     run,
     "train, or continue the run in the workdir",
+    memory="train.batch, raise train.accumulation, or set model.remat=full",
     flags=(
-        Flag("fork", "train a new run in NEWDIR from the weights in the workdir", "NEWDIR"),
+        Flag(
+            "fork",
+            "train a new run in NEWDIR from the weights in the workdir",
+            "NEWDIR",
+            is_path=True,
+        ),
         Flag("profile", "write a trace of these steps to WORKDIR/profile", "FIRST:LAST"),
     ),
     check=_check_flags,

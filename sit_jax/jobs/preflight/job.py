@@ -113,13 +113,14 @@ def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
 JOB = Job(
     run,
     "compile for chips that are not present: does it fit, and how fast can it be?",
+    memory="train.batch",
     flags=(
         Flag(
             "topology", "chips to compile for, which need not be present: v5e:4x4, h100:8", "CHIPS"
         ),
         Flag("search", "try batches, meshes and remat policies"),
         Flag("sampler", "compile the sampler too"),
-        Flag("json", "write the figures to this file", "FILE"),
+        Flag("json", "write the figures to this file", "FILE", is_path=True),
     ),
     check=_check_flags,
     uses_devices=False,
