@@ -26,6 +26,7 @@ from sit_jax.laws import declared, user_path
 from sit_jax.settings import Config, get
 from sit_jax.validation import validate
 
+# A group of settings lists keys, and sections with a full stop at the end; see `laws.in_group`.
 # Settings that may change when a run is continued: none of them changes the function being learned.
 CHANGEABLE = (
     "train.steps",
@@ -46,9 +47,8 @@ CHANGEABLE = (
     "log.",
     "mesh.",
 )
-# Settings that trained weights depend on. Modes other than train may change all others.
-NETWORK = (
-    "model.",
+# Settings that the meaning of the network's input and output depends on.
+SPACE = (
     "transport.path",
     "transport.prediction",
     "data.image_size",
@@ -57,6 +57,9 @@ NETWORK = (
     "latents.codec",
     "latents.scale",
 )
+# Settings that trained weights depend on. Modes other than train may change all others. Without
+# label dropout the weights have no null label, whatever a flag says afterwards.
+NETWORK = ("model.", "train.label_dropout", *SPACE)
 
 
 def default() -> ml_collections.ConfigDict:

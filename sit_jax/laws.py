@@ -5,7 +5,7 @@ tables in configs/README.md and the test that walks all keys are derived from th
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sit_jax.errors import brief, check, unknown_name
@@ -120,3 +120,8 @@ def declared(cls: type, prefix: str = "") -> Iterator[Setting]:
                 law=field.metadata["law"],
                 help=field.metadata["help"],
             )
+
+
+def in_group(key: str, group: Sequence[str]) -> bool:
+    """Return True if a group such as ("train.steps", "sample.") lists the key or its section."""
+    return key in group or key.partition(".")[0] + "." in group

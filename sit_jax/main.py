@@ -13,7 +13,9 @@ from sit_jax import config as config_lib
 from sit_jax.errors import check
 from sit_jax.jobs.job import Overrides
 from sit_jax.jobs.table import JOBS
+from sit_jax.laws import in_group
 from sit_jax.settings import Config
+from sit_jax.validation import check_null_label
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(flags: argparse.Namespace, overrides: Overrides) -> None:
     """Run the job of the flags, after joining the other processes of the run."""
     if not JOBS[flags.mode].uses_devices:
-        run_job(load_config(flags, overrides), flags)
+        run_job(load_config(flags, overrides), flags, overrides)
         return
     runtime.use_compilation_cache()
     hosts.join(flags.distributed, preemptible=flags.mode == "train")
@@ -61,13 +63,18 @@ def run_on_devices(flags: argparse.Namespace, overrides: Overrides) -> None:
     print(report.devices_line(), flush=True)
     if warning := report.unused_accelerator_warning():
         print(warning, file=sys.stderr)
-    run_job(config, flags)
+    run_job(config, flags, overrides)
     hosts.gather(None)  # a process that exits before the others counts as dead
 
 
-def run_job(config: Config, flags: argparse.Namespace) -> None:
-    """Run the job. Raises `UserError` with the remedy if memory runs out."""
+def run_job(config: Config, flags: argparse.Namespace, overrides: Overrides) -> None:
+    """Run the job, and say which overrides it does not use.
+
+    Raises `UserError` with the remedy if memory runs out.
+    """
     job = JOBS[flags.mode]
+    for line in command_line.unused(flags.mode, overrides):
+        print(line, flush=True)
     try:
         job.run(config, epath.Path(flags.workdir or ""), flags)
     except Exception as error:
@@ -83,8 +90,15 @@ def run_job(config: Config, flags: argparse.Namespace) -> None:
 def load_config(flags: argparse.Namespace, overrides: Overrides) -> Config:
     """Return the config of the flags, or the workdir's own.
 
-    Raises `UserError` if both exist and belong to different runs.
+    Raises `UserError` if both exist and belong to different runs, or if the mode would use a null
+    label that was not trained.
     """
+    config = _load_config(flags, overrides)
+    check_null_label(config, JOBS[flags.mode].takes)
+    return config
+
+
+def _load_config(flags: argparse.Namespace, overrides: Overrides) -> Config:
     if not flags.workdir:
         check(
             flags.config,
@@ -112,9 +126,9 @@ def refuse_another_run(recorded: Config, config: Config, flags: argparse.Namespa
     """Raise `UserError` that names every setting this mode may not change, with both values."""
     changes = config_lib.changes(recorded, config).items()
     if flags.mode == "train":
-        refused = [item for item in changes if not item[0].startswith(config_lib.CHANGEABLE)]
+        refused = [item for item in changes if not in_group(item[0], config_lib.CHANGEABLE)]
     else:
-        refused = [item for item in changes if item[0].startswith(config_lib.NETWORK)]
+        refused = [item for item in changes if in_group(item[0], config_lib.NETWORK)]
     listed = ", ".join(f"{key} is {new!r} but was {old!r}" for key, (old, new) in refused)
     check(
         not refused,

@@ -1,5 +1,7 @@
 """Checks that need more than one setting: values that contradict each other."""
 
+from collections.abc import Callable
+
 from sit_jax import sharding
 from sit_jax.errors import brief, check
 from sit_jax.latents import CODECS
@@ -52,6 +54,27 @@ def _check_training(config: Config) -> None:
         config.precision.grad_reduce in ("float32", config.precision.compute),
         "precision.grad_reduce is 'bfloat16', but gradients are computed in float32; set it to "
         "float32, or precision.compute to bfloat16 as well",
+    )
+
+
+def check_null_label(config: Config, uses: Callable[[str], bool]) -> None:
+    """Raise `UserError` if a job wants a null label that label dropout never trained.
+
+    `uses` says whether the job uses a setting, by its key.
+    """
+    guided = [("sample.cfg_scale", config.sample.cfg_scale)]
+    guided += [("sweep.cfg_scales", scale) for scale in config.sweep.cfg_scales]
+    wanted = [
+        f"{key} {scale:g} guides away from it; set {key}=1, or sample.guide to a weaker run"
+        for key, scale in guided
+        if uses(key) and scale > 1 and config.sample.guide is None
+    ]
+    if uses("likelihood.labels") and config.likelihood.labels == "null":
+        wanted.append("likelihood.labels 'null' evaluates it; set likelihood.labels=data")
+    check(
+        config.train.label_dropout > 0 or not wanted,
+        "train.label_dropout is 0, so that no null label is trained, but "
+        f"{''.join(wanted[:1])}; or train with a label_dropout such as 0.1",
     )
 
 

@@ -16,7 +16,7 @@ from sit_jax import hosts
 from sit_jax.data.sources import Source
 from sit_jax.errors import UserError, check
 from sit_jax.jobs.data import open_source, read_in_order
-from sit_jax.jobs.job import Job
+from sit_jax.jobs.job import NETWORK, SAMPLER, Job
 from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.sampler import (
     Guide,
@@ -26,7 +26,7 @@ from sit_jax.jobs.sampler import (
     sample_images,
     sampler_settings,
 )
-from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.jobs.setup import Setup, check_sample_batch, set_up
 from sit_jax.jobs.workdir import restore_weights
 from sit_jax.metrics.frechet import feature_statistics, frechet_distance
 from sit_jax.metrics.pixels import as_features, fit_classifier, fit_components
@@ -168,6 +168,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     Samplers that already have a row are kept.
     """
     setup = set_up(config)
+    check_sample_batch(setup)
     sweep = config.sweep
     source = hosts.run_on_all(lambda: open_source(setup))
     step, params = restore_weights(setup, workdir, config.sample.weights)
@@ -301,4 +302,13 @@ JOB = Job(
     run,
     "compare solvers, steps, tolerances and guidance by quality and cost",
     memory="sample.batch or sweep.count",
+    uses=(
+        *NETWORK,
+        *SAMPLER,
+        "data.",
+        "sweep.",
+        "sample.diffusion_norm",
+        "sample.last_step",
+        "sample.last_step_size",
+    ),
 )

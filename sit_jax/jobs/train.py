@@ -23,7 +23,13 @@ from sit_jax.errors import UserError, check, require
 from sit_jax.jobs.data import open_batches, open_source
 from sit_jax.jobs.job import Flag, Job, Overrides
 from sit_jax.jobs.loop import Loop, stop_signal
-from sit_jax.jobs.setup import Setup, in_precision, set_up
+from sit_jax.jobs.setup import (
+    Setup,
+    check_sample_batch,
+    check_train_batch,
+    in_precision,
+    set_up,
+)
 from sit_jax.jobs.watcher import Watcher
 from sit_jax.jobs.workdir import make_workdir, newest_step, open_checkpoints, restore_items
 from sit_jax.metric_log import MetricLog, Progress
@@ -99,7 +105,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     The optimizer's moments start from scratch. If that cannot be done, raises `UserError`
     before anything is written.
     """
-    setup = set_up(config)
+    setup = _set_up(config)
     target_exists, source_exists = hosts.broadcast_from_first(
         lambda: [(folder / "checkpoints").exists() for folder in (workdir, source)]
     )
@@ -120,6 +126,14 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
         note = {"forked_from": f"{source}, step {step}"}
         checkpoints.save(0, fresh.items() | weights, note)
     print(f"forked step {step} of {source} into {workdir}")
+
+
+def _set_up(config: Config) -> Setup:
+    setup = set_up(config)
+    check_train_batch(setup)
+    if config.log.sheet_every:
+        check_sample_batch(setup)
+    return setup
 
 
 def record_config(config: Config, workdir: epath.Path, step: int) -> None:
@@ -144,7 +158,7 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
     SIGTERM and Ctrl-C, on any host, save and return after the current step; with several hosts, a
     few steps later. `profile` (a, b) writes a trace of steps a to b.
     """
-    setup = set_up(config)
+    setup = _set_up(config)
     steps = config.train.steps
     source = hosts.run_on_all(lambda: open_source(setup))
     _ = setup.codec_params  # read now, so that an error leaves no folder behind

@@ -50,7 +50,7 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> tuple[in
     folder = workdir / "checkpoints"
     check(
         hosts.broadcast_from_first(folder.exists),
-        f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train",
+        f"{str(workdir)!r} has no checkpoints; train first, with --mode train",
     )
     target = getattr(setup.abstract_state, item)
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
@@ -75,8 +75,8 @@ def restore_items(
         to_restore["ema"] = targets["params"]
     check(
         "ema" in stored or "ema" not in {*targets, *to_restore},
-        f"checkpoint {step} holds no EMA, only {', '.join(sorted(stored)) or 'nothing'}; set "
-        "sample.weights=raw, or likelihood.weights=raw",
+        f"checkpoint {step} holds no EMA, only {', '.join(sorted(stored)) or 'nothing'}; take "
+        "the weights raw: sample.weights=raw, likelihood.weights=raw, or load(workdir, 'raw')",
     )
     restored = checkpoints.restore(step, to_restore)
     return {name: restored.get(name, restored.get("ema")) for name in targets}

@@ -22,7 +22,7 @@ from sit_jax.jobs.preflight.chips import Chip
 from sit_jax.jobs.preflight.report import SAMPLER, TRAIN_STEP, Preflight, examine, table
 from sit_jax.jobs.preflight.search import find_fastest
 from sit_jax.jobs.preflight.topology import known_topologies, leave_devices_alone, open_topology
-from sit_jax.jobs.setup import set_up
+from sit_jax.jobs.setup import check_sample_batch, check_train_batch, set_up
 from sit_jax.settings import Config
 
 _REMEDIES = {
@@ -69,6 +69,9 @@ def _print_reports(
     programs: Sequence[str],
 ) -> list[Preflight]:
     setup = set_up(config, devices)
+    check_train_batch(setup)
+    if SAMPLER in programs:
+        check_sample_batch(setup)
     reports = []
     for program in programs:
         report = examine(setup, topology, chip, program)
@@ -124,4 +127,16 @@ JOB = Job(
     ),
     check=_check_flags,
     uses_devices=False,
+    uses=(
+        "seed",
+        "model.",
+        "transport.",
+        "data.",
+        "latents.",
+        "train.",
+        "optimizer.",
+        "precision.",
+        "mesh.",
+        "sample.",
+    ),
 )
