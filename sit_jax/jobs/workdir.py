@@ -75,8 +75,8 @@ def restore_items(
         to_restore["ema"] = targets["params"]
     check(
         "ema" in stored or "ema" not in {*targets, *to_restore},
-        f"checkpoint {step} holds no EMA, only {', '.join(sorted(stored)) or 'nothing'}; take "
-        "the weights raw: sample.weights=raw, likelihood.weights=raw, or load(workdir, 'raw')",
+        f"checkpoint {step} holds no EMA, only {', '.join(sorted(stored)) or 'nothing'}; set "
+        "sample.weights=raw, likelihood.weights=raw, or in Python load(workdir, 'raw')",
     )
     restored = checkpoints.restore(step, to_restore)
     return {name: restored.get(name, restored.get("ema")) for name in targets}
