@@ -19,12 +19,15 @@ from sit_jax.config import default
 
 
 def get_config(variant="256"):
-    side, batch, shape = {
+    variants = {
         "256": (32, 256, {}),
         "512": (64, 256, {}),
         # A head has 128 channels, as many as a TPU has lanes.
         "3B": (32, 1024, {"depth": 32, "width": 2304, "heads": 18}),
-    }[variant]
+    }
+    if variant not in variants:
+        raise ValueError(f"the variant is {variant!r}; expected one of {', '.join(variants)}")
+    side, batch, shape = variants[variant]
     config = default()
     config.model.update(name="SiT-XL/2", **shape)
     config.data.update(source="folder", image_size=side, channels=4, classes=1000, flip=True)

@@ -5,7 +5,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from etils import epath
 from safetensors import SafetensorError
@@ -18,6 +18,14 @@ _MARGIN = 10**7  # bytes of free space required beyond the size of the arrays
 
 class _Parser(argparse.ArgumentParser):
     """A parser that reports a mistake as UserError instead of printing its usage and exiting."""
+
+    def parse_known_args(self, *arguments: Any) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """Parse, and expand a leading ~ in the paths, which all texts are but a name in a list."""
+        flags, unknown = super().parse_known_args(*arguments)
+        for name, value in vars(flags).items():
+            if isinstance(value, str):
+                setattr(flags, name, storage.expand(name, value))
+        return flags, unknown
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

@@ -10,6 +10,7 @@ Arrays in and out are NumPy. x is the network's input [n, h, w, c]: pixels in [-
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,14 +19,16 @@ import numpy as np
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import hosts, runtime, sharding
+from sit_jax import hosts, runtime, sharding, storage
 from sit_jax.data import pipeline
-from sit_jax.errors import check, unknown_name
+from sit_jax.errors import UserError, brief, check, unknown_name
 from sit_jax.jobs import likelihood, sampler
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches
 from sit_jax.jobs.workdir import restore_weights
+from sit_jax.laws import in_group
 from sit_jax.settings import WEIGHTS, Config, Likelihood, Sample
 from sit_jax.transport.prediction import velocity_field
+from sit_jax.validation import check_null_label
 
 Labels = Sequence[int] | np.ndarray | int | None
 
@@ -44,13 +47,19 @@ def load(workdir: epath.PathLike, weights: str = "ema") -> "Run":
         f"command line does; set them back: "
         + ", ".join(f"jax.config.update({name!r}, {value!r})" for name, value in changed.items()),
     )
-    folder = epath.Path(workdir)
+    check(
+        isinstance(workdir, str | os.PathLike),
+        f"workdir is {brief(workdir)}; expected the path of a trained run",
+    )
+    path = storage.expand("workdir", os.fspath(workdir))
+    storage.check_reachable("workdir", path)
+    folder = epath.Path(path)
     recorded = folder / "config.json"
     check(
         recorded.exists(),
-        f"{str(folder)!r} is not a workdir: it has no config.json; give the --workdir of a run",
+        f"{str(folder)!r} is not a workdir: it has no config.json; give the workdir of a run",
     )
-    if weights not in WEIGHTS:
+    if weights not in tuple(WEIGHTS):
         raise unknown_name("weights", weights, WEIGHTS)
     config = config_lib.load(str(recorded))
     # Data-parallel over the devices here, however the run was trained.
@@ -88,6 +97,7 @@ class Run:
 
         Raises `UserError` for an unknown option, an invalid value or a label out of range.
         """
+        count = options.get("count")
         if labels is not None:
             labels_n = _whole_numbers(labels)
             options |= {"labels": tuple(labels_n.tolist()), "count": len(labels_n)}
@@ -99,6 +109,11 @@ class Run:
                 f"{len(noise)} rows of noise, but {0 if labels is None else len(labels_n)} labels; "
                 "give one label, or as many as rows",
             )
+        check(
+            count in (None, options.get("count")),
+            f"count is {brief(count)}, but labels or noise are given for {options.get('count')} "
+            "samples; leave count out",
+        )
         setup = self._with("sample", options, without=("columns", "scale"))
         size = min(setup.config.sample.count, setup.config.sample.batch)
         batch = dataclasses.replace(setup.config.sample, batch=self._padded_size(size))
@@ -162,7 +177,7 @@ class Run:
         `options` are settings of the section `likelihood`. No labels: the null label. Bits per
         dimension are -log_prob / (dimensions * log 2).
         """
-        images = np.asarray(images)
+        images = _array("images", images)
         check(
             images.dtype == np.uint8,
             f"images are {images.dtype}; expected uint8, as sample() returns them",
@@ -209,7 +224,7 @@ class Run:
             "them in sit_jax.load(workdir, weights=...)",
         )
         options = {  # NumPy's scalars as Python's, which settings are
-            name: value.item() if isinstance(value, np.generic) else value
+            name: value.tolist() if isinstance(value, np.generic | np.ndarray) else value
             for name, value in options.items()
         }
         names = [field.name for field in dataclasses.fields(getattr(self.config, section))]
@@ -220,13 +235,16 @@ class Run:
         values = dataclasses.asdict(self.config)
         values[section] |= options
         config = config_lib.from_values(values)
+        check_null_label(config, lambda key: in_group(key, (f"{section}.",)))
         return Setup(config, self._setup.mesh)
 
     def _apply(self, compiled: Callable, x: np.ndarray, t: Any, labels: Labels) -> np.ndarray:
         """Call a compiled function of (x, t_n, condition) on a batch padded for the devices."""
         x = _checked("x", x, self._setup.input_shape, np.float32)
-        t_n = np.asarray(t, np.float32)
         expected = f"expected one time, or {len(x)}, from 0 (noise) to 1 (data)"
+        t_n = _array("t", t)
+        check(t_n.dtype.kind in "fiu", f"t is {brief(t)}; {expected}")
+        t_n = t_n.astype(np.float32)
         check(t_n.shape in ((), (len(x),)), f"t has shape {t_n.shape}; {expected}")
         check(((t_n >= 0) & (t_n <= 1)).all(), f"t is {t_n.tolist()}; {expected}")
         records = {
@@ -243,6 +261,11 @@ class Run:
         """Return `count` labels, int32. None stands for the null label, one label for all."""
         classes = self.config.data.classes
         if labels is None:
+            check(
+                self.config.train.label_dropout > 0,
+                "labels are None, which is the null label, but train.label_dropout is 0, so that "
+                f"no null label is trained; give labels from 0 to {classes - 1}",
+            )
             return np.full(count, classes, np.int32)
         labels_n = _whole_numbers(labels)
         check(
@@ -272,19 +295,29 @@ class Run:
         return self._samplers[key, from_noise]
 
 
+def _array(name: str, value: Any) -> np.ndarray:
+    """Return the value as an array. Raises `UserError` for lists of unequal lengths."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise UserError(
+            f"{name} is {brief(value)}; expected an array, or lists of equal lengths"
+        ) from error
+
+
 def _whole_numbers(labels: Any) -> np.ndarray:
     """Return labels as an array [n]. Raises `UserError` unless they are whole numbers."""
-    array = np.atleast_1d(np.asarray(labels))
+    array = np.atleast_1d(_array("labels", labels))
     check(
         array.dtype.kind in "iu" and array.ndim == 1 and len(array),
-        f"labels are {labels!r}; expected one whole number, or a list of them",
+        f"labels are {brief(labels)}; expected one whole number, or a list of them",
     )
     return array
 
 
 def _checked(name: str, array: Any, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Return a non-empty batch [n, *shape] of finite numbers. Raises `UserError` for any other."""
-    array = np.asarray(array)
+    array = _array(name, array)
     check(
         array.ndim == len(shape) + 1 and array.shape[1:] == shape and len(array),
         f"{name} has shape {array.shape}; expected [n, {', '.join(map(str, shape))}] with n > 0",

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sit_jax import settings_help
+from sit_jax import settings_help, storage
 from sit_jax.errors import UserError, check, unknown_name
 from sit_jax.jobs.job import Overrides
 from sit_jax.jobs.table import JOBS
@@ -27,8 +27,20 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     --help and --help-config print and exit. Raises `UserError` for flags that make no sense
     together.
     """
-    flags, unknown = _parser().parse_known_args(argv)
+    parser = _parser()
+    flags, unknown = parser.parse_known_args(argv)
     if flags.help_config is not None:
+        ignored = [
+            f"--{name.replace('_', '-')}"
+            for name, value in vars(flags).items()
+            if name != "help_config" and value != parser.get_default(name)
+        ]
+        ignored += [text.partition("=")[0] for text in unknown]
+        check(
+            not ignored,
+            f"--help-config only prints, and does nothing with {', '.join(ignored)}; give it "
+            "without other flags",
+        )
         print(settings_help.as_text(flags.help_config))
         raise SystemExit(0)
     if flags.mode not in JOBS:
@@ -49,7 +61,25 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
             )
     overrides = _overrides(unknown)
     job.check(flags, overrides)
+    paths = ["workdir", *(flag.name for flag in job.flags if flag.is_path)]
+    for name in paths:
+        if path := getattr(flags, name):
+            setattr(flags, name, storage.expand(f"--{name}", path))
+            storage.check_reachable(f"--{name}", getattr(flags, name))
     return flags, overrides
+
+
+def unused(mode: str, overrides: Overrides) -> list[str]:
+    """Return a line for each override that the mode does not use, with the modes that do."""
+    lines = []
+    for key, _ in overrides:
+        users = [name for name, job in JOBS.items() if job.takes(key)]
+        if mode not in users:
+            lines.append(
+                f"note: --config.{key} has no effect on --mode {mode}; it is for --mode "
+                f"{', '.join(users)}"
+            )
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:

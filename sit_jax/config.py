@@ -6,10 +6,11 @@ refuses an unknown key, a wrong type and an invalid value. No other module reads
 """
 
 import ast
-import copy
 import dataclasses
 import importlib.util
+import inspect
 import json
+import math
 import os
 import types
 import typing
@@ -19,11 +20,13 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from sit_jax.errors import UserError, check, unknown_name
-from sit_jax.laws import declared
+from sit_jax import storage
+from sit_jax.errors import UserError, brief, check, unknown_name
+from sit_jax.laws import declared, user_path
 from sit_jax.settings import Config, get
 from sit_jax.validation import validate
 
+# A group of settings lists keys, and sections with a full stop at the end; see `laws.in_group`.
 # Settings that may change when a run is continued: none of them changes the function being learned.
 CHANGEABLE = (
     "train.steps",
@@ -51,9 +54,8 @@ CHANGEABLE = (
     "precision.",
     "mesh.",
 )
-# Settings that trained weights depend on. Modes other than train may change all others.
-NETWORK = (
-    "model.",
+# Settings that the meaning of the network's input and output depends on.
+SPACE = (
     "transport.path",
     "transport.prediction",
     "data.image_size",
@@ -62,6 +64,9 @@ NETWORK = (
     "latents.codec",
     "latents.scale",
 )
+# Settings that trained weights depend on. Modes other than train may change all others. Without
+# label dropout the weights have no null label, whatever a flag says afterwards.
+NETWORK = ("model.", "train.label_dropout", *SPACE)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -78,14 +83,26 @@ def load(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     `overrides` are (dotted key, text) pairs of the command line. Raises `UserError` for a file
     that cannot be used, an unknown key, a wrong type or an invalid value.
     """
-    is_recorded = spec.endswith(".json")
-    values = _read_json(spec) if is_recorded else _run_file(*_split_argument(spec))
+    path, variant = _split_variant(spec)
+    path = storage.expand("--config", path)
+    values = _read_json(path) if path.endswith(".json") else _run_file(path, variant)
     return from_values(values, overrides)
+
+
+def read_recorded(path: epath.PathLike) -> Config:
+    """Return the config that a run recorded, only its types checked.
+
+    A run of an earlier version may hold what `load` refuses today. Raises `UserError` for a file
+    that cannot be read.
+    """
+    return _build(Config, _read_json(os.fspath(path)), "")
 
 
 def from_values(values: dict[str, Any], overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """Return the config of nested values, such as `default().to_dict()`, checked as `load` does."""
-    values = copy.deepcopy(values)
+    values = {  # copied as deep as settings lie, so that the caller's stay as they are
+        name: dict(value) if isinstance(value, dict) else value for name, value in values.items()
+    }
     for key, text in overrides:
         _set(values, key, _parse(key, text))
     config = _build(Config, values, "")
@@ -124,44 +141,67 @@ def _from_json(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _split_argument(spec: str) -> tuple[str, str | None]:
-    path, separator, argument = spec.partition(".py:")
-    return (path + ".py", argument) if separator else (spec, None)
+def _split_variant(spec: str) -> tuple[str, str | None]:
+    path, separator, variant = spec.partition(".py:")
+    return (path + ".py", variant) if separator else (spec, None)
 
 
-def _run_file(path: str, argument: str | None) -> dict[str, Any]:
+def _run_file(path: str, variant: str | None) -> dict[str, Any]:
     check(
         os.path.isfile(path),
         f"--config {path!r} does not exist; expected a file such as configs/digits.py",
     )
+    check(
+        variant != "", f"--config '{path}:' has an empty variant; leave out the colon, or name one"
+    )
+    place = path if variant is None else f"{path} with the variant {variant!r}"
     try:
         module_spec = importlib.util.spec_from_file_location("sit_jax_config_file", path)
         assert module_spec is not None and module_spec.loader is not None
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
-        config = module.get_config() if argument is None else module.get_config(argument)
+        takes_variant = bool(inspect.signature(module.get_config).parameters)
+        check(variant is None or takes_variant, f"{path} has no variants; give --config {path}")
+        config = module.get_config() if variant is None else module.get_config(variant)
         return config.to_dict()
     except UserError:
         raise
-    except Exception as error:  # a config file runs any code, so it may raise any error
+    # A config file runs any code, so it may raise any error, and may try to exit: but with 0 a job
+    # that never ran would count as done. Ctrl-C is left alone.
+    except (Exception, SystemExit, GeneratorExit) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} cannot be used as a config: {type(error).__name__}: {reason}"
+            f"{place} cannot be used as a config: {type(error).__name__}: {reason}"
         ) from error
 
 
 def _read_json(path: str) -> dict[str, Any]:
+    """Return the values of a recorded config, and defaults for settings that it lacks."""
+    remedy = (
+        "repair it, or, if it is the config.json of a workdir, move it away and give the --config "
+        "with which the run was started"
+    )
+    storage.check_reachable("--config", path)
+    check(
+        epath.Path(path).exists(), f"--config {path!r} does not exist; expected a recorded config"
+    )
     try:
         values = json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else error
         raise UserError(
-            f"{path} cannot be read as a recorded config ({error}); give --config"
+            f"{path} cannot be read as a recorded config ({reason}); {remedy}"
         ) from error
     check(
         isinstance(values, dict),
-        f"{path} cannot be read as a recorded config (it holds no settings); give --config",
+        f"{path} cannot be read as a recorded config (it holds no settings); {remedy}",
     )
-    return _with_defaults(dataclasses.asdict(Config()), values)
+    values = _with_defaults(dataclasses.asdict(Config()), values)
+    try:
+        _build(Config, values, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {remedy}") from error
+    return values
 
 
 def _with_defaults(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -189,40 +229,43 @@ def _parse(key: str, text: str) -> Any:
     if kind is str or (kind == str | None and text.lower() != "none"):
         return text
     if kind == tuple[str, ...] and not text.startswith("("):
-        return tuple(filter(None, text.split(",")))
+        return tuple(text.removesuffix(",").split(","))
     if text.lower() in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text  # _build reports that its type is wrong
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text  # not a value of Python; _build reports that its type is wrong
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """Return the dataclass `cls` made from a dict that must have exactly its keys."""
-    types_by_name: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
-        if name not in types_by_name:
+        if name not in fields:
             keys = [entry.key for entry in declared(cls, prefix)]
             raise unknown_name("config key", prefix + name, keys)
     arguments = {}
-    for name, kind in types_by_name.items():
+    for name, field in fields.items():
         key = prefix + name
+        kind: Any = field.type
         check(name in values, f"config key {key} is missing; start from sit_jax.config.default()")
         is_section = isinstance(kind, type) and dataclasses.is_dataclass(kind)
         if is_section and isinstance(values[name], dict):
             arguments[name] = _build(kind, values[name], f"{key}.")
         else:
             arguments[name] = _typed(key, kind, values[name])
+            if field.metadata.get("law") is user_path and arguments[name] is not None:
+                arguments[name] = storage.expand(key, arguments[name])
     return cls(**arguments)
 
 
 _ELEMENTS = {
     int: "whole numbers such as 3,1,4",
-    float: "numbers such as 0.1,0.9",
+    float: "finite numbers such as 0.1,0.9",
     str: "names such as a,b",
 }
-_EXPECTED = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+_EXPECTED = {int: "a whole number", float: "a finite number", str: "text", bool: "True or False"}
 
 
 def _typed(key: str, kind: Any, value: Any) -> Any:
@@ -230,19 +273,26 @@ def _typed(key: str, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.UnionType):  # X | None
         return None if value is None else _typed(key, typing.get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:
-        return _typed_tuple(key, typing.get_args(kind)[0], value)
-    if kind is float and type(value) is int:
-        return float(value)
+        element = typing.get_args(kind)[0]
+        elements = value if isinstance(value, tuple | list) else (value,)
+        check(
+            all(_is(element, v) for v in elements),
+            f"{key} is {brief(value)}; expected a list of {_ELEMENTS[element]}",
+        )
+        return tuple(map(element, elements))
     expected = _EXPECTED.get(kind, f"the {key} settings")
-    check(type(value) is kind, f"{key} is {value!r}; expected {expected}")
-    return value
+    check(_is(kind, value), f"{key} is {brief(value)}; expected {expected}")
+    return float(value) if kind is float else value
 
 
-def _typed_tuple(key: str, element: type, value: Any) -> tuple[Any, ...]:
-    elements = value if isinstance(value, tuple | list) else (value,)
-    allowed = (int, float) if element is float else (element,)
-    check(
-        all(type(v) in allowed for v in elements),
-        f"{key} is {value!r}; expected a list of {_ELEMENTS[element]}",
-    )
-    return tuple(map(element, elements))
+def _is(kind: type, value: Any) -> bool:
+    """Return True for a value of this type; a whole number is a number too, True is not.
+
+    Infinity and NaN are not numbers here, nor is a whole number beyond the largest float.
+    """
+    if kind is not float or type(value) not in (int, float):
+        return type(value) is kind
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

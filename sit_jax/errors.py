@@ -6,6 +6,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_LONGEST_QUOTED = 100  # characters of a value
 _LONGEST_LISTED_TABLE = 20  # a longer one would fill several lines of a terminal
 
 
@@ -19,13 +20,22 @@ def unknown_name(kind: str, name: object, table: Iterable[str]) -> UserError:
     The message suggests the nearest names and lists the table if it is short.
     """
     names = list(table)
-    nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(brief(name).strip("'"), names, n=3, cutoff=0.5)
     suggestion = f"did you mean {' or '.join(map(repr, nearest))}? " if nearest else ""
     if len(names) <= _LONGEST_LISTED_TABLE:
         listed = f"known: {', '.join(map(repr, names))}"
     else:
         listed = f"{len(names)} names are known"
-    return UserError(f"unknown {kind} {name!r}; {suggestion}{listed}")
+    return UserError(f"unknown {kind} {brief(name)}; {suggestion}{listed}")
+
+
+def brief(value: object) -> str:
+    """Return the value as a message quotes it: its repr, cut if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of 4,300 digits, a list in a list in a list ...
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= _LONGEST_QUOTED else f"{text[:_LONGEST_QUOTED]}..."
 
 
 def check(condition: object, message: str) -> None:

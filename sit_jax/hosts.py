@@ -259,7 +259,7 @@ def exit_message(error: Exception) -> str:
     else:
         reason = str(error)
     return (
-        f"error: process {jax.process_index()} of {jax.process_count()} ends: "
+        f"process {jax.process_index()} of {jax.process_count()} ends: "
         f"{type(error).__name__}: {reason}; the same command on all hosts continues from the "
         "newest complete checkpoint"
     )

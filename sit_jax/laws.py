@@ -5,33 +5,50 @@ tables in configs/README.md and the test that walks all keys are derived from th
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sit_jax.errors import check, unknown_name
+from sit_jax.errors import brief, check, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
-class Law:
-    """A condition on one value. `expected` completes the message "KEY is VALUE; expected ..."."""
+class Between:
+    """The value is a number from `low` to `high`, both included, so neither infinite nor NaN."""
 
-    holds: Callable[[Any], bool]
-    expected: str
+    low: float
+    high: float
 
     def check(self, key: str, value: Any) -> None:
-        """Raise `UserError` unless the law holds. None and empty lists pass: types decide on them.
+        """Raise `UserError` unless the value, or each element of a list, lies between the ends.
 
-        Each element of a list must obey the law.
+        None passes: the type decides on it.
         """
-        if isinstance(value, tuple):
-            for element in value:
-                check(self.holds(element), f"{key} holds {element}; expected {self.expected}")
-        elif value is not None:
-            check(self.holds(value), f"{key} is {value}; expected {self.expected}")
+        verb = "holds" if isinstance(value, tuple) else "is"
+        for number in value if isinstance(value, tuple) else (value,):
+            check(
+                number is None or self.low <= number <= self.high,
+                f"{key} {verb} {brief(number)}; expected {self.describe()}",
+            )
 
     def describe(self) -> str:
-        """Return the allowed values in a few words, for help and tables."""
-        return self.expected
+        """Return both ends."""
+        return f"{_number(self.low)} to {_number(self.high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Anything:
+    """Whatever the type allows, which is text, or true and false."""
+
+    def check(self, key: str, value: Any) -> None:
+        """Accept the value."""
+
+    def describe(self) -> str:
+        """Return nothing: the name of the type says it all."""
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +68,25 @@ class Choice:
         return ", ".join(self.names)
 
 
-anything = Law(lambda value: True, "")  # whatever the type allows
-positive = Law(lambda value: value > 0, "more than 0")
-not_negative = Law(lambda value: value >= 0, "0 or more")
-from_0_to_1 = Law(lambda value: 0 <= value <= 1, "a number from 0 to 1")
-seed_range = Law(lambda value: 0 <= value < 2**32, "0 or more, and less than 2**32")
+@dataclasses.dataclass(frozen=True)
+class UserPath:
+    """The value is the path of a file or folder; `config` expands a leading ~."""
+
+    def check(self, key: str, value: Any) -> None:
+        """Accept the value: whether it exists is known where it is opened."""
+
+    def describe(self) -> str:
+        """Return what is special about a path."""
+        return "a path; a leading ~ is the home folder"
 
 
-def setting(default: Any, law: Law | Choice, help: str) -> Any:
+anything = Anything()
+user_path = UserPath()
+between = Between
+Law = Between | Choice | UserPath | Anything
+
+
+def setting(default: Any, law: Law, help: str) -> Any:
     """Declare a field of a settings dataclass. `help` is a phrase, without a full stop."""
     return dataclasses.field(default=default, metadata={"law": law, "help": help})
 
@@ -75,7 +103,7 @@ class Setting:
     key: str  # dotted
     type: Any
     default: Any
-    law: Law | Choice
+    law: Law
     help: str
 
 
@@ -92,3 +120,8 @@ def declared(cls: type, prefix: str = "") -> Iterator[Setting]:
                 law=field.metadata["law"],
                 help=field.metadata["help"],
             )
+
+
+def in_group(key: str, group: Sequence[str]) -> bool:
+    """Return True if a group such as ("train.steps", "sample.") lists the key or its section."""
+    return key in group or key.partition(".")[0] + "." in group

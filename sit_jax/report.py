@@ -1,13 +1,17 @@
-"""The lines that a run prints about its devices, and about an accelerator that it does not use."""
+"""The lines that a run prints about its devices, an unused accelerator, and how it failed."""
 
 import collections
 import os
 import platform
+import re
 import shutil
 import subprocess
 
 import jax
 
+from sit_jax.errors import UserError
+
+_LONGEST_REASON = 160  # characters: XLA goes on with a list of buffers
 _NVIDIA_DEVICE = "/dev/nvidia0"
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 _CPU_INFO = "/proc/cpuinfo"
@@ -48,6 +52,36 @@ def unused_accelerator_warning() -> str | None:
         f"warning: jax runs on the CPU although this machine seems to have {accelerator}; to use "
         f'it, pip install -e ".[{extra}]"; to silence this, set JAX_PLATFORMS=cpu'
     )
+
+
+def failure_line(error: Exception) -> str | None:
+    """Return an error in one line if the user or the machine caused it; None if it is a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if not isinstance(error, OSError):
+        return None
+    place = f"{os.fsdecode(error.filename)!r}: " if error.filename else ""
+    reason = error.strerror or f"{type(error).__name__}: {error}"
+    return f"{place}{' '.join(reason.split())}; repair this, and give the same command again"
+
+
+def bug_line(error: Exception) -> str:
+    """Return the line below the traceback of an error that should not happen."""
+    reason = " ".join(str(error).split())
+    return (
+        f"{type(error).__name__}: {reason}; this is a bug in sit_jax: please report it, with the "
+        "command and the lines above"
+    )
+
+
+def lack_of_memory(error: Exception) -> str | None:
+    """Return what could not be allocated if that is the error, otherwise None."""
+    text = " ".join(str(error).split()) or "MemoryError"
+    is_lack = isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and re.search("RESOURCE_EXHAUSTED|out of memory", text, re.IGNORECASE)
+    )
+    return text[:_LONGEST_REASON] if is_lack else None
 
 
 def _has_nvidia_gpu() -> bool:

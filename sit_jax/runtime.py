@@ -1,10 +1,13 @@
-"""Process-wide set-up of jax: the compilation cache, number formats, and memory on the CPU."""
+"""Process-wide set-up of jax: compilation cache, number formats, devices, memory on the CPU."""
 
 import ctypes
 import os
 
 import jax
 
+from sit_jax.errors import UserError, check, unknown_name
+
+_PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 # Parameters of mallopt, from malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -60,10 +63,30 @@ def keep_host_memory() -> None:
     thread has a heap of its own, so the allocation has to happen in the main thread, which
     synchronous dispatch ensures.
 
-    Call it after `hosts.join` and before anything else that creates the devices' client.
+    Call it after `hosts.join` and before anything else that creates the devices' client, which this
+    does. Raises `UserError` if jax finds none of the devices that $JAX_PLATFORMS names.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # before the CPU's client exists
+    backend = _start_backend()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt and jax.default_backend() == "cpu":
+    if mallopt and backend == "cpu":
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _start_backend() -> str:
+    """Start jax's devices and return the name of their platform."""
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # jax's error for cuda is a bare assertion
+        reason = " ".join(str(error).split()) or "no such device"
+        platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # defined at run time
+        check(platforms, f"jax cannot start the devices of this machine: {reason}")
+        for name in platforms.split(","):
+            if name not in _PLATFORMS:
+                raise unknown_name("name in JAX_PLATFORMS", name, _PLATFORMS) from error
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} names devices that jax does not find here ({reason}); "
+            'install what drives them (pip install -e ".[cuda12]" or ".[tpu]"), or unset '
+            "JAX_PLATFORMS to take what is there"
+        ) from error

@@ -10,16 +10,7 @@ from typing import Any
 from sit_jax.data import sources
 from sit_jax.latents import CODECS, dequantise
 from sit_jax.latents.sd_vae import VaeOptions
-from sit_jax.laws import (
-    Law,
-    anything,
-    choice,
-    from_0_to_1,
-    not_negative,
-    positive,
-    seed_range,
-    setting,
-)
+from sit_jax.laws import anything, between, choice, setting, user_path
 from sit_jax.models.sit import REMAT_POLICIES
 from sit_jax.models.sizes import SIZES
 from sit_jax.optimizer import SCHEDULES
@@ -32,16 +23,19 @@ WEIGHTS = {"ema": "ema", "raw": "params"}  # a name in a config -> the item of a
 DTYPES = ("float32", "bfloat16")
 MATMUL_PRECISIONS = ("default", "high", "highest")
 
-_time_margin = Law(
-    lambda eps: 0 < eps < 0.5, "more than 0 and less than 0.5, or none for the path's default"
-)
-_cfg_scale = Law(lambda scale: scale >= 1, "1 (no guidance) or more")
-_frechet_count = Law(lambda count: count >= 2, "2 or more, as a Frechet distance needs")
-_frames = Law(lambda frames: frames >= 2, "2 or more, or none")
-_axis = Law(lambda size: size == -1 or size >= 1, "1 or more, or -1 for the remaining devices")
-_last_step_size = Law(
-    lambda size: 0 < size < 1, "more than 0 and less than 1, or sample.last_step=none"
-)
+# Both ends of every number are far outside what is of use, but inside what the devices' int32 and
+# float32 hold: below 1e-30 a float32 soon is 0, and above 0.999999 soon 1.
+_count = between(1, 2**31 - 1)
+_count_or_0 = between(0, 2**31 - 1)
+_batch = between(1, 2**20)  # examples at a time
+_fixed_steps = between(1, 1_000_000)
+_tolerance = between(1e-30, 1e3)
+_decay = between(0.0, 0.999999)
+_seed = between(0, 2**32 - 1)
+_time = between(0.0, 1.0)
+_time_margin = between(1e-6, 0.499)  # nearer to an end, 1 - margin soon is 1
+_cfg_scale = between(1.0, 1e3)
+_axis = between(-1, 2**16)  # validation refuses 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +46,12 @@ class Model:
         "SiT-S/2", SIZES, "published size; depth, width, heads and patch override parts of it"
     )
     depth: int | None = setting(
-        None, positive, "transformer blocks; none: those of model.name, here and below"
+        None, between(1, 1_000), "transformer blocks; none: those of model.name, here and below"
     )
-    width: int | None = setting(None, positive, "channels of the residual stream")
-    heads: int | None = setting(None, positive, "attention heads")
+    width: int | None = setting(None, between(4, 2**16), "channels of the residual stream")
+    heads: int | None = setting(None, between(1, 2**12), "attention heads")
     patch: int | None = setting(
-        None, positive, "side of a patch (one token), in pixels or latent cells"
+        None, between(1, 2**10), "side of a patch (one token), in pixels or latent cells"
     )
     qk_norm: bool = setting(
         False,
@@ -115,8 +109,10 @@ class Transport:
         times.DISTRIBUTIONS,
         "distribution of training times; logit-normal: sigmoid of a normal",
     )
-    times_mean: float = setting(0.0, anything, "mean of that normal; above 0: more times near data")
-    times_std: float = setting(1.0, positive, "standard deviation of that normal")
+    times_mean: float = setting(
+        0.0, between(-100.0, 100.0), "mean of that normal; above 0: more times near data"
+    )
+    times_std: float = setting(1.0, between(1e-6, 100.0), "standard deviation of that normal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +121,14 @@ class Data:
 
     source: str = choice("digits", sources.SOURCES, "digits: of scikit-learn; folder: image files")
     path: str | None = setting(
-        None, anything, "folder with a sub-folder of images per class, for source folder"
+        None, user_path, "folder with a sub-folder of images per class, for source folder"
     )
     split: str = setting("all", anything, "digits: train, test or all; folder: only all")
     image_size: int = setting(
-        8, positive, "side of the images in pixels; source folder scales and crops to it"
+        8, between(1, 2**13), "side of the images in pixels; source folder scales and crops to it"
     )
-    channels: int = setting(1, positive, "image channels: 1 for digits, 3 for folder")
-    classes: int = setting(10, positive, "number of classes")
+    channels: int = setting(1, between(1, 2**10), "image channels: 1 for digits, 3 for folder")
+    classes: int = setting(10, between(1, 1_000_000), "number of classes")
     flip: bool = setting(
         False, anything, "mirror images left to right with probability 1/2; not for digits or text"
     )
@@ -141,7 +137,7 @@ class Data:
     )
     workers: int = setting(
         0,
-        not_negative,
+        between(0, 1_024),  # the processors of the largest hosts
         "processes that read images; 0: threads of the main process, for small data sets",
     )
 
@@ -160,7 +156,7 @@ class Latents:
     )
     path: str | None = setting(
         None,
-        anything,
+        user_path,
         "folder with config.json and diffusion_pytorch_model.safetensors; none: latents.repo",
     )
     repo: str | None = setting(
@@ -175,8 +171,8 @@ class Latents:
         "commit of latents.repo; none: the pinned one, for the two repositories above only",
     )
     dtype: str = choice("float32", DTYPES, "dtype of the autoencoder's activations and matmuls")
-    scale: float = setting(0.18215, positive, "factor applied to the encoder's output")
-    batch: int = setting(8, positive, "images that a device encodes or decodes at a time, at most")
+    scale: float = setting(0.18215, between(1e-6, 1e6), "factor applied to the encoder's output")
+    batch: int = setting(8, _batch, "images that a device encodes or decodes at a time, at most")
 
     @property
     def vae(self) -> VaeOptions:
@@ -188,19 +184,19 @@ class Latents:
 class Train:
     """The training run."""
 
-    steps: int = setting(400_000, positive, "number of optimizer steps")
-    batch: int = setting(256, positive, "images per step, over all devices and microbatches")
-    accumulation: int = setting(1, positive, "microbatches per step, run in turn to save memory")
+    steps: int = setting(400_000, _count, "number of optimizer steps")
+    batch: int = setting(256, _batch, "images per step, over all devices and microbatches")
+    accumulation: int = setting(1, _batch, "microbatches per step, run in turn to save memory")
     label_dropout: float = setting(
-        0.1, from_0_to_1, "share of labels replaced by the null label, which guidance needs"
+        0.1, between(0.0, 0.99), "share of labels replaced by the null label, which guidance needs"
     )
     skip_nonfinite: int = setting(
         0,
-        not_negative,
+        _count_or_0,
         "updates with a NaN or infinite loss or gradient that may be skipped before the run stops",
     )
     ema_decay: float = setting(
-        0.9999, from_0_to_1, "decay of the exponential moving average of the parameters"
+        0.9999, between(0.0, 1.0), "decay of the exponential moving average of the parameters"
     )
 
 
@@ -208,17 +204,17 @@ class Train:
 class Optimizer:
     """AdamW and its learning rate."""
 
-    learning_rate: float = setting(1e-4, positive, "peak learning rate")
+    learning_rate: float = setting(1e-4, between(1e-30, 1e3), "peak learning rate")
     schedule: str = choice(
         "constant", SCHEDULES, "learning rate after the warm-up; cosine: falls to 0 at train.steps"
     )
-    warmup_steps: int = setting(0, not_negative, "steps of linear warm-up from 0")
-    b1: float = setting(0.9, from_0_to_1, "decay of the first moment")
-    b2: float = setting(0.999, from_0_to_1, "decay of the second moment")
-    eps: float = setting(1e-8, positive, "added to the root of the second moment")
-    weight_decay: float = setting(0.0, not_negative, "decoupled weight decay")
+    warmup_steps: int = setting(0, _count_or_0, "steps of linear warm-up from 0")
+    b1: float = setting(0.9, _decay, "decay of the first moment")
+    b2: float = setting(0.999, _decay, "decay of the second moment")
+    eps: float = setting(1e-8, between(1e-30, 1e3), "added to the root of the second moment")
+    weight_decay: float = setting(0.0, between(0.0, 1e3), "decoupled weight decay")
     clip_norm: float | None = setting(
-        None, positive, "largest global gradient norm; none: no clipping"
+        None, between(1e-12, 1e12), "largest global gradient norm; none: no clipping"
     )
 
 
@@ -236,21 +232,21 @@ class Sample:
     )
     steps: int | None = setting(
         None,
-        positive,
+        _fixed_steps,
         f"fixed steps; none: {', '.join(ode.ADAPTIVE)} choose theirs by atol and rtol",
     )
     times: tuple[float, ...] = setting(
         (),
-        anything,
+        _time,
         "times of fixed steps, instead of sample.steps: fractions rising from 0 (noise) to 1",
     )
     time_shift: float = setting(
         1.0,
-        positive,
+        between(1e-3, 1e3),
         "s of t' = s t / (1 + (s - 1) t), which moves fixed steps; above 1: more near data",
     )
-    atol: float = setting(1e-6, positive, "absolute tolerance of adaptive steps")
-    rtol: float = setting(1e-3, positive, "relative tolerance of adaptive steps")
+    atol: float = setting(1e-6, _tolerance, "absolute tolerance of adaptive steps")
+    rtol: float = setting(1e-3, _tolerance, "relative tolerance of adaptive steps")
     error_norm: str = choice(
         "sample",
         ode.ERROR_NORMS,
@@ -258,41 +254,43 @@ class Sample:
         "torchdiffeq",
     )
     diffusion_form: str = choice("SBDM", diffusion.FORMS, "SDE: diffusion coefficient over time")
-    diffusion_norm: float = setting(1.0, positive, "SDE: scale of that coefficient")
+    diffusion_norm: float = setting(1.0, between(1e-6, 1e3), "SDE: scale of that coefficient")
     last_step: str = choice(
         "mean",
         sde.LAST_STEPS,
         "SDE: last step to t=1, without noise. mean: along the SDE's drift; euler: along the "
         "ODE's; tweedie: to the expected data",
     )
-    last_step_size: float = setting(0.04, _last_step_size, "SDE: length of that step in t")
+    last_step_size: float = setting(0.04, between(1e-6, 0.999), "SDE: length of that step in t")
     cfg_scale: float = setting(1.0, _cfg_scale, "scale of classifier-free guidance; 1: no guidance")
     cfg_channels: int | None = setting(
         3,
-        positive,
+        between(1, 2**10),
         "number of channels to guide, from the first; none: all (published results: 3 of 4)",
     )
     cfg_interval: tuple[float, ...] = setting(
-        (0.0, 1.0), anything, "first and last time to guide at; 0 is noise, 1 is data"
+        (0.0, 1.0), _time, "first and last time to guide at; 0 is noise, 1 is data"
     )
     guide: str | None = setting(
         None,
-        anything,
+        user_path,
         "workdir of a weaker run to guide away from; none: guide away from the null label",
     )
-    count: int = setting(64, positive, "number of samples")
-    batch: int = setting(64, positive, "samples drawn at a time, over all devices")
+    count: int = setting(64, between(1, 10_000_000), "number of samples")
+    batch: int = setting(64, _batch, "samples drawn at a time, over all devices")
     labels: tuple[int, ...] = setting(
-        (), anything, "class labels, repeated in turn up to count; (): all classes in turn"
+        (),
+        between(0, 999_999),
+        "class labels, repeated in turn up to count; (): all classes in turn",
     )
-    seed: int = setting(0, seed_range, "seed of the samples")
+    seed: int = setting(0, _seed, "seed of the samples")
     frames: int | None = setting(
         None,
-        _frames,
+        between(2, 10_000),
         "also write this many images along each sample's trajectory, as one strip; none: do not",
     )
-    columns: int = setting(10, positive, "columns of sheet.png, the grid of images")
-    scale: int = setting(1, positive, "whole-number enlargement of sheet.png")
+    columns: int = setting(10, between(1, 1_000), "columns of sheet.png, the grid of images")
+    scale: int = setting(1, between(1, 64), "whole-number enlargement of sheet.png")
 
     @property
     def grid(self) -> int | tuple[float, ...] | None:
@@ -334,19 +332,19 @@ class Likelihood:
         "ema", WEIGHTS, "ema: the moving average of the parameters; raw: the parameters"
     )
     split: str | None = setting(None, anything, "split of the data source; none: data.split")
-    count: int | None = setting(None, positive, "first images of the split; none: all")
-    batch: int = setting(64, positive, "images evaluated at a time, over all devices")
+    count: int | None = setting(None, _count, "first images of the split; none: all")
+    batch: int = setting(64, _batch, "images evaluated at a time, over all devices")
     labels: str = choice(
         "data", ("data", "null"), "data: each image's own label; null: the null label for all"
     )
     solver: str = choice("dopri5", ode.SOLVERS, "ODE solver")
     steps: int | None = setting(
         None,
-        positive,
+        _fixed_steps,
         f"fixed steps; none: {', '.join(ode.ADAPTIVE)} choose theirs by atol and rtol",
     )
-    atol: float = setting(1e-5, positive, "absolute tolerance of adaptive steps")
-    rtol: float = setting(1e-5, positive, "relative tolerance of adaptive steps")
+    atol: float = setting(1e-5, _tolerance, "absolute tolerance of adaptive steps")
+    rtol: float = setting(1e-5, _tolerance, "relative tolerance of adaptive steps")
     trace: str = choice(
         "hutchinson",
         ("hutchinson", "exact"),
@@ -356,13 +354,15 @@ class Likelihood:
     probe: str = choice(
         "rademacher", density.PROBES, "distribution of the random probes of hutchinson"
     )
-    probes: int = setting(1, positive, "probes per image, over which the estimate is averaged")
+    probes: int = setting(
+        1, between(1, 10_000), "probes per image, over which the estimate is averaged"
+    )
     dequantisation: str | None = choice(
         None,
         dequantise.KINDS,
         "noise on 8-bit pixels to make them continuous; none: uniform, and no noise on latents",
     )
-    seed: int = setting(0, seed_range, "seed of the probes and of the dequantisation noise")
+    seed: int = setting(0, _seed, "seed of the probes and of the dequantisation noise")
 
     @property
     def ode(self) -> OdeOptions:
@@ -379,22 +379,22 @@ class Sweep:
         (*ode.SOLVERS, *sde.SOLVERS),
         "ODE and SDE solvers",
     )
-    steps: tuple[int, ...] = setting((5, 10, 25, 50, 100), positive, "numbers of fixed steps")
+    steps: tuple[int, ...] = setting((5, 10, 25, 50, 100), _fixed_steps, "numbers of fixed steps")
     rtols: tuple[float, ...] = setting(
         (1e-1, 1e-2, 1e-3),
-        positive,
+        _tolerance,
         "relative tolerances of adaptive solvers, instead of steps; atol is a tenth of each",
     )
     forms: tuple[str, ...] = choice(
         ("SBDM",), diffusion.FORMS, "values of sample.diffusion_form, for SDE solvers"
     )
     cfg_scales: tuple[float, ...] = setting((1.0,), _cfg_scale, "values of sample.cfg_scale")
-    count: int = setting(1000, _frechet_count, "number of samples that each sampler draws")
+    count: int = setting(1000, between(2, 10_000_000), "number of samples that each sampler draws")
     reference_count: int = setting(
-        10_000, positive, "largest number of real images to compare with, in --mode quality too"
+        10_000, _count, "largest number of real images to compare with, in --mode quality too"
     )
     components: int = setting(
-        64, positive, "principal components of the pixels that the Frechet distance uses"
+        64, between(1, 100_000), "principal components of the pixels that the Frechet distance uses"
     )
 
 
@@ -402,10 +402,10 @@ class Sweep:
 class Checkpoint:
     """How often to save checkpoints, and which to keep."""
 
-    every: int = setting(50_000, positive, "steps between checkpoints")
-    keep_last: int = setting(2, positive, "newest checkpoints to keep")
+    every: int = setting(50_000, _count, "steps between checkpoints")
+    keep_last: int = setting(2, _count, "newest checkpoints to keep")
     keep_every: int | None = setting(
-        None, positive, "also keep checkpoints at multiples of this step, for good"
+        None, _count, "also keep checkpoints at multiples of this step, for good"
     )
 
 
@@ -413,11 +413,11 @@ class Checkpoint:
 class Log:
     """Logs of a training run."""
 
-    every: int = setting(100, positive, "steps between log lines")
+    every: int = setting(100, _count, "steps between log lines")
     sheet_every: int = setting(
-        10_000, not_negative, "steps between sheets, grids of samples from the EMA; 0: never"
+        10_000, _count_or_0, "steps between sheets, grids of samples from the EMA; 0: never"
     )
-    sheet_count: int = setting(64, positive, "number of samples on a sheet")
+    sheet_count: int = setting(64, between(1, 10_000), "number of samples on a sheet")
     tensorboard: bool = setting(True, anything, "write TensorBoard event files")
     wandb_project: str | None = setting(
         None, anything, "log to this project of Weights & Biases; none: do not"
@@ -447,7 +447,7 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Number of devices along each axis of the mesh; their product is all devices."""
+    """Number of devices along each axis of the mesh; their product is all devices. -1: the rest."""
 
     data: int = setting(-1, _axis, "splits the batch; each part has its own copy of the parameters")
     fsdp: int = setting(
@@ -464,7 +464,7 @@ class Config:
 
     seed: int = setting(
         0,
-        seed_range,
+        _seed,
         "seed of the run: initial weights, data order, noise, times and label dropout",
     )
     model: Model = Model()

@@ -101,7 +101,7 @@ def shown(value: Any) -> str:
 
 def allowed(entry: Setting) -> str:
     """Return the values that a setting may have, in a few words."""
-    kind = _type_name(entry.type)
+    kind = type_name(entry.type)
     law = entry.law.describe()
     if isinstance(entry.law, Choice):
         is_list = typing.get_origin(entry.type) is tuple
@@ -114,7 +114,8 @@ def allowed(entry: Setting) -> str:
 _TYPE_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
-def _type_name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
+    """Return the name of a setting's type."""
     if isinstance(kind, types.UnionType):  # X | None
         return f"{_TYPE_NAMES[typing.get_args(kind)[0]]} or none"
     if typing.get_origin(kind) is tuple:

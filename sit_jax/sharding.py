@@ -67,7 +67,8 @@ def make_mesh(
         math.prod(filled) == count,
         f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use {count} devices; "
         f"their product must be {count}, so each of them is one of "
-        f"{', '.join(map(str, divisors(count)))}",
+        f"{', '.join(map(str, divisors(count)))}; --config.mesh.data=-1 --config.mesh.fsdp=1 "
+        "--config.mesh.tensor=1 fits any number",
     )
     return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

@@ -16,7 +16,50 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, check, unknown_name
+
+_STORES = ("gs://", "s3://", "az://")
+
+
+def expand(name: str, path: str) -> str:
+    """Return a path that a user gave under this name, with a leading ~ as the home folder.
+
+    The shell does not expand the ~ of --workdir=~/runs. A $VARIABLE is not expanded here. Raises
+    `UserError` for an empty path, an unknown user, or a $VARIABLE that the shell left as it is.
+    """
+    check(path, f"{name} is empty; expected a path")
+    if is_remote(path):
+        return path
+    expanded = os.path.expanduser(path)
+    check(
+        not expanded.startswith("~") or os.path.lexists(expanded.split("/")[0]),
+        f"{name} is {path!r}, but {expanded.split('/')[0]!r} is not a user of this machine; give "
+        "the path itself",
+    )
+    end = expanded.find("/", expanded.rfind("$"))  # of the last part that has a $
+    check(
+        "$" not in expanded or os.path.lexists(expanded if end < 0 else expanded[:end]),
+        f"{name} is {path!r}, which does not exist: a $VARIABLE is expanded by the shell, outside "
+        "single quotes, and not here; give the path itself",
+    )
+    return expanded
+
+
+def check_reachable(name: str, path: str) -> None:
+    """Raise `UserError` if `path` is in an object store that cannot be read from here."""
+    if not is_remote(path):
+        return
+    scheme = path.partition("://")[0] + "://"
+    if scheme not in _STORES:
+        raise unknown_name(f"kind of path in {name}", scheme, _STORES)
+    try:
+        epath.Path(path).exists()
+    except Exception as error:  # each store has errors of its own
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name} {path!r} cannot be read ({type(error).__name__}: {reason}); install what is "
+            "missing, log in to the store, or give a local folder"
+        ) from error
 
 
 def is_remote(path: epath.PathLike) -> bool:

@@ -1,7 +1,9 @@
 """Checks that need more than one setting: values that contradict each other."""
 
+from collections.abc import Callable
+
 from sit_jax import sharding
-from sit_jax.errors import check
+from sit_jax.errors import brief, check
 from sit_jax.latents import CODECS
 from sit_jax.laws import declared
 from sit_jax.models.sizes import size_by_name
@@ -17,13 +19,19 @@ def validate(config: Config) -> None:
         f"likelihood.solver {config.likelihood.solver!r} solves an SDE, which gives no log p; "
         f"expected one of an ODE: {', '.join(ode.SOLVERS)}",
     )
+    for label in config.sample.labels:
+        check(
+            0 <= label < config.data.classes,
+            f"sample.labels holds {brief(label)}; expected 0 to {config.data.classes - 1} "
+            "(data.classes)",
+        )
     for entry in declared(Config):
         entry.law.check(entry.key, get(config, entry.key))
     _check_model(config.model)
     losses.check_weight(config.transport.loss_weight, config.transport.prediction)
     _check_training(config)
     _check_latents(config.latents)
-    _check_sampler(config.sample, config.data.classes)
+    _check_sampler(config.sample)
     _check_likelihood(config)
     _check_sweep(config.sweep)
     sharding.check_axes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -49,6 +57,27 @@ def _check_training(config: Config) -> None:
     )
 
 
+def check_null_label(config: Config, uses: Callable[[str], bool]) -> None:
+    """Raise `UserError` if a job wants a null label that label dropout never trained.
+
+    `uses` says whether the job uses a setting, by its key.
+    """
+    guided = [("sample.cfg_scale", config.sample.cfg_scale)]
+    guided += [("sweep.cfg_scales", scale) for scale in config.sweep.cfg_scales]
+    wanted = [
+        f"{key} {scale:g} guides away from it; set {key}=1, or sample.guide to a weaker run"
+        for key, scale in guided
+        if uses(key) and scale > 1 and config.sample.guide is None
+    ]
+    if uses("likelihood.labels") and config.likelihood.labels == "null":
+        wanted.append("likelihood.labels 'null' evaluates it; set likelihood.labels=data")
+    check(
+        config.train.label_dropout > 0 or not wanted,
+        "train.label_dropout is 0, so that no null label is trained, but "
+        f"{''.join(wanted[:1])}; or train with a label_dropout such as 0.1",
+    )
+
+
 def _check_latents(latents: Latents) -> None:
     check(
         latents.path is None or latents.repo is None,
@@ -57,7 +86,7 @@ def _check_latents(latents: Latents) -> None:
     )
 
 
-def _check_sampler(sample: Sample, classes: int) -> None:
+def _check_sampler(sample: Sample) -> None:
     check(
         not (sample.times and sample.steps),
         "sample.times and sample.steps are both given; set sample.steps=none",
@@ -81,11 +110,6 @@ def _check_sampler(sample: Sample, classes: int) -> None:
         len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1,
         f"sample.cfg_interval is {low_high}; expected two times with 0 <= first < last <= 1",
     )
-    for label in sample.labels:
-        check(
-            0 <= label < classes,
-            f"sample.labels holds {label}; expected 0 to {classes - 1} (data.classes)",
-        )
 
 
 def _check_likelihood(config: Config) -> None:

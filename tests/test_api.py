@@ -122,8 +122,8 @@ IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
         (lambda r: r.log_prob(IMAGES, weights="raw"), r"weights is 'raw'.*sit_jax.load"),
         (lambda r: r.log_prob(IMAGES, split="test"), r"unknown setting of likelihood 'split'"),
         (lambda r: r.velocity(X, 0.5, labels=[0.5, 1]), r"labels are .*expected one whole number"),
-        (lambda r: r.sample(count=0), r"sample.count is 0; expected more than 0"),
-        (lambda r: r.sample(steps=0), r"sample.steps is 0; expected more than 0"),
+        (lambda r: r.sample(count=0), r"sample.count is 0; expected 1 to 10,000,000"),
+        (lambda r: r.sample(steps=0), r"sample.steps is 0; expected 1 to 1,000,000"),
         (lambda r: r.sample(cfg_scal=2), r"unknown setting of sample 'cfg_scal'; did you mean"),
         (
             lambda r: r.sample(solver="eular"),
@@ -155,6 +155,19 @@ IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
         (lambda r: r.log_prob(X), r"images are float32; expected uint8"),
         (lambda r: r.log_prob(IMAGES[:, :4]), r"images has shape \(2, 4, 8, 1\)"),
         (lambda r: r.log_prob(IMAGES, step=3), r"unknown setting of likelihood 'step'"),
+        (
+            lambda r: r.sample(labels=[1, 2], count=3),
+            r"count is 3, but labels or noise are given f",
+        ),
+        (lambda r: r.sample(noise=X, count=1), r"count is 1, but .* for 2 samples; leave count"),
+        (lambda r: r.sample(labels=[[1], [2, 3]]), r"labels is \[\[1\], .*lists of equal lengths"),
+        (lambda r: r.sample(times=[0.5, [1]]), r"sample.times is \[0.5, \[1\]\]; expected a list"),
+        (lambda r: r.sample(rtol=np.inf), r"sample.rtol is inf; expected a finite number"),
+        (lambda r: r.sample(guide="$X/run", cfg_scale=2), r"sample.guide is '\$X/run', which does"),
+        (lambda r: r.velocity([[1.0], [2.0, 3.0]], 0.5), r"x is \[.*lists of equal lengths"),
+        (lambda r: r.velocity(X, [[0.5], [0.1, 0.2]]), r"t is \[.*lists of equal lengths"),
+        (lambda r: r.velocity(X, "now"), r"t is 'now'; expected one time, or 2"),
+        (lambda r: r.log_prob([[1], [2, 3]]), r"images is \[.*lists of equal lengths"),
     ],
 )
 def test_a_mistake_is_one_line(run, call, words):
@@ -171,6 +184,40 @@ def test_a_folder_that_is_not_a_workdir_is_refused(tmp_path, workdir):
         sit_jax.load(tmp_path)
     with pytest.raises(UserError, match="unknown weights 'emas'; did you mean 'ema'"):
         sit_jax.load(workdir, weights="emas")
+
+
+@pytest.mark.parametrize("workdir", [None, 3, ["runs"], "", "~nobody-here/x", "foo://x", "$X/y"])
+def test_what_is_not_a_path_is_refused(workdir):
+    with pytest.raises(UserError, match=r"workdir.*(expected|give|known)"):
+        sit_jax.load(workdir)
+
+
+def test_refusals_name_no_flags_of_the_command_line(tmp_path, workdir):
+    shutil.copy(workdir / "config.json", tmp_path)
+    with pytest.raises(UserError, match="has no checkpoints") as caught:
+        sit_jax.load(tmp_path)
+    assert "--workdir" not in str(caught.value)
+    with pytest.raises(UserError, match=r"unknown weights \['ema'\]"):
+        sit_jax.load(workdir, weights=["ema"])
+
+
+def test_a_null_label_that_was_not_trained_is_refused(tmp_path, workdir):
+    other = shutil.copytree(workdir, tmp_path / "run")
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"label_dropout": 0.1', '"label_dropout": 0.0'))
+    run = sit_jax.load(other)
+    words = "train.label_dropout is 0, so that no null label is trained"
+    for call in (
+        lambda: run.velocity(X, 0.5),
+        lambda: run.tokens(X, 0.5, layer=1),
+        lambda: run.log_prob(IMAGES, solver="euler", steps=1),
+        lambda: run.sample(labels=[1], cfg_scale=2),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+    assert run.velocity(X, 0.5, labels=[1, 2]).shape == X.shape
+    assert np.isfinite(run.log_prob(IMAGES, [1, 2], solver="euler", steps=1)).all()
+    assert run.sample(labels=[1], cfg_scale=1, count=1).shape == (1, 8, 8, 1)
 
 
 def test_a_run_of_another_model_is_refused(tmp_path, workdir):

@@ -28,6 +28,7 @@ BESIDE = {
     "metrics": {"errors"},
     "storage": {"errors"},
     "manifest": {"storage"},
+    "runtime": {"errors"},
     "hosts": {"errors"},
     "metric_log": {"sinks"},
     "train_step": {"train_state"},

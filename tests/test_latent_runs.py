@@ -146,8 +146,8 @@ def test_samples_may_be_decoded_by_another_autoencoder(run, tmp_path):
             "latents.path '/no/such' has no config.json; expected a folder with config.json",
         ),
         ({"latents.repo": "a/b"}, "and latents.repo 'a/b' are both given; set one of them to none"),
-        ({"latents.scale": 0}, "latents.scale is 0.0; expected more than 0"),
-        ({"latents.batch": 0}, "latents.batch is 0; expected more than 0"),
+        ({"latents.scale": 0}, "latents.scale is 0.0; expected 1e-06 to 1e+06"),
+        ({"latents.batch": 0}, "latents.batch is 0; expected 1 to 1,048,576"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(images, tmp_path, changes, words):

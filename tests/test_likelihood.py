@@ -314,10 +314,10 @@ def test_an_unreadable_image_is_named_and_may_be_left_out(tmp_path):
             "solver 'heun' takes fixed steps only and ignores atol and rtol; give "
             "likelihood.steps, or one",
         ),
-        ({"likelihood__steps": 0}, "likelihood.steps is 0; expected more than 0"),
-        ({"likelihood__probes": 0}, "likelihood.probes is 0; expected more than 0"),
-        ({"likelihood__rtol": 0}, "likelihood.rtol is 0.0; expected more than 0"),
-        ({"likelihood__seed": -1}, "likelihood.seed is -1; expected 0 or more"),
+        ({"likelihood__steps": 0}, "likelihood.steps is 0; expected 1 to 1,000,000"),
+        ({"likelihood__probes": 0}, "likelihood.probes is 0; expected 1 to 10,000"),
+        ({"likelihood__rtol": 0}, "likelihood.rtol is 0.0; expected 1e-30 to 1000"),
+        ({"likelihood__seed": -1}, "likelihood.seed is -1; expected 0 to 4,294,967,295"),
         (
             {"likelihood__trace": "hutchison"},
             "unknown likelihood.trace 'hutchison'; did you mean 'hutchinson'?",

@@ -213,11 +213,11 @@ def test_a_sweep_writes_a_table_and_a_plot_and_resumes(run_copy):
         ),
         (
             "sample",
-            {"sample__steps": "none", "sample__times": "0,2"},
-            "sample.times is (0.0, 2.0); expected fractions of the way from noise to data that "
+            {"sample__steps": "none", "sample__times": "0,0.5"},
+            "sample.times is (0.0, 0.5); expected fractions of the way from noise to data that "
             "rise from 0 to 1",
         ),
-        ("sample", {"sample__frames": 1}, "sample.frames is 1; expected 2 or more, or none"),
+        ("sample", {"sample__frames": 1}, "sample.frames is 1; expected 2 to 10,000"),
         (
             "sample",
             {"sample__cfg_interval": "0.5,0.5"},
@@ -226,9 +226,9 @@ def test_a_sweep_writes_a_table_and_a_plot_and_resumes(run_copy):
         (
             "sample",
             {"sample__last_step_size": 1},
-            "sample.last_step_size is 1.0; expected more than 0 and less than 1",
+            "sample.last_step_size is 1.0; expected 1e-06 to 0.999",
         ),
-        ("sample", {"sample__steps": 0}, "sample.steps is 0; expected more than 0"),
+        ("sample", {"sample__steps": 0}, "sample.steps is 0; expected 1 to 1,000,000"),
         (
             "sample",
             {"sample__solver": "shark", "sample__steps": "none"},
@@ -251,16 +251,16 @@ def test_a_sweep_writes_a_table_and_a_plot_and_resumes(run_copy):
         ),
         ("sweep", {"sweep__solvers": "heun,rk4"}, "unknown sweep.solvers 'rk4'"),
         ("sweep", {"sweep__forms": "sigmas"}, "unknown sweep.forms 'sigmas'; did you mean 'sigma'"),
-        ("sweep", {"sweep__steps": "5,0"}, "sweep.steps holds 0; expected more than 0"),
+        ("sweep", {"sweep__steps": "5,0"}, "sweep.steps holds 0; expected 1 to 1,000,000"),
         (
             "sweep",
             {"sweep__cfg_scales": "0.5"},
-            "sweep.cfg_scales holds 0.5; expected 1 (no guidance) or more",
+            "sweep.cfg_scales holds 0.5; expected 1 to 1000",
         ),
         (
             "sweep",
             {"sweep__count": 1},
-            "sweep.count is 1; expected 2 or more, as a Frechet distance needs",
+            "sweep.count is 1; expected 2 to 10,000,000",
         ),
     ],
 )

@@ -11,10 +11,10 @@ from sit_jax.data import pipeline
 from sit_jax.errors import check
 from sit_jax.image_io import sheet, to_uint8
 from sit_jax.jobs.data import check_same_classes, open_source, read_in_order
-from sit_jax.jobs.job import Job
+from sit_jax.jobs.job import NETWORK, SAMPLER, SHEET, Job
 from sit_jax.jobs.results import Results, progress_bar
 from sit_jax.jobs.sampler import make_inverter, open_guide, sampler_name, sampler_settings
-from sit_jax.jobs.setup import set_up
+from sit_jax.jobs.setup import check_sample_batch, set_up
 from sit_jax.jobs.workdir import restore_weights
 from sit_jax.sampling import sde
 from sit_jax.settings import Config
@@ -29,6 +29,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     settings.json and summary.json. Images that already exist are kept.
     """
     setup = set_up(config)
+    check_sample_batch(setup)
     options = config.sample
     check(
         options.solver not in sde.SOLVERS,
@@ -109,4 +110,21 @@ def _write_summary(results: Results, count: int) -> None:
     print(f"images beside their reconstructions: {results.folder / 'sheet.png'}")
 
 
-JOB = Job(run, "map images of the data set to noise along the ODE, and back")
+JOB = Job(
+    run,
+    "map images of the data set to noise along the ODE, and back",
+    memory="sample.batch or sample.count",
+    uses=(
+        *NETWORK,
+        *SAMPLER,
+        *SHEET,
+        "data.",
+        "sample.solver",
+        "sample.steps",
+        "sample.times",
+        "sample.atol",
+        "sample.rtol",
+        "sample.cfg_scale",
+        "sample.count",
+    ),
+)

@@ -6,7 +6,35 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
+from sit_jax.laws import in_group
 from sit_jax.settings import Config
+
+# Groups of settings for `Job.uses`. Those of the network, in every job on trained weights:
+NETWORK = (
+    "model.",
+    "latents.",
+    "precision.",
+    "mesh.",
+    "transport.path",
+    "transport.prediction",
+    "transport.sample_eps",
+    "data.source",
+    "data.image_size",
+    "data.channels",
+    "data.classes",
+)
+# Those of every solver, for jobs that choose the solver or its steps in their own way:
+SAMPLER = (
+    "sample.weights",
+    "sample.seed",
+    "sample.batch",
+    "sample.time_shift",
+    "sample.error_norm",
+    "sample.cfg_channels",
+    "sample.cfg_interval",
+    "sample.guide",
+)
+SHEET = ("log.sheet_count", "sample.columns", "sample.scale")
 
 Overrides = Sequence[tuple[str, str]]  # (dotted key, text) of each --config.KEY=TEXT
 
@@ -18,6 +46,7 @@ class Flag:
     name: str
     help: str
     metavar: str | None = None
+    is_path: bool = False
 
 
 def _accept(flags: argparse.Namespace, overrides: Overrides) -> None:
@@ -30,8 +59,14 @@ class Job:
 
     run: Callable[[Config, epath.Path, argparse.Namespace], None]
     help: str  # one line
+    memory: str = ""  # what to lower if memory runs out
+    uses: tuple[str, ...] | None = None  # settings, and sections such as "sample."; None: all
     flags: tuple[Flag, ...] = ()
     # Raises UserError for flags or overrides that the job does not accept.
     check: Callable[[argparse.Namespace, Overrides], None] = _accept
     # False for a job that only compiles: it needs no workdir and claims no device.
     uses_devices: bool = True
+
+    def takes(self, key: str) -> bool:
+        """Return True if the job uses the setting."""
+        return self.uses is None or in_group(key, self.uses)

@@ -16,7 +16,7 @@ from sit_jax.data import pipeline
 from sit_jax.data.sources import Source
 from sit_jax.errors import check
 from sit_jax.jobs.data import check_same_classes, open_source, read_in_order
-from sit_jax.jobs.job import Job, Overrides
+from sit_jax.jobs.job import NETWORK, Job, Overrides
 from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.setup import Setup, call_with_batches, check_batch, jit_for_batches, set_up
 from sit_jax.jobs.workdir import Weights, restore_weights
@@ -272,5 +272,7 @@ def _refuse_sampler_settings(flags: argparse.Namespace, overrides: Overrides) ->
 JOB = Job(
     run,
     "log p and bits/dim of each image of the data set, under the unguided ODE flow",
+    memory="likelihood.batch or likelihood.probes",
     check=_refuse_sampler_settings,
+    uses=(*NETWORK, "data.", "transport.train_eps", "likelihood."),
 )

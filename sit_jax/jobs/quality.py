@@ -15,7 +15,7 @@ from sit_jax import hosts
 from sit_jax.errors import UserError, check
 from sit_jax.image_io import encode_png
 from sit_jax.jobs.data import check_same_classes, open_source
-from sit_jax.jobs.job import Flag, Job, Overrides
+from sit_jax.jobs.job import NETWORK, SHEET, Flag, Job, Overrides
 from sit_jax.jobs.results import Results, make_sheet
 from sit_jax.jobs.sampler import (
     Guide,
@@ -26,7 +26,7 @@ from sit_jax.jobs.sampler import (
     sampler_name,
     sampler_settings,
 )
-from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.jobs.setup import Setup, check_sample_batch, set_up
 from sit_jax.jobs.sweep import read_images
 from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.metrics.pixels import as_features, cross_validated_accuracy, fit_classifier
@@ -40,6 +40,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     `UserError` if fewer samples than --minimum are read as their label.
     """
     setup = set_up(config)
+    check_sample_batch(setup)
     # With the config's guidance first, then without, in order of decreasing scale.
     scales = sorted({config.sample.cfg_scale, 1.0}, reverse=True)
     minimums = _minimums(flags)
@@ -150,6 +151,7 @@ def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
 JOB = Job(
     run,
     "share of samples that a classifier of the real images reads as their label (small images)",
+    memory="sample.batch or sample.count",
     flags=(
         Flag(
             "minimum",
@@ -158,4 +160,5 @@ JOB = Job(
         ),
     ),
     check=_check_flags,
+    uses=(*NETWORK, *SHEET, "data.", "sample.", "sweep.reference_count"),
 )

@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 
 from sit_jax.image_io import ImageWriter, sheet
-from sit_jax.jobs.job import Job
+from sit_jax.jobs.job import NETWORK, Job
 from sit_jax.jobs.results import Results, progress_bar
 from sit_jax.jobs.sampler import (
     make_sampler,
@@ -15,7 +15,7 @@ from sit_jax.jobs.sampler import (
     sampler_name,
     sampler_settings,
 )
-from sit_jax.jobs.setup import set_up
+from sit_jax.jobs.setup import check_sample_batch, set_up
 from sit_jax.jobs.workdir import restore_weights
 from sit_jax.settings import Config
 
@@ -27,6 +27,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     sample's trajectory from noise, left to right.
     """
     setup = set_up(config)
+    check_sample_batch(setup)
     options = config.sample
     weights = restore_weights(setup, workdir, options.weights)
     guide = open_guide(config)
@@ -58,4 +59,9 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     print(f"sheet: {results.folder / 'sheet.png'}")
 
 
-JOB = Job(run, "draw images from a run's newest checkpoint, as PNG files and a sheet")
+JOB = Job(
+    run,
+    "draw images from a run's newest checkpoint, as PNG files and a sheet",
+    memory="sample.batch or sample.count",
+    uses=(*NETWORK, "sample.", "log.sheet_count"),
+)

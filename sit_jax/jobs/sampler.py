@@ -15,6 +15,7 @@ from sit_jax.errors import check
 from sit_jax.image_io import to_uint8
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches, set_up
 from sit_jax.jobs.workdir import Weights, restore_weights
+from sit_jax.laws import in_group
 from sit_jax.sampling import ode, sde
 from sit_jax.sampling.brownian import keyed_draw
 from sit_jax.sampling.guidance import with_guidance
@@ -238,19 +239,18 @@ def open_guide(config: Config) -> Guide | None:
         (folder / "config.json").exists(),
         f"sample.guide {config.sample.guide!r} is not a run; give a trained workdir",
     )
-    guide_config = config_lib.load(str(folder / "config.json"))
-    shared = tuple(key for key in config_lib.NETWORK if key != "model.")
+    guide_config = config_lib.read_recorded(folder / "config.json")
     differences = [
         f"{key} is {new!r} there and {old!r} here"
         for key, (old, new) in config_lib.changes(config, guide_config).items()
-        if key.startswith(shared)
+        if in_group(key, config_lib.SPACE)
     ]
     check(
         not differences,
         f"sample.guide {config.sample.guide!r} cannot guide this run: {', '.join(differences)}; "
         "give a run with the same data and transport",
     )
-    setup = set_up(dataclasses.replace(config, model=guide_config.model))
+    setup = set_up(dataclasses.replace(config, model=guide_config.model, train=guide_config.train))
     return Guide(restore_weights(setup, folder, config.sample.weights), setup.network)
 
 

@@ -193,13 +193,10 @@ class Setup:
 def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:
     """Return the setup of a config on `devices`, by default all that jax has.
 
-    Raises `UserError` if the config does not fit the devices, or its images do not fit the codec or
-    the model.
+    Raises `UserError` if the mesh or the model does not fit the devices, or the images do not fit
+    the codec or the model. A job checks the batches that it uses.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    microbatch = config.train.batch // config.train.accumulation
-    check_batch(mesh, "train.batch / train.accumulation", microbatch)
-    check_batch(mesh, "sample.batch", config.sample.batch)
     setup = Setup(config, mesh)
     for axis, size, dimension in (
         ("tensor", setup.size.heads, "heads, which it splits"),
@@ -217,6 +214,18 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
         )
     tokens(setup.input_shape[0], setup.size.patch)
     return setup
+
+
+def check_train_batch(setup: Setup) -> None:
+    """Raise `UserError` unless a microbatch divides evenly over the devices."""
+    train = setup.config.train
+    microbatch = train.batch // train.accumulation
+    check_batch(setup.mesh, "train.batch / train.accumulation", microbatch)
+
+
+def check_sample_batch(setup: Setup) -> None:
+    """Raise `UserError` unless sample.batch divides evenly over the devices."""
+    check_batch(setup.mesh, "sample.batch", setup.config.sample.batch)
 
 
 def check_batch(mesh: Mesh, key: str, size: int) -> None:

@@ -16,7 +16,7 @@ from sit_jax import hosts
 from sit_jax.data.sources import Source
 from sit_jax.errors import UserError, check
 from sit_jax.jobs.data import check_same_classes, open_source, read_in_order
-from sit_jax.jobs.job import Job
+from sit_jax.jobs.job import NETWORK, SAMPLER, Job
 from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.sampler import (
     Guide,
@@ -26,7 +26,7 @@ from sit_jax.jobs.sampler import (
     sample_images,
     sampler_settings,
 )
-from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.jobs.setup import Setup, check_sample_batch, set_up
 from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.metrics.frechet import feature_statistics, frechet_distance
 from sit_jax.metrics.pixels import as_features, fit_classifier, fit_components
@@ -168,6 +168,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     Samplers that already have a row are kept.
     """
     setup = set_up(config)
+    check_sample_batch(setup)
     sweep = config.sweep
     source = hosts.run_on_all(lambda: open_source(setup))
     weights = restore_weights(setup, workdir, config.sample.weights)
@@ -297,4 +298,17 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mappin
         yield name, sorted(points, key=lambda row: row["networks"])
 
 
-JOB = Job(run, "compare solvers, steps, tolerances and guidance by quality and cost")
+JOB = Job(
+    run,
+    "compare solvers, steps, tolerances and guidance by quality and cost",
+    memory="sample.batch or sweep.count",
+    uses=(
+        *NETWORK,
+        *SAMPLER,
+        "data.",
+        "sweep.",
+        "sample.diffusion_norm",
+        "sample.last_step",
+        "sample.last_step_size",
+    ),
+)

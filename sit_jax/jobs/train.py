@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,13 @@ from sit_jax.errors import UserError, check, require
 from sit_jax.jobs.data import check_same_classes, describe, open_batches, open_source
 from sit_jax.jobs.job import Flag, Job, Overrides
 from sit_jax.jobs.loop import Loop, stop_signal
-from sit_jax.jobs.setup import Setup, in_precision, set_up
+from sit_jax.jobs.setup import (
+    Setup,
+    check_sample_batch,
+    check_train_batch,
+    in_precision,
+    set_up,
+)
 from sit_jax.jobs.watcher import Watcher
 from sit_jax.jobs.workdir import (
     check_trained_with,
@@ -126,7 +133,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     The optimizer's moments start from scratch. If that cannot be done, raises `UserError`
     before anything is written.
     """
-    setup = set_up(config)
+    setup = _set_up(config)
     target_exists, source_exists = hosts.broadcast_from_first(
         lambda: [
             any((workdir / name).exists() for name in ("checkpoints", "run.json")),
@@ -152,6 +159,14 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
         }
         checkpoints.save(0, fresh.items() | weights, note)
     print(f"forked step {step} of {source} into {workdir}")
+
+
+def _set_up(config: Config) -> Setup:
+    setup = set_up(config)
+    check_train_batch(setup)
+    if config.log.sheet_every:
+        check_sample_batch(setup)
+    return setup
 
 
 def record_config(
@@ -205,7 +220,7 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
     SIGTERM and Ctrl-C, on any host, save and return after the current step; with several hosts, a
     few steps later. `profile` (a, b) writes a trace of steps a to b.
     """
-    setup = set_up(config)
+    setup = _set_up(config)
     steps = config.train.steps
     source = hosts.run_on_all(lambda: open_source(setup))
     _ = setup.codec_params  # read now, so that an error leaves no folder behind
@@ -277,12 +292,10 @@ def steps_to_profile(text: str | None) -> tuple[int, int] | None:
     """Return (100, 110) for "100:110". Raises `UserError` for other text; None stays None."""
     if text is None:
         return None
-    first, _, last = text.partition(":")
-    if not (
-        first.isdecimal() and last.isdecimal() and text.isascii() and 0 < int(first) <= int(last)
-    ):
+    steps = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
+    if not steps or not 0 < int(steps[1]) <= int(steps[2]):
         raise UserError(f"--profile is {text!r}; expected two steps FIRST:LAST such as 100:110")
-    return int(first), int(last)
+    return int(steps[1]), int(steps[2])
 
 
 def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
@@ -293,8 +306,14 @@ def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
 JOB = Job(
     run,
     "train, or continue the run in the workdir",
+    memory="train.batch, raise train.accumulation, or set model.remat=full",
     flags=(
-        Flag("fork", "train a new run in NEWDIR from the weights in the workdir", "NEWDIR"),
+        Flag(
+            "fork",
+            "train a new run in NEWDIR from the weights in the workdir",
+            "NEWDIR",
+            is_path=True,
+        ),
         Flag("profile", "write a trace of these steps to WORKDIR/profile", "FIRST:LAST"),
     ),
     check=_check_flags,

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -13,6 +13,7 @@ from sit_jax import hosts, lock, storage, train_state
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import check, require
 from sit_jax.jobs.setup import Setup
+from sit_jax.laws import in_group
 from sit_jax.settings import WEIGHTS, Config
 
 
@@ -90,7 +91,7 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> Weights:
     folder = workdir / "checkpoints"
     check(
         hosts.broadcast_from_first(folder.exists),
-        f"--workdir {str(workdir)!r} has no checkpoints; train first, with --mode train",
+        f"{str(workdir)!r} has no checkpoints; train first, with --mode train",
     )
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
         while True:
@@ -126,7 +127,7 @@ def recorded_settings(note: Mapping[str, Any], workdir: epath.Path) -> dict[str,
     if "config" in note:
         return note["config"]
     path = workdir / "config.json"
-    return config_lib.flatten(config_lib.load(str(path))) if path.exists() else None
+    return config_lib.flatten(config_lib.read_recorded(path)) if path.exists() else None
 
 
 def check_trained_with(
@@ -135,11 +136,11 @@ def check_trained_with(
     config: Config,
     workdir: epath.Path,
     *,
-    only: tuple[str, ...] = ("",),
+    only: Sequence[str] | None = None,
 ) -> None:
     """Raise `UserError` that names every setting which differs from those of a checkpoint.
 
-    It compares settings whose key starts with one of `only`, except those that may change.
+    It compares the settings of the group `only`, or all, except those that may change.
     """
     recorded = recorded_settings(note, workdir)
     if recorded is None:
@@ -147,7 +148,7 @@ def check_trained_with(
     differences = [
         f"{key} is {new!r} but was {old!r}"
         for key, (old, new) in config_lib.changes_since(recorded, config).items()
-        if key.startswith(only) and not key.startswith(config_lib.CHANGEABLE)
+        if (only is None or in_group(key, only)) and not in_group(key, config_lib.CHANGEABLE)
     ]
     check(
         not differences,
@@ -172,7 +173,7 @@ def restore_items(
     check(
         "ema" in stored or "ema" not in {*targets, *to_restore},
         f"checkpoint {step} holds no EMA, only {', '.join(sorted(stored)) or 'nothing'}; set "
-        "sample.weights=raw, or likelihood.weights=raw",
+        "sample.weights=raw, likelihood.weights=raw, or in Python load(workdir, 'raw')",
     )
     restored = checkpoints.restore(step, to_restore)
     return {name: restored.get(name, restored.get("ema")) for name in targets}

@@ -22,7 +22,7 @@ from sit_jax.jobs.preflight.chips import Chip
 from sit_jax.jobs.preflight.report import SAMPLER, TRAIN_STEP, Preflight, examine, table
 from sit_jax.jobs.preflight.search import find_fastest
 from sit_jax.jobs.preflight.topology import known_topologies, leave_devices_alone, open_topology
-from sit_jax.jobs.setup import set_up
+from sit_jax.jobs.setup import check_sample_batch, check_train_batch, set_up
 from sit_jax.settings import Config
 
 _REMEDIES = {
@@ -69,6 +69,9 @@ def _print_reports(
     programs: Sequence[str],
 ) -> list[Preflight]:
     setup = set_up(config, devices)
+    check_train_batch(setup)
+    if SAMPLER in programs:
+        check_sample_batch(setup)
     reports = []
     for program in programs:
         report = examine(setup, topology, chip, program)
@@ -113,14 +116,27 @@ def _check_flags(flags: argparse.Namespace, overrides: Overrides) -> None:
 JOB = Job(
     run,
     "compile for chips that are not present: does it fit, and how fast can it be?",
+    memory="train.batch",
     flags=(
         Flag(
             "topology", "chips to compile for, which need not be present: v5e:4x4, h100:8", "CHIPS"
         ),
         Flag("search", "try batches, meshes and remat policies"),
         Flag("sampler", "compile the sampler too"),
-        Flag("json", "write the figures to this file", "FILE"),
+        Flag("json", "write the figures to this file", "FILE", is_path=True),
     ),
     check=_check_flags,
     uses_devices=False,
+    uses=(
+        "seed",
+        "model.",
+        "transport.",
+        "data.",
+        "latents.",
+        "train.",
+        "optimizer.",
+        "precision.",
+        "mesh.",
+        "sample.",
+    ),
 )

@@ -11,7 +11,7 @@ from sit_jax import sharding
 from sit_jax.errors import UserError
 from sit_jax.jobs.preflight.chips import Chip
 from sit_jax.jobs.preflight.report import Preflight, bytes_per_device, examine, gib
-from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.jobs.setup import Setup, check_train_batch, set_up
 from sit_jax.settings import Config
 
 _BY_MEMORY = ("full", "dots", "none")  # remat policies, by the activations that they keep
@@ -55,8 +55,6 @@ def candidates(config: Config, device_count: int) -> list[Config]:
                 ),
                 model=dataclasses.replace(config.model, remat=remat),
                 train=dataclasses.replace(config.train, batch=batch),
-                # The sampler is not searched for: it only needs a batch that any mesh divides.
-                sample=dataclasses.replace(config.sample, batch=device_count),
             )
             configs.append(candidate)
     return configs
@@ -64,9 +62,11 @@ def candidates(config: Config, device_count: int) -> list[Config]:
 
 def _set_up_or_none(config: Config, devices: Sequence[jax.Device]) -> Setup | None:
     try:
-        return set_up(config, devices)
+        setup = set_up(config, devices)
+        check_train_batch(setup)
     except UserError:  # the mesh does not divide the batch or the number of heads
         return None
+    return setup
 
 
 def _needs_more(setup: Setup, chip: Chip, tried: Sequence[Preflight]) -> bool:

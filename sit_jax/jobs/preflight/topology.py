@@ -56,7 +56,8 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
     unknown = f"unknown --topology {name!r}; known: {known_topologies()}"
     chips = {chip.name: chip for chip in CHIPS if chip.topologies or chip.name in _GPU_TARGETS}
     chip = require(chips.get(kind), unknown)
-    pattern = r"\d+(x\d+)*" if chip.topologies else r"[1-9]\d*"
+    side = "[1-9][0-9]{0,3}"  # a longer number would be expanded for minutes
+    pattern = rf"{side}(x{side}){{0,2}}" if chip.topologies else side
     check(re.fullmatch(pattern, layout), unknown)
     return chip, _tpus(chip, layout) if chip.topologies else _gpus(chip, layout)
 
