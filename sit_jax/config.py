@@ -31,6 +31,8 @@ CHANGEABLE = (
     "data.path",
     "data.workers",
     "data.skip_unreadable",
+    "data.max_pixels",
+    "data.subset_seed",
     "latents.path",
     "latents.batch",
     "model.remat",

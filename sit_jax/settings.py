@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from sit_jax.data import sources
+from sit_jax.data.transforms import PIXEL_LIMIT, Decoding
 from sit_jax.latents import CODECS, dequantise
 from sit_jax.latents.sd_vae import VaeOptions
 from sit_jax.laws import (
@@ -39,6 +40,9 @@ _cfg_scale = Law(lambda scale: scale >= 1, "1 (no guidance) or more")
 _frechet_count = Law(lambda count: count >= 2, "2 or more, as a Frechet distance needs")
 _frames = Law(lambda frames: frames >= 2, "2 or more, or none")
 _axis = Law(lambda size: size == -1 or size >= 1, "1 or more, or -1 for the remaining devices")
+_pixels = Law(
+    lambda pixels: 0 < pixels <= PIXEL_LIMIT, f"1 to {PIXEL_LIMIT}, the most that Pillow decodes"
+)
 _last_step_size = Law(
     lambda size: 0 < size < 1, "more than 0 and less than 1, or sample.last_step=none"
 )
@@ -139,6 +143,23 @@ class Data:
     skip_unreadable: bool = setting(
         False, anything, "skip and count images that cannot be read, instead of stopping"
     )
+    max_pixels: int = setting(
+        2**26,
+        _pixels,
+        "largest image file in pixels, which bounds the memory that each reader needs; a larger "
+        "one counts as unreadable",
+    )
+    exif_orientation: bool = setting(
+        False,
+        anything,
+        "turn photographs as their EXIF data says; false: read them as stored, like the reference",
+    )
+    subset_seed: int = setting(
+        0,
+        seed_range,
+        "seed of the part of the data that sweep, quality, invert and likelihood draw, balanced "
+        "over the classes",
+    )
     workers: int = setting(
         0,
         not_negative,
@@ -149,6 +170,11 @@ class Data:
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of one image."""
         return self.image_size, self.image_size, self.channels
+
+    @property
+    def decoding(self) -> Decoding:
+        """How image files are decoded."""
+        return Decoding(self.max_pixels, self.exif_orientation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +360,7 @@ class Likelihood:
         "ema", WEIGHTS, "ema: the moving average of the parameters; raw: the parameters"
     )
     split: str | None = setting(None, anything, "split of the data source; none: data.split")
-    count: int | None = setting(None, positive, "first images of the split; none: all")
+    count: int | None = setting(None, positive, "images of the split to draw; none: all")
     batch: int = setting(64, positive, "images evaluated at a time, over all devices")
     labels: str = choice(
         "data", ("data", "null"), "data: each image's own label; null: the null label for all"
@@ -391,7 +417,7 @@ class Sweep:
     cfg_scales: tuple[float, ...] = setting((1.0,), _cfg_scale, "values of sample.cfg_scale")
     count: int = setting(1000, _frechet_count, "number of samples that each sampler draws")
     reference_count: int = setting(
-        10_000, positive, "largest number of real images to compare with, in --mode quality too"
+        10_000, positive, "real images to draw and compare with, at most; in --mode quality too"
     )
     components: int = setting(
         64, positive, "principal components of the pixels that the Frechet distance uses"

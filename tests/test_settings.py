@@ -190,6 +190,7 @@ BREAKS = {
     "1 or more, or -1 for the remaining devices": "0",
     "more than 0 and less than 0.5, or none for the path's default": "0.5",
     "more than 0 and less than 1, or sample.last_step=none": "1.0",
+    "1 to 178956970, the most that Pillow decodes": "178956971",
 }
 
 

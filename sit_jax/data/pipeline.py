@@ -19,7 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from sit_jax.data.sources import Source, UnreadableImage
+from sit_jax.data.source import Source, UnreadableImage
 from sit_jax.errors import UserError, check
 from sit_jax.record import ArraySpec, Record, RecordSpec
 
@@ -165,9 +165,12 @@ def _read(source: Source, index: int) -> Record:
     try:
         return {**source[index], "skipped": np.int32(0)}
     except UnreadableImage as error:
-        raise UserError(
-            f"{error}; remove it, or set data.skip_unreadable=True to skip such images"
-        ) from error
+        raise with_remedy(error) from error
+
+
+def with_remedy(error: UnreadableImage) -> UserError:
+    """Return the error that ends a run at an image which cannot be read."""
+    return UserError(f"{error}; remove it, or set data.skip_unreadable=True to skip such images")
 
 
 def _read_or_skip(source: Source, index: int) -> Record:

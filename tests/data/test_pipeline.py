@@ -17,18 +17,21 @@ import numpy as np
 import pytest
 from absl import flags
 
-from sit_jax.data import pipeline, sources
+from sit_jax.data import pipeline, source, sources
+from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError
 
+DECODING = Decoding(max_pixels=64, exif_orientation=False)
 
-class Counting(sources.ImageRecords):
+
+class Counting(source.ImageRecords):
     """`size` records, labelled by index, with a 1x2 image that shows whether it was flipped.
 
     Reading an index in `broken` raises UnreadableImage.
     """
 
     class_names = ("all",)
-    spec = sources.image_spec((1, 2, 1))
+    spec = source.image_spec((1, 2, 1))
 
     def __init__(self, size, broken=()):
         self.size = size
@@ -39,7 +42,7 @@ class Counting(sources.ImageRecords):
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise sources.UnreadableImage(
+            raise source.UnreadableImage(
                 f"image 'broken-{self.size}-{index}' cannot be read (torn)"
             )
         return {"image": np.array([[[0], [1]]], np.uint8), "label": np.int32(index)}
@@ -126,9 +129,9 @@ def test_flip_mirrors_about_half_of_the_rows_drawn_again_each_epoch():
 
 
 def test_a_row_is_mirrored_half_of_the_time():
-    source = Counting(1)
+    records = Counting(1)
     rng = np.random.default_rng(0)
-    images = [pipeline._flip(source, source[0], rng)["image"] for _ in range(1000)]
+    images = [pipeline._flip(records, records[0], rng)["image"] for _ in range(1000)]
     flipped = sum(int(image[0, 0, 0]) for image in images)
     assert abs(flipped - 500) < 80  # five standard deviations
 
@@ -154,8 +157,8 @@ def test_a_far_start_on_a_huge_source_is_immediate():
 
 def test_worker_processes_give_the_same_batches():
     flags.FLAGS.mark_as_parsed()
-    source = sources.SOURCES["digits"].open(None, (8, 8, 1), "test")
-    dataset = pipeline.batches(source, seed=3, batch_size=16, flip=True, skip_unreadable=False)
+    digits = sources.SOURCES["digits"].open(None, (8, 8, 1), "test", DECODING)
+    dataset = pipeline.batches(digits, seed=3, batch_size=16, flip=True, skip_unreadable=False)
     with contextlib.closing(pipeline.iterate(dataset, 5, workers=2)) as iterator:
         ahead = pipeline.prefetch_to_device(itertools.islice(iterator, 6), jax.device_put)
         on_device = list(ahead)
@@ -170,7 +173,7 @@ from absl import flags
 from sit_jax.data import pipeline, sources
 
 flags.FLAGS.mark_as_parsed()
-source = sources.SOURCES["digits"].open(None, (8, 8, 1), "test")
+source = sources.SOURCES["digits"].open(None, (8, 8, 1), "test", None)
 dataset = pipeline.batches(source, seed=0, batch_size=8, flip=False, skip_unreadable=False)
 batches = pipeline.iterate(dataset, 0, workers=2)
 next(batches), next(batches)
