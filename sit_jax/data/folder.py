@@ -4,9 +4,11 @@ What else lies in the folder is counted, so that a user sees what is not read.
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
 import stat
+import threading
 
 import numpy as np
 
@@ -34,6 +36,11 @@ _SYSTEM_FOLDERS = (
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 _LISTED_KINDS = 8
 
+# The threads of a process decode images of more pixels than this one at a time: each takes up to
+# 12 bytes a pixel while it is converted and scaled.
+_LARGE = 2**24
+_large_image = threading.Lock()
+
 FileId = tuple[int, int]  # device and inode: the same for every path to a folder
 
 
@@ -59,8 +66,13 @@ class FolderSource(ImageRecords):
     def __getitem__(self, index: int) -> Record:
         path = self.files[index]
         try:
-            image = transforms.decode_rgb(_read_file(path, self.decoding.max_bytes), self.decoding)
-            crop = transforms.center_crop(image, self.image_size)
+            data = _read_file(path, self.decoding.max_bytes)
+            image = transforms.open_image(data, self.decoding)
+            is_large = image.width * image.height > _LARGE
+            with _large_image if is_large else contextlib.nullcontext():
+                crop = transforms.center_crop(
+                    transforms.to_rgb(image, self.decoding), self.image_size
+                )
         except Exception as error:  # Pillow's decoders raise a dozen types for broken data
             raise _unreadable(path, error) from error
         return {"image": crop, "label": self.labels[index]}
@@ -253,7 +265,7 @@ def _kind(entry: os.DirEntry) -> str:
         if name.startswith("."):
             return "hidden files"
         if not entry.is_file():
-            return "broken links" if entry.is_symlink() else "special files"
+            return "special files" if os.path.exists(entry.path) else "broken links"
     except OSError:  # a link to itself, or into a folder that may not be entered
         return "broken links"
     extension = os.path.splitext(name)[1].lower()

@@ -39,24 +39,32 @@ class Decoding:
         return 8 * self.max_pixels + 2**20
 
 
-def decode_rgb(data: bytes, decoding: Decoding) -> Image.Image:
-    """Return the RGB image in `data`, an encoded file; of several frames the first.
+def open_image(data: bytes, decoding: Decoding) -> Image.Image:
+    """Return the image in `data`, an encoded file, without its pixels: they are not decoded yet.
 
-    An alpha channel is dropped, not blended, as the reference does. Grey values of 16 bits are
-    scaled to 8. Raises ValueError for an image that is too large, or whose range is not known. For
-    broken data, Pillow's decoder raises its own errors: usually OSError, sometimes SyntaxError or
-    ValueError.
+    Raises ValueError for another format, or an image that is too large. For a broken header,
+    Pillow raises its own errors, usually OSError.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         # Pillow's message holds a memory address, so each one would count as a new message.
         raise ValueError(f"not an image of {', '.join(FORMATS)}") from None
-    if image.width * image.height > decoding.max_pixels:  # known before the pixels are decoded
+    if image.width * image.height > decoding.max_pixels:
         raise ValueError(
             f"{image.width} x {image.height} pixels, more than data.max_pixels="
             f"{decoding.max_pixels}; raise it, or scale the image down"
         )
+    return image
+
+
+def to_rgb(image: Image.Image, decoding: Decoding) -> Image.Image:
+    """Return an image of `open_image`, or of several frames the first, decoded to RGB.
+
+    An alpha channel is dropped, not blended, as the reference does. Grey values of 16 bits are
+    scaled to 8. Raises ValueError for values whose range is not known. For broken data, Pillow's
+    decoders raise their own errors: usually OSError, sometimes SyntaxError or ValueError.
+    """
     rgb = _as_rgb(image)
     if decoding.exif_orientation:  # Pillow itself always obeys the orientation of a TIFF
         ImageOps.exif_transpose(rgb, in_place=True)

@@ -10,11 +10,15 @@ import pytest
 from PIL import Image
 
 from sit_jax.data import transforms
-from sit_jax.data.transforms import Decoding, decode_rgb
+from sit_jax.data.transforms import Decoding
 
 DECODING = Decoding(max_pixels=2**16, exif_orientation=False)
 RAMP = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
 IN_8_BITS = np.rint(RAMP / 257)
+
+
+def decode_rgb(data, decoding):
+    return transforms.to_rgb(transforms.open_image(data, decoding), decoding)
 
 
 def encoded(image, format, **options):
