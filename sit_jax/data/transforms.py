@@ -80,8 +80,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
             f"values of mode {image.mode!r} do not say which one is white; convert it to 8 or 16 "
             "bits per channel"
         )
+    image.load()
     image.info.pop("transparency", None)  # dropped anyway; with it, Pillow warns
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _white(image: Image.Image) -> int | None:

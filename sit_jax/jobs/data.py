@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import numpy as np
 
 from sit_jax import hosts, sharding
-from sit_jax.data import pipeline, sources, subset
+from sit_jax.data import pipeline, readers, sources, subset
 from sit_jax.data.source import Source, UnreadableImage, first_names, short_digest
 from sit_jax.errors import check
 from sit_jax.jobs.results import progress_bar
@@ -139,15 +140,16 @@ def open_batches(
     """
     data = setup.config.data
     size = setup.config.train.batch
+    rows = sharding.own_rows(setup.mesh, size)
     dataset = pipeline.batches(
         source,
         seed=setup.config.seed,
         batch_size=size,
         flip=data.flip,
         skip_unreadable=data.skip_unreadable,
-        rows=sharding.own_rows(setup.mesh, size),
+        rows=rows,
     )
-    with contextlib.closing(pipeline.iterate(dataset, start, workers=data.workers)) as batches:
+    with contextlib.closing(_read_ahead(setup, dataset, start, len(rows))) as batches:
         yield pipeline.prefetch_to_device(
             batches, lambda batch: sharding.put_batch(setup.mesh, batch, size)
         )
@@ -178,6 +180,15 @@ def read_in_order(
     dataset = pipeline.in_order(
         source, indices, batch_size=batch_size, skip_unreadable=skip_unreadable
     )
-    workers = setup.config.data.workers
-    with contextlib.closing(pipeline.iterate(dataset, 0, workers=workers)) as batches:
+    with contextlib.closing(_read_ahead(setup, dataset, 0, batch_size)) as batches:
         yield from batches
+
+
+def _read_ahead(setup: Setup, dataset: grain.MapDataset, start: int, rows: int) -> readers.Batches:
+    """Return the batches of `dataset`, each of up to `rows` rows, from number `start`."""
+    return readers.iterate(
+        dataset,
+        start,
+        workers=setup.config.data.workers,
+        batch_bytes=pipeline.batch_bytes(setup.record_spec, rows),
+    )

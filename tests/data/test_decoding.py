@@ -181,6 +181,16 @@ def test_exif_orientation_is_a_setting(format):
     )
 
 
+@pytest.mark.parametrize("exif_orientation", [False, True])
+def test_a_tiff_is_turned_once(exif_orientation):
+    """Pillow obeys the orientation of a TIFF by itself."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(COLOUR, "TIFF", exif=exif)
+    pixels = np.asarray(decode_rgb(data, Decoding(2**16, exif_orientation)))
+    np.testing.assert_array_equal(pixels, np.rot90(np.asarray(COLOUR), -1))
+
+
 def test_a_grey_image_of_16_bits_is_turned_as_well():
     exif = Image.Exif()
     exif[0x0112] = 3  # half a turn
