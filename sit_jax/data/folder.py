@@ -35,6 +35,7 @@ _SYSTEM_FOLDERS = (
 )  # fmt: skip
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 _LISTED_KINDS = 8
+_LONGEST_EXTENSION = 12
 
 # The threads of a process decode images of more pixels than this one at a time: each takes up to
 # 12 bytes a pixel while it is converted and scaled.
@@ -269,7 +270,11 @@ def _kind(entry: os.DirEntry) -> str:
     except OSError:  # a link to itself, or into a folder that may not be entered
         return "broken links"
     extension = os.path.splitext(name)[1].lower()
-    return "image" if extension in IMAGE_EXTENSIONS else extension or "without extension"
+    if extension in IMAGE_EXTENSIONS:
+        return "image"
+    if len(extension) > _LONGEST_EXTENSION or not extension.isprintable():
+        return "other names"
+    return extension or "without extension"
 
 
 def _identity(folder: str) -> FileId:

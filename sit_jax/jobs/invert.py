@@ -57,6 +57,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         print(f"sample.count is {options.count}, but these are all that there are")
     else:
         print(f"they are a stratified draw of {len(source):,}")
+    position_of = {index: position for position, index in enumerate(drawn)}
     batches = read_in_order(
         setup,
         source,
@@ -70,24 +71,21 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
             size = len(batch["index"])
             noise_bhwc, images_bhwc, error_b, evaluations = _invert(setup, invert, params, batch)
             for row in results.own_rows(size):
-                index = int(batch["index"][row])
-                position = drawn.index(index)
-                _write_entry(
-                    results,
-                    position,
-                    noise=noise_bhwc[row],
-                    label=batch["label"][row],
-                    error=error_b[row],
-                    index=index,
-                    sha256=stored[position],
-                )
+                position = position_of[int(batch["index"][row])]
+                entry = {
+                    "noise": noise_bhwc[row],
+                    "label": batch["label"][row],
+                    "error": error_b[row],
+                    "index": batch["index"][row],
+                    "sha256": stored[position],
+                }
                 pair = np.stack([batch["image"][row], to_uint8(images_bhwc[row])])
-                results.write_image(position, sheet(pair, 2))
+                _write(results, position, entry, pair)
             bar.update(size)
             bar.set_postfix(evaluations=evaluations)
     results.finish_images(count, config)
     if hosts.is_first():
-        _write_summary(results, count)
+        _write_summary(results, count, len(source))
 
 
 def _invert(
@@ -117,8 +115,7 @@ def _missing(results: Results, drawn: Sequence[int], stored: Sequence[str | None
 
     def remove_outdated() -> None:
         for position in set(range(len(drawn))) - absent:
-            entry = _read_entry(results, position)
-            if (int(entry["index"]), str(entry["sha256"])) != (drawn[position], stored[position]):
+            if _image_of(results, position) != (drawn[position], stored[position]):
                 results.remove_image(position)
 
     absent = set(results.missing_images(len(drawn)))
@@ -126,22 +123,33 @@ def _missing(results: Results, drawn: Sequence[int], stored: Sequence[str | None
     return results.missing_images(len(drawn))
 
 
-def _write_entry(results: Results, position: int, **entry: Any) -> None:
-    """Write the .npz file of a position in the draw."""
+def _write(
+    results: Results, position: int, entry: Mapping[str, Any], pair_bhwc: np.ndarray
+) -> None:
+    """Write the .npz file of a position in the draw, then the image and its reconstruction."""
     file = io.BytesIO()
     np.savez(file, **entry)
     write_bytes(_entry_file(results, position), file.getvalue())
+    results.write_image(position, sheet(pair_bhwc, 2))
 
 
 def _read_entry(results: Results, position: int) -> Mapping[str, np.ndarray]:
     return np.load(io.BytesIO(_entry_file(results, position).read_bytes()))
 
 
+def _image_of(results: Results, position: int) -> tuple[int, str] | None:
+    """Return the index and digest of the image that was inverted, or None without its file."""
+    if not _entry_file(results, position).exists():
+        return None
+    entry = _read_entry(results, position)
+    return int(entry["index"]), str(entry["sha256"])
+
+
 def _entry_file(results: Results, position: int) -> epath.Path:
     return results.folder / f"{position:06d}.npz"
 
 
-def _write_summary(results: Results, count: int) -> None:
+def _write_summary(results: Results, count: int, of: int) -> None:
     """Write summary.json and print it. Only process 0 calls this."""
     entries = [_read_entry(results, position) for position in range(count)]
     errors = np.stack([entry["error"] for entry in entries])
@@ -149,6 +157,7 @@ def _write_summary(results: Results, count: int) -> None:
     results.write_summary(
         {
             "images": count,
+            "of": of,
             "round_trip_rms": {"mean": float(errors.mean()), "largest": float(errors.max())},
             "noise": {"mean": float(noise.mean()), "standard_deviation": float(noise.std())},
         }

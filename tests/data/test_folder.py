@@ -57,7 +57,17 @@ def test_hidden_and_system_folders_are_not_classes_at_any_depth(tmp_path, name):
 
 def test_what_is_passed_over_is_counted(tmp_path):
     write_images(tmp_path, "a/0.png", "b/0.png", "beside.png")
-    for name in ("a/1.gif", "a/2.GIF", "a/3.npy", "a/README", "a/._0.png", "b/.DS_Store"):
+    for name in (
+        "a/1.gif",
+        "a/2.GIF",
+        "a/3.npy",
+        "a/README",
+        "a/._0.png",
+        "b/.DS_Store",
+        "a/x.a\nb",
+        "a/x.\udcff",
+        "a/v1.2 of a thing",
+    ):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "a" / "self.png").symlink_to(tmp_path / "a" / "self.png")
@@ -67,6 +77,7 @@ def test_what_is_passed_over_is_counted(tmp_path):
         ".gif (2)",
         ".npy (1)",
         "without extension (1)",
+        "other names (3)",
         "hidden files (2)",
         "broken links (2)",
         "images beside the class folders (1)",
