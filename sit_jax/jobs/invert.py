@@ -58,13 +58,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     else:
         print(f"they are a stratified draw of {len(source):,}")
     position_of = {index: position for position, index in enumerate(drawn)}
-    batches = read_in_order(
-        setup,
-        source,
-        [drawn[position] for position in missing],
-        options.batch,
-        skip_unreadable=False,
-    )
+    indices = [drawn[position] for position in missing]
+    batches = read_in_order(setup, source, indices, options.batch, skip_unreadable=False)
     invert = make_inverter(setup, guide)
     with progress_bar(len(missing), "image") as bar:
         for batch in batches:
