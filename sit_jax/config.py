@@ -36,6 +36,8 @@ CHANGEABLE = (
     "data.path",
     "data.workers",
     "data.skip_unreadable",
+    "data.max_pixels",
+    "data.subset_seed",
     "latents.path",
     "latents.batch",
     "model.remat",

@@ -66,6 +66,10 @@ class ImageWriter:
         image = np.asarray(Image.open(io.BytesIO((self.folder / _file_name(index)).read_bytes())))
         return image[..., None] if image.ndim == 2 else image
 
+    def remove(self, index: int) -> None:
+        """Delete the file of an index, if it exists, so that it counts as missing."""
+        (self.folder / _file_name(index)).unlink(missing_ok=True)
+
     def missing(self, n: int) -> list[int]:
         """Return the indices in range(n) without a file, in ascending order."""
         names = {path.name for path in self.folder.iterdir()}

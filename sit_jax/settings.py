@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from sit_jax.data import sources
+from sit_jax.data.transforms import PIXEL_LIMIT, Decoding
 from sit_jax.latents import CODECS, dequantise
 from sit_jax.latents.sd_vae import VaeOptions
 from sit_jax.laws import anything, between, choice, setting, user_path
@@ -36,6 +37,7 @@ _time = between(0.0, 1.0)
 _time_margin = between(1e-6, 0.499)  # nearer to an end, 1 - margin soon is 1
 _cfg_scale = between(1.0, 1e3)
 _axis = between(-1, 2**16)  # validation refuses 0
+_pixels = between(1, PIXEL_LIMIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +137,23 @@ class Data:
     skip_unreadable: bool = setting(
         False, anything, "skip and count images that cannot be read, instead of stopping"
     )
+    max_pixels: int = setting(
+        2**26,
+        _pixels,
+        "largest image file in pixels, which bounds the memory that each reader needs; a larger "
+        "one counts as unreadable",
+    )
+    exif_orientation: bool = setting(
+        False,
+        anything,
+        "turn photographs as their EXIF data says; false: read them as stored, like the reference",
+    )
+    subset_seed: int = setting(
+        0,
+        _seed,
+        "seed of the part of the data that sweep, quality, invert and likelihood draw, balanced "
+        "over the classes",
+    )
     workers: int = setting(
         0,
         between(0, 1_024),  # the processors of the largest hosts
@@ -145,6 +164,11 @@ class Data:
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of one image."""
         return self.image_size, self.image_size, self.channels
+
+    @property
+    def decoding(self) -> Decoding:
+        """How image files are decoded."""
+        return Decoding(self.max_pixels, self.exif_orientation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +356,7 @@ class Likelihood:
         "ema", WEIGHTS, "ema: the moving average of the parameters; raw: the parameters"
     )
     split: str | None = setting(None, anything, "split of the data source; none: data.split")
-    count: int | None = setting(None, _count, "first images of the split; none: all")
+    count: int | None = setting(None, _count, "images of the split to draw; none: all")
     batch: int = setting(64, _batch, "images evaluated at a time, over all devices")
     labels: str = choice(
         "data", ("data", "null"), "data: each image's own label; null: the null label for all"
@@ -391,7 +415,7 @@ class Sweep:
     cfg_scales: tuple[float, ...] = setting((1.0,), _cfg_scale, "values of sample.cfg_scale")
     count: int = setting(1000, between(2, 10_000_000), "number of samples that each sampler draws")
     reference_count: int = setting(
-        10_000, _count, "largest number of real images to compare with, in --mode quality too"
+        10_000, _count, "real images to draw and compare with, at most; in --mode quality too"
     )
     components: int = setting(
         64, between(1, 100_000), "principal components of the pixels that the Frechet distance uses"

@@ -257,6 +257,7 @@ def test_a_continued_run_and_its_samples_keep_these_settings():
         "data.channels",
         "data.classes",
         "data.flip",
+        "data.exif_orientation",
         "latents.codec",
         "latents.repo",
         "latents.revision",

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
 
 import jax
@@ -17,6 +18,7 @@ from scipy.stats import norm
 
 from sit_jax import config as config_lib
 from sit_jax import rng, sharding
+from sit_jax.data import subset
 from sit_jax.jobs import likelihood, sampler
 from sit_jax.jobs.data import open_source
 from sit_jax.jobs.setup import set_up
@@ -73,12 +75,16 @@ def test_every_image_has_its_row_and_the_summary_their_mean(evaluated):
         "summary.json",
     ]
     source = open_source(set_up(config_lib.load(DIGITS, [("data.split", "test")])))
-    assert column(folder, "index").tolist() == list(range(10))
-    assert column(folder, "label").tolist() == [int(source[i]["label"]) for i in range(10)]
+    drawn = subset.draw_order(source.labels, seed=0)[:10].tolist()
+    assert column(folder, "index").tolist() == drawn
+    assert sorted(column(folder, "label").tolist()) == list(range(10))  # one of each class
+    assert column(folder, "label").tolist() == [int(source[i]["label"]) for i in drawn]
+    assert column(folder, "sha256").tolist() == [source.digest(i) for i in drawn]
+    assert "they are a stratified draw of 898" in out
     bits = column(folder, "bits_per_dim")
     np.testing.assert_allclose(bits, -column(folder, "log_prob") / (64 * math.log(2)), rtol=1e-6)
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["images"], summary["unreadable"]) == (10, 0)
+    assert (summary["images"], summary["unreadable"], summary["of"]) == (10, 0, 898)
     assert summary["bits_per_dim"]["mean"] == pytest.approx(bits.mean())
     assert summary["bits_per_dim"]["standard_error"] == pytest.approx(bits.std(ddof=1) / 10**0.5)
     assert (
@@ -87,7 +93,7 @@ def test_every_image_has_its_row_and_the_summary_their_mean(evaluated):
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["step"] == 4
     assert settings["likelihood"]["solver"] == "heun"
-    assert settings["data"]["split"] == "test"
+    assert settings["data"]["split"] == "test" and settings["data"]["subset_seed"] == 0
 
 
 @pytest.mark.parametrize("batch", [3, 10, 16])
@@ -96,7 +102,7 @@ def test_the_batch_size_changes_no_row(evaluated, run_copy, batch):
     folder = folder_of(run_copy)
     batch_of_8 = folder_of(evaluated[0])
     assert folder.name == batch_of_8.name
-    assert column(folder, "index").tolist() == list(range(10))
+    assert column(folder, "index").tolist() == column(batch_of_8, "index").tolist()
     np.testing.assert_allclose(
         column(folder, "log_prob"), column(batch_of_8, "log_prob"), rtol=1e-5
     )
@@ -117,7 +123,8 @@ def test_a_killed_job_continues_and_redoes_a_torn_line(evaluated, tmp_path, line
     np.testing.assert_allclose(
         column(results.parent, "log_prob"), column(folder_of(evaluated[0]), "log_prob"), rtol=1e-5
     )
-    assert column(results.parent, "index").tolist() == list(range(10))
+    original = folder_of(evaluated[0])
+    assert column(results.parent, "index").tolist() == column(original, "index").tolist()
 
 
 def test_a_finished_job_changes_no_file_and_a_larger_count_adds_to_it(evaluated, tmp_path):
@@ -291,6 +298,38 @@ def test_an_unreadable_image_is_named_and_may_be_left_out(tmp_path):
     assert column(folder_of(workdir), "index").tolist() == [0, 2]
 
 
+def test_rows_of_images_that_changed_are_computed_again(tmp_path):
+    data = tmp_path / "data"
+    workdir = tmp_path / "run"
+    write_images(data, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    train_flags = flags(data__path=data, train__steps=1, log__sheet_every=0)
+    succeed(*TINY, *FOLDER, *train_flags, "--workdir", workdir)
+    settings = FAST | {"likelihood__count": None, "likelihood__split": "all"}
+    evaluate(workdir, **settings)
+    results = folder_of(workdir) / "results.jsonl"
+    before = rows_of(folder_of(workdir))
+    assert [row["index"] for row in before] == [0, 1, 2, 3]
+    assert "log p of 0 of 4 images" in evaluate(workdir, **settings)
+    # Another image under the name of the second, and under that of the third.
+    first = (data / "a" / "0.png").read_bytes()
+    (data / "a" / "1.png").write_bytes(first)
+    (data / "b" / "0.png").write_bytes(first)
+    out = evaluate(workdir, **settings)
+    assert "rows of images that have changed since, to be computed again: 2" in out
+    assert "log p of 2 of 4 images" in out
+    after = {row["index"]: row for row in rows_of(folder_of(workdir))}
+    assert sorted(after) == [0, 1, 2, 3] and len(results.read_bytes().splitlines()) == 4
+    assert after[0] == before[0] and after[3] == before[3]
+    for index in (1, 2):
+        assert after[index]["sha256"] != before[index]["sha256"]
+        assert after[index]["log_prob"] != before[index]["log_prob"]
+    # An image that moves to another class is another record as well.
+    (data / "a" / "1.png").rename(data / "b" / "00.png")
+    assert "images that have changed since, to be computed again: 1" in evaluate(
+        workdir, **settings
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -374,5 +413,5 @@ def test_weights_that_are_not_finite_end_in_one_line(run_copy, monkeypatch):
 
     monkeypatch.setattr(likelihood, "restore_weights", broken)
     message = refusal("--workdir", run_copy, "--mode", "likelihood", *flags(**FAST))
-    assert "log p of images [0, 1, 2, 3, 4, 5, 6, 7] is not finite" in message
+    assert re.search(r"log p of images \[(\d+, ){7}\d+\] is not finite", message)
     assert not (folder_of(run_copy) / "results.jsonl").exists()

@@ -63,7 +63,8 @@ pytestmark = pytest.mark.usefixtures("quiet_machine")
         (flags(data__image_size=16), "data.image_size=16, but the digits are 8x8; set it to 8"),
         (
             flags(data__classes=11),
-            "data.classes is 11, but the digits source has 10 classes; set data.classes=10",
+            "data.classes is 11, but the digits source has 10 classes ('0', '1', '2', '3', '4', "
+            "...); set data.classes=10",
         ),
         (flags(sample__labels="3,10"), "sample.labels holds 10; expected 0 to 9"),
         (flags(sample__cfg_scale=0.5), "sample.cfg_scale is 0.5; expected 1 to 1000"),
@@ -141,12 +142,17 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, below):
         ),
         (
             ["a.png", "b.png"],
-            "data.path='{data}' has no sub-folders; put the images of each class into a sub-folder",
+            "data.path='{data}' holds 2 images but no class folders; put the images of each class",
         ),
-        (["a/0.png", "b/0.bmp"], "data.path='{data}' has 1 class folders without images"),
+        (
+            ["a/0.png", "b/0.gif"],
+            "data.path='{data}' has 1 class folders without images (.jpg, .jpeg, .png, .ppm, .bmp, "
+            ".pgm, .tif, .tiff, .webp): 'b' (passed over: .gif (1)); fill or remove them",
+        ),
         (
             ["a/0.png", "b/0.png", "c/0.png"],
-            "data.classes is 2, but the folder source has 3 classes; set",
+            "data.classes is 2, but the folder source has 3 classes ('a', 'b', 'c'); set "
+            "data.classes=3",
         ),
     ],
 )

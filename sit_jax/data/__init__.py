@@ -1,6 +1,7 @@
 """Data on its way to the codec.
 
-`sources` open a data set by name and read one record at a time. `transforms` decode, crop and
-mirror images. `pipeline` turns a source into endless shuffled batches, each a pure function of the
-seed and its number, read ahead and sent to the devices before they are needed.
+`sources` opens a data set by name; `source` says what one is, and `digits` and `folder` are those
+there are. `transforms` decode, crop and mirror images. `subset` draws a part of a data set.
+`pipeline` turns a source into endless shuffled batches, each a pure function of the seed and its
+number. `readers` read them ahead, in threads or processes.
 """

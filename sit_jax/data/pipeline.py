@@ -9,24 +9,16 @@ import collections
 import functools
 import itertools
 import logging
-import multiprocessing
-import os
-import signal
-import threading
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from sit_jax.data.sources import Source, UnreadableImage
+from sit_jax.data.source import Source, UnreadableImage
 from sit_jax.errors import UserError, check
 from sit_jax.record import ArraySpec, Record, RecordSpec
-
-# Threads that read in each process, each a batch at a time; twice as many batches are held in
-# memory. Decoding and resizing release the interpreter lock, so a few threads help. Beyond these,
-# use `workers`.
-_THREADS = 4
 
 
 def batches(
@@ -68,6 +60,13 @@ def batch_spec(spec: RecordSpec) -> RecordSpec:
     return {**spec, "skipped": ArraySpec((), np.int32)}
 
 
+def batch_bytes(spec: RecordSpec, rows: int) -> int:
+    """Return the size of a batch of records in bytes."""
+    return rows * sum(
+        math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in spec.values()
+    )
+
+
 def in_order(
     source: Source, indices: Sequence[int], *, batch_size: int, skip_unreadable: bool
 ) -> grain.MapDataset:
@@ -88,39 +87,6 @@ def pad(batch: Record, size: int) -> Record:
         name: np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1), mode="edge")
         for name, rows in batch.items()
     }
-
-
-def iterate(dataset: grain.MapDataset, start: int, *, workers: int) -> grain.DatasetIterator:
-    """Yield elements `start`, `start + 1`, ... of `dataset`, read in the background.
-
-    A large `start` costs nothing. `workers` processes read them, or threads of this process if 0.
-    In-memory sources are faster without processes. Processes need absl's flags to be parsed.
-    `close()` the iterator to end its threads and processes.
-    """
-    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
-    ahead = dataset.slice(slice(start, None)).to_iter_dataset(options)
-    processes = grain.MultiprocessingOptions(num_workers=workers)
-    return iter(ahead.mp_prefetch(processes, _outlive_signals))
-
-
-def _outlive_signals(worker: int, workers: int) -> None:
-    """Make a reader process ignore SIGINT and SIGTERM and exit only with its parent.
-
-    A shell's Ctrl-C and a cluster's SIGTERM reach the entire process group, but training takes a
-    few more batches until the step at which all hosts save. Closing the iterator ends the readers
-    too.
-    """
-    del worker, workers
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only reader processes run this"
-    parent.join()
-    os._exit(1)
 
 
 def prefetch_to_device(
@@ -165,9 +131,12 @@ def _read(source: Source, index: int) -> Record:
     try:
         return {**source[index], "skipped": np.int32(0)}
     except UnreadableImage as error:
-        raise UserError(
-            f"{error}; remove it, or set data.skip_unreadable=True to skip such images"
-        ) from error
+        raise with_remedy(error) from error
+
+
+def with_remedy(error: UnreadableImage) -> UserError:
+    """Return the error that ends a run at an image which cannot be read."""
+    return UserError(f"{error}; remove it, or set data.skip_unreadable=True to skip such images")
 
 
 def _read_or_skip(source: Source, index: int) -> Record:

@@ -3,23 +3,105 @@
 NumPy and Pillow only: reader processes run this, and they must not claim a device.
 """
 
+import dataclasses
 import io
+import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# No other decoder of Pillow is ever tried: some start a program, such as Ghostscript for EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+# Pillow itself refuses larger images.
+PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+# Pillow warns at half of that; `Decoding.max_pixels` decides here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# Pillow converts these to RGB over their complete range. It clips any other at 255.
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
+# In these formats the mode "I" is grey in 16 bits; a TIFF of 32 bits does not say what is white.
+_FORMATS_OF_16_BIT_I = ("PPM", "PNG")
+_TIFF_BITS = 258
+_TIFF_PHOTOMETRIC = 262
+_WHITE_IS_ZERO = 0
 
 
-def decode_rgb(data: bytes) -> Image.Image:
-    """Return the RGB image in `data`, an encoded file.
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a file becomes pixels, and how large it may be."""
 
-    An alpha channel is dropped, not blended, as the reference does. For broken data,
-    Pillow's decoder raises its own errors: usually OSError, sometimes SyntaxError or ValueError.
+    max_pixels: int
+    exif_orientation: bool  # whether to turn and mirror an image as its EXIF data says
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest file: 16 bits and 4 channels without compression, and a MiB of the rest."""
+        return 8 * self.max_pixels + 2**20
+
+
+def open_image(data: bytes, decoding: Decoding) -> Image.Image:
+    """Return the image in `data`, an encoded file, without its pixels: they are not decoded yet.
+
+    Raises ValueError for another format, or an image that is too large. For a broken header,
+    Pillow raises its own errors, usually OSError.
     """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         # Pillow's message holds a memory address, so each one would count as a new message.
-        raise ValueError("not an image that Pillow knows") from None
+        raise ValueError(f"not an image of {', '.join(FORMATS)}") from None
+    if image.width * image.height > decoding.max_pixels:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, more than data.max_pixels="
+            f"{decoding.max_pixels}; raise it, or scale the image down"
+        )
+    return image
+
+
+def to_rgb(image: Image.Image, decoding: Decoding) -> Image.Image:
+    """Return an image of `open_image`, or of several frames the first, decoded to RGB.
+
+    An alpha channel is dropped, not blended, as the reference does. Grey values of 16 bits are
+    scaled to 8. Raises ValueError for values whose range is not known. For broken data, Pillow's
+    decoders raise their own errors: usually OSError, sometimes SyntaxError or ValueError.
+    """
+    rgb = _as_rgb(image)
+    if decoding.exif_orientation:  # Pillow itself always obeys the orientation of a TIFF
+        ImageOps.exif_transpose(rgb, in_place=True)
+    return rgb
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    white = _white(image)
+    if white:
+        return _scaled_to_8_bits(image, white).convert("RGB")
+    if image.mode not in _MODES:
+        raise ValueError(
+            f"values of mode {image.mode!r} do not say which one is white; convert it to 8 or 16 "
+            "bits per channel"
+        )
+    image.load()
+    image.info.pop("transparency", None)  # dropped anyway; with it, Pillow warns
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _white(image: Image.Image) -> int | None:
+    """Return the largest value of a grey image of more than 8 bits; None for other images."""
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS, (16,))[0]
+        return 2**bits - 1
+    return 2**16 - 1 if image.mode == "I" and image.format in _FORMATS_OF_16_BIT_I else None
+
+
+def _scaled_to_8_bits(image: Image.Image, white: int) -> Image.Image:
+    """Return a grey image of 0 to `white` as one of 0 to 255, rounded."""
+    values = np.asarray(image).astype(np.uint32)
+    grey = ((values * 255 + white // 2) // white).clip(0, 255).astype(np.uint8)
+    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey  # Pillow inverts only 8 bits and fewer
+    scaled = Image.fromarray(grey)
+    scaled.info = image.info  # with the EXIF data
+    return scaled
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

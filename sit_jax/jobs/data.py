@@ -1,38 +1,57 @@
-"""Opens the data source of a config, and reads batches of it for the devices."""
+"""Opens the data source of a config, draws a part of it, and reads batches for the devices."""
 
+import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import grain
 import jax
+import numpy as np
 
-from sit_jax import sharding
-from sit_jax.data import pipeline, sources
+from sit_jax import hosts, sharding
+from sit_jax.data import pipeline, readers, sources, subset
+from sit_jax.data.source import Source, UnreadableImage, first_names, short_digest
 from sit_jax.errors import check
+from sit_jax.jobs.results import progress_bar
 from sit_jax.jobs.setup import Setup
 from sit_jax.record import Record
+from sit_jax.settings import Data
+
+_DIGEST_THREADS = 8
+_DIGEST_CHUNK = 1024  # files that wait for these threads at a time
 
 
-def open_source(setup: Setup) -> sources.Source:
-    """Open the data source. Raises `UserError` if it is missing or data.classes is wrong."""
+def open_source(setup: Setup) -> Source:
+    """Open the data source and print a line on what it holds.
+
+    Raises `UserError` if it is missing or data.classes is wrong.
+    """
     data = setup.config.data
-    source = sources.SOURCES[data.source].open(data.path, data.image_shape, data.split)
-    classes = len(source.class_names)
-    check(
-        classes == data.classes,
-        f"data.classes is {data.classes}, but the {data.source} source has {classes} classes; set "
-        f"data.classes={classes}",
+    source = sources.SOURCES[data.source].open(
+        data.path, data.image_shape, data.split, data.decoding
     )
+    names = source.class_names
+    classes = f"{len(names)} class{'es' * (len(names) != 1)} ({first_names(names)})"
+    check(
+        len(names) == data.classes,
+        f"data.classes is {data.classes}, but the {data.source} source has {classes}; set "
+        f"data.classes={len(names)}",
+    )
+    place = f"{data.path!r}" if data.path else f"split {data.split!r}"
+    beside = f"; passed over: {source.passed_over}" if source.passed_over else ""
+    print(f"data: {len(source):,} images in {classes} of {place}{beside}", flush=True)
     return source
 
 
-def describe(source: sources.Source) -> dict[str, Any]:
+def describe(source: Source) -> dict[str, Any]:
     """Return what a checkpoint records of the data: the class names and the number of images."""
     return {"class_names": list(source.class_names), "images": len(source)}
 
 
-def check_same_classes(note: Mapping[str, Any], source: sources.Source) -> None:
+def check_same_classes(note: Mapping[str, Any], source: Source) -> None:
     """Raise `UserError` if the labels of the data mean other classes than those trained on.
 
     `note` is a checkpoint's. Earlier versions recorded no data.
@@ -51,9 +70,94 @@ def check_same_classes(note: Mapping[str, Any], source: sources.Source) -> None:
     )
 
 
+def draw(setup: Setup, source: Source, count: int | None) -> list[int]:
+    """Return the indices of `count` images, a stratified draw; of all images, in order, if None.
+
+    A larger count keeps the images of a smaller one.
+    """
+    if count is None:
+        return list(range(len(source)))
+    return subset.draw_order(source.labels, setup.config.data.subset_seed)[:count].tolist()
+
+
+def record_settings(data: Data) -> dict[str, Any]:
+    """Return the settings of the data that decide which image a record holds."""
+    settings = dataclasses.asdict(data)
+    for key in ("workers", "flip", "skip_unreadable", "max_pixels"):
+        del settings[key]
+    return settings
+
+
+def digests(source: Source, indices: Sequence[int], *, skip_unreadable: bool) -> list[str | None]:
+    """Return the digest of each of these records, which changes with what is stored.
+
+    It is None for an image that cannot be read, or without `skip_unreadable` raises `UserError`.
+    """
+
+    def digest(index: int) -> str | None:
+        try:
+            return source.digest(index)
+        except UnreadableImage as error:
+            if skip_unreadable:
+                return None
+            raise pipeline.with_remedy(error) from error
+
+    def all_digests() -> list[str | None]:
+        found: list[str | None] = []
+        with (
+            concurrent.futures.ThreadPoolExecutor(_DIGEST_THREADS) as threads,
+            progress_bar(len(indices), "image", desc="checksums", leave=False, delay=1) as bar,
+        ):
+            for start in range(0, len(indices), _DIGEST_CHUNK):
+                chunk = indices[start : start + _DIGEST_CHUNK]
+                found += threads.map(digest, chunk)
+                bar.update(len(chunk))
+        return found
+
+    return hosts.broadcast_from_first(all_digests)
+
+
+class RealImages(NamedTuple):
+    """Images of the data set to compare samples with."""
+
+    images: np.ndarray  # uint8 [n, h, w, c]
+    labels: np.ndarray  # int32 [n]
+    drawn: int  # n, and those that cannot be read
+    settings: dict[str, Any]  # that they depend on
+
+
+def read_real_images(setup: Setup, source: Source, count: int) -> RealImages:
+    """Return those of `count` images, a stratified draw of the source, that can be read.
+
+    They are in the order of the source. Raises `UserError` if none can be read.
+    """
+    indices = sorted(draw(setup, source, count))
+    stored = digests(source, indices, skip_unreadable=True)
+    batches = []
+    with progress_bar(len(indices), "image", desc="real images", leave=False) as bar:
+        for batch in read_in_order(setup, source, indices, 256, skip_unreadable=True):
+            batches.append(batch)
+            bar.update(len(batch["index"]))
+    images, labels, skipped = (
+        np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "skipped")
+    )
+    readable = skipped == 0
+    check(readable.any(), f"none of the {len(indices)} images can be read; check data.path")
+    settings = {
+        "data": record_settings(setup.config.data),
+        "real_images": {
+            "drawn": len(indices),
+            "of": len(source),
+            "read": int(readable.sum()),
+            "sha256": short_digest(" ".join(digest or "none" for digest in stored).encode()),
+        },
+    }
+    return RealImages(images[readable], labels[readable], len(indices), settings)
+
+
 @contextlib.contextmanager
 def open_batches(
-    setup: Setup, source: sources.Source, start: int
+    setup: Setup, source: Source, start: int
 ) -> Iterator[Iterator[dict[str, jax.Array]]]:
     """Yield training batches start, start + 1, ... on the devices, fetched ahead.
 
@@ -61,15 +165,16 @@ def open_batches(
     """
     data = setup.config.data
     size = setup.config.train.batch
+    rows = sharding.own_rows(setup.mesh, size)
     dataset = pipeline.batches(
         source,
         seed=setup.config.seed,
         batch_size=size,
         flip=data.flip,
         skip_unreadable=data.skip_unreadable,
-        rows=sharding.own_rows(setup.mesh, size),
+        rows=rows,
     )
-    with contextlib.closing(pipeline.iterate(dataset, start, workers=data.workers)) as batches:
+    with contextlib.closing(_read_ahead(setup, dataset, start, len(rows))) as batches:
         yield pipeline.prefetch_to_device(
             batches, lambda batch: sharding.put_batch(setup.mesh, batch, size)
         )
@@ -87,7 +192,7 @@ def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
 
 def read_in_order(
     setup: Setup,
-    source: sources.Source,
+    source: Source,
     indices: Sequence[int],
     batch_size: int,
     *,
@@ -100,6 +205,15 @@ def read_in_order(
     dataset = pipeline.in_order(
         source, indices, batch_size=batch_size, skip_unreadable=skip_unreadable
     )
-    workers = setup.config.data.workers
-    with contextlib.closing(pipeline.iterate(dataset, 0, workers=workers)) as batches:
+    with contextlib.closing(_read_ahead(setup, dataset, 0, batch_size)) as batches:
         yield from batches
+
+
+def _read_ahead(setup: Setup, dataset: grain.MapDataset, start: int, rows: int) -> readers.Batches:
+    """Return the batches of `dataset`, each of up to `rows` rows, from number `start`."""
+    return readers.iterate(
+        dataset,
+        start,
+        workers=setup.config.data.workers,
+        batch_bytes=pipeline.batch_bytes(setup.record_spec, rows),
+    )

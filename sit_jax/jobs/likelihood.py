@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,16 @@ from etils import epath
 
 from sit_jax import hosts, rng, sharding
 from sit_jax.data import pipeline
-from sit_jax.data.sources import Source
+from sit_jax.data.source import Source
 from sit_jax.errors import check
-from sit_jax.jobs.data import check_same_classes, open_source, read_in_order
+from sit_jax.jobs.data import (
+    check_same_classes,
+    digests,
+    draw,
+    open_source,
+    read_in_order,
+    record_settings,
+)
 from sit_jax.jobs.job import NETWORK, Job, Overrides
 from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.setup import Setup, call_with_batches, check_batch, jit_for_batches, set_up
@@ -191,25 +198,47 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     meaning = density_target(setup).meaning
     settings = _results_settings(setup, weights, meaning)
     results = Results(workdir / "likelihood", _results_name(setup, weights.step), settings)
-    rows = results.read_rows()
+    drawn = draw(setup, source, options.count)
+    stored = digests(source, drawn, skip_unreadable=config.data.skip_unreadable)
+    digest_of = dict(zip(drawn, stored, strict=True))
+    rows = _unchanged(results, digest_of)
     evaluated = {row["index"] for row in rows}
-    missing = [index for index in range(count) if index not in evaluated]
+    missing = [index for index in drawn if index not in evaluated]
     print(
         f"log p of {len(missing)} of {count} images of split {data.split!r} under step "
         f"{weights.step}, into {results.folder}"
     )
+    if count < len(source):
+        print(f"they are a stratified draw of {len(source):,}")
     print(f"unguided; {meaning}", flush=True)
     with progress_bar(len(missing), "image") as bar:
         for new_rows, evaluations in evaluate(setup, source, weights.params, missing):
+            new_rows = [row | {"sha256": digest_of[row["index"]]} for row in new_rows]
             results.add_rows(new_rows)
             rows += new_rows
             bar.update(min(options.batch, len(missing) - bar.n))
             bar.set_postfix(evaluations=evaluations)
-    rows = [row for row in rows if row["index"] < count]
+    rows = [row for row in rows if row["index"] in digest_of]
     check(rows, f"none of the {count} images can be read; check data.path")
     summary = summarise(rows)
-    results.write_summary(summary | {"unreadable": count - len(rows), "meaning": meaning})
+    others = {"unreadable": count - len(rows), "of": len(source), "meaning": meaning}
+    results.write_summary(summary | others)
     _print_summary(summary, unreadable=count - len(rows))
+
+
+def _unchanged(results: Results, digest_of: Mapping[int, str | None]) -> list[Row]:
+    """Return the rows so far, and drop from the file those whose image has another digest now."""
+    rows = results.read_rows()
+    kept = [
+        row
+        for row in rows
+        if row["index"] not in digest_of or row.get("sha256") == digest_of[row["index"]]
+    ]
+    changed = len(rows) - len(kept)
+    if changed:
+        results.keep_rows(kept)
+        print(f"rows of images that have changed since, to be computed again: {changed}")
+    return kept
 
 
 def with_einsum_attention(config: Config) -> Config:
@@ -236,7 +265,7 @@ def _results_settings(setup: Setup, weights: Weights, meaning: str) -> dict[str,
         "step": weights.step,
         "checkpoint": weights.digest,
         "log_prob": meaning,
-        "data": dataclasses.asdict(config.data),
+        "data": record_settings(config.data),
         "precision": dataclasses.asdict(config.precision),
         "transport": dataclasses.asdict(config.transport),
         "likelihood": dataclasses.asdict(config.likelihood),
@@ -244,8 +273,6 @@ def _results_settings(setup: Setup, weights: Weights, meaning: str) -> dict[str,
     # An image's log p does not depend on these.
     for key in ("count", "batch"):
         del settings["likelihood"][key]
-    for key in ("workers", "flip", "skip_unreadable"):
-        del settings["data"][key]
     return settings | setup.codec_settings()
 
 

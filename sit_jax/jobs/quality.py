@@ -14,7 +14,7 @@ from etils import epath
 from sit_jax import hosts
 from sit_jax.errors import UserError, check
 from sit_jax.image_io import encode_png
-from sit_jax.jobs.data import check_same_classes, open_source
+from sit_jax.jobs.data import RealImages, check_same_classes, open_source, read_real_images
 from sit_jax.jobs.job import NETWORK, SHEET, Flag, Job, Overrides
 from sit_jax.jobs.results import Results, make_sheet
 from sit_jax.jobs.sampler import (
@@ -27,7 +27,6 @@ from sit_jax.jobs.sampler import (
     sampler_settings,
 )
 from sit_jax.jobs.setup import Setup, check_sample_batch, set_up
-from sit_jax.jobs.sweep import read_images
 from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.metrics.pixels import as_features, cross_validated_accuracy, fit_classifier
 from sit_jax.settings import Config
@@ -53,26 +52,23 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     weights = restore_weights(setup, workdir, config.sample.weights)
     check_same_classes(weights.note, source)
     guide = open_guide(config)
-    # Evenly spaced, because a source may be sorted by class.
-    count = min(config.sweep.reference_count, len(source))
-    indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
-    images, labels = read_images(setup, source, indices)
-    absent = sorted(set(range(config.data.classes)) - set(labels.tolist()))
+    real = read_real_images(setup, source, config.sweep.reference_count)
+    absent = sorted(set(range(config.data.classes)) - set(real.labels.tolist()))
     check(
         not absent,
-        f"classes {absent[:8]} have no image among the {len(images)} that were read; raise "
+        f"classes {absent[:8]} have no image among the {len(real.images)} that were read; raise "
         "sweep.reference_count, or check data.path for images that cannot be read",
     )
-    features = as_features(images)
-    accuracy = cross_validated_accuracy(features, labels)
+    features = as_features(real.images)
+    accuracy = cross_validated_accuracy(features, real.labels)
     print(f"the classifier reads {accuracy:.1%} of the real images it was not trained on")
-    classifier = fit_classifier(features, labels)
+    classifier = fit_classifier(features, real.labels)
     name = sampler_name(config.sample, weights.step)
-    results = Results(workdir / "quality", name, _results_settings(setup, weights, guide))
+    results = Results(workdir / "quality", name, _results_settings(setup, weights, guide, real))
     summary: dict[str, Any] = {
         "samples": config.sample.count,
-        "real_images": len(images),
-        "unreadable_images": count - len(images),
+        "real_images": len(real.images),
+        "unreadable_images": real.drawn - len(real.images),
         "classifier_accuracy": accuracy,
         "agreement": {},
     }
@@ -100,14 +96,12 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         )
 
 
-def _results_settings(setup: Setup, weights: Weights, guide: Guide | None) -> dict[str, Any]:
+def _results_settings(
+    setup: Setup, weights: Weights, guide: Guide | None, real: RealImages
+) -> dict[str, Any]:
     """Return every setting that the summary depends on."""
-    return {
-        **sampler_settings(setup, weights, guide),
-        "count": setup.config.sample.count,
-        "reference_count": setup.config.sweep.reference_count,
-        "data": dataclasses.asdict(setup.config.data),
-    }
+    settings = sampler_settings(setup, weights, guide) | real.settings
+    return settings | {"count": setup.config.sample.count}
 
 
 def _draw(

@@ -45,6 +45,10 @@ class Results:
         """Write the image of an index. Call it last: the image marks the index as complete."""
         self._images.write(index, image_hwc)
 
+    def remove_image(self, index: int) -> None:
+        """Delete the image of an index, which is then missing. Only process 0 calls this."""
+        self._images.remove(index)
+
     def read_rows(self) -> list[Row]:
         """Return the rows written so far."""
         return hosts.broadcast_from_first(lambda: _read_rows(self.folder / _ROWS))
@@ -52,8 +56,11 @@ class Results:
     def add_rows(self, rows: Sequence[Row]) -> None:
         """Append rows to results.jsonl."""
         if hosts.is_first():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            storage.append_text(self.folder / _ROWS, text)
+            storage.append_text(self.folder / _ROWS, _lines(rows))
+
+    def keep_rows(self, rows: Sequence[Row]) -> None:
+        """Replace results.jsonl by these rows, at once."""
+        self.write_text(_ROWS, _lines(rows))
 
     def finish_images(self, count: int, config: Config) -> None:
         """Wait until all processes have written their images, then write sheet.png of the first."""
@@ -85,6 +92,10 @@ def make_sheet(config: Config, images_bhwc: np.ndarray) -> np.ndarray:
 def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
     """Return a progress bar with an ETA, shown by process 0 if stderr is a terminal."""
     return tqdm(total=total, unit=unit, disable=hosts.tqdm_disabled(), **options)
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _read_rows(path: epath.Path) -> list[Row]:

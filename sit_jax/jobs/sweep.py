@@ -13,9 +13,8 @@ import numpy as np
 from etils import epath
 
 from sit_jax import hosts
-from sit_jax.data.sources import Source
 from sit_jax.errors import UserError, check
-from sit_jax.jobs.data import check_same_classes, open_source, read_in_order
+from sit_jax.jobs.data import RealImages, check_same_classes, open_source, read_real_images
 from sit_jax.jobs.job import NETWORK, SAMPLER, Job
 from sit_jax.jobs.results import Results, Row, progress_bar
 from sit_jax.jobs.sampler import (
@@ -96,48 +95,32 @@ def row_key(options: Sample) -> Row:
     }
 
 
-def make_evaluator(
-    setup: Setup, source: Source, sweep: Sweep
-) -> tuple[Evaluator, dict[str, float]]:
-    """Return a function that compares samples with the real images of `source`, and a reference.
+def make_evaluator(real: RealImages, components_kept: int) -> tuple[Evaluator, float]:
+    """Return a function that compares samples with real images, and a distance for comparison.
 
-    The reference is the Frechet distance between two halves of the real images, with their number.
+    That is the Frechet distance between two halves of the real images. Raises `UserError` if there
+    are fewer than four.
     """
-    images, labels = read_images(setup, source, range(min(sweep.reference_count, len(source))))
-    features = as_features(images)
-    components = fit_components(features, sweep.components)
-    real = feature_statistics(components.transform(features))
-    classifier = fit_classifier(features, labels)
+    check(
+        len(real.images) >= 4,
+        f"{len(real.images)} real images were read; a sweep compares with 4 or more: raise "
+        "sweep.reference_count, or add images to the data set",
+    )
+    features = as_features(real.images)
+    components = fit_components(features, components_kept)
+    statistics = feature_statistics(components.transform(features))
+    classifier = fit_classifier(features, real.labels)
 
     def evaluate(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         features = as_features(images)
-        statistics = feature_statistics(components.transform(features))
+        drawn = feature_statistics(components.transform(features))
         return {
-            "frechet": frechet_distance(statistics, real),
+            "frechet": frechet_distance(drawn, statistics),
             "agreement": float(np.mean(classifier.predict(features) == labels)),
         }
 
     even, odd = (feature_statistics(components.transform(features[start::2])) for start in (0, 1))
-    return evaluate, {
-        "images": len(images),
-        "frechet_between_halves": frechet_distance(even, odd),
-    }
-
-
-def read_images(
-    setup: Setup, source: Source, indices: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images, uint8 [n, h, w, c], and labels of the records that can be read."""
-    batches = []
-    with progress_bar(len(indices), "image", desc="real images", leave=False) as bar:
-        for batch in read_in_order(setup, source, indices, 256, skip_unreadable=True):
-            batches.append(batch)
-            bar.update(len(batch["index"]))
-    images, labels, skipped = (
-        np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "skipped")
-    )
-    check((skipped == 0).any(), f"none of the {len(indices)} images can be read; check data.path")
-    return images[skipped == 0], labels[skipped == 0]
+    return evaluate, frechet_distance(even, odd)
 
 
 def measure(
@@ -174,20 +157,21 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     weights = restore_weights(setup, workdir, config.sample.weights)
     check_same_classes(weights.note, source)
     guide = open_guide(config)
+    real = read_real_images(setup, source, sweep.reference_count)
+    evaluate, between_halves = make_evaluator(real, sweep.components)
     name = f"step{weights.step}-{config.sample.weights}-count{sweep.count}"
-    results = Results(workdir / "sweeps", name, _results_settings(setup, weights, guide))
+    results = Results(workdir / "sweeps", name, _results_settings(setup, weights, guide, real))
     rows = results.read_rows()
     measured = {_key(row) for row in rows}
     grid = sampler_grid(sweep, config.sample)
     missing = [options for options in grid if _key(row_key(options)) not in measured]
-    evaluate, real = make_evaluator(setup, source, sweep)
     print(
         f"{len(missing)} of {len(grid)} samplers at step {weights.step}, {sweep.count} images "
         f"each, into {results.folder}"
     )
     print(
-        f"compared with {real['images']} real images of split {config.data.split!r}, whose halves "
-        f"are a Frechet distance of {real['frechet_between_halves']:.3f} apart",
+        f"compared with {len(real.images):,} real images, a stratified draw of {len(source):,}, "
+        f"whose halves are a Frechet distance of {between_halves:.3f} apart",
         flush=True,
     )
     with progress_bar(len(missing), "sampler") as bar:
@@ -208,16 +192,17 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     results.write_text("table.csv", as_csv(rows))
     results.write_text("table.md", as_markdown(rows))
     if hosts.is_first():
-        results.write_bytes("plot.png", plot(rows, real["frechet_between_halves"]))
+        results.write_bytes("plot.png", plot(rows, between_halves))
     print(as_markdown(rows))
     print(f"plot: {results.folder / 'plot.png'}")
 
 
-def _results_settings(setup: Setup, weights: Weights, guide: Guide | None) -> dict[str, Any]:
+def _results_settings(
+    setup: Setup, weights: Weights, guide: Guide | None, real: RealImages
+) -> dict[str, Any]:
     """Return every setting that the rows depend on, except those that identify a row."""
-    settings = sampler_settings(setup, weights, guide)
-    settings["data"] = dataclasses.asdict(setup.config.data)
-    for name in ("count", "reference_count", "components"):
+    settings = sampler_settings(setup, weights, guide) | real.settings
+    for name in ("count", "components"):
         settings[name] = getattr(setup.config.sweep, name)
     for name in (*KEY, "atol", "times", "frames", "labels"):
         del settings["sample"][name]

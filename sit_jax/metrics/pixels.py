@@ -41,21 +41,33 @@ def fit_components(features_nd: np.ndarray, components: int) -> Any:
 
 
 def fit_classifier(features_nd: np.ndarray, labels_n: np.ndarray) -> Any:
-    """Fit scikit-learn's SVC to real images; its `predict` names the class of a sample."""
+    """Fit scikit-learn's SVC to real images; its `predict` names the class of a sample.
+
+    If there is only one class, it always names that one.
+    """
+    from sklearn.dummy import DummyClassifier
     from sklearn.svm import SVC
 
-    return SVC(gamma="scale").fit(features_nd, labels_n)
+    one_class = (labels_n == labels_n[0]).all()
+    classifier = DummyClassifier() if one_class else SVC(gamma="scale")
+    return classifier.fit(features_nd, labels_n)
 
 
 def cross_validated_accuracy(features_nd: np.ndarray, labels_n: np.ndarray) -> float:
     """Return the accuracy of `fit_classifier` on real images that it was not fitted to.
 
-    It is the mean over five folds. Raises `UserError` if a class has fewer than five images.
+    It is the mean over five folds. Raises `UserError` if a class has fewer than five images, or if
+    there is only one.
     """
     from sklearn.model_selection import cross_val_score
     from sklearn.svm import SVC
 
     _, counts = np.unique(labels_n, return_counts=True)
+    check(
+        len(counts) > 1,
+        "the real images are of one class, so a classifier reads every sample as that one; compare "
+        "samples with --mode sweep",
+    )
     check(
         counts.min() >= _FOLDS,
         f"a class has {counts.min()} images; expected {_FOLDS} or more, for cross-validation",

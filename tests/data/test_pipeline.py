@@ -6,10 +6,6 @@ The order and the way in which they are read do not matter either.
 import contextlib
 import itertools
 import logging
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -17,18 +13,21 @@ import numpy as np
 import pytest
 from absl import flags
 
-from sit_jax.data import pipeline, sources
+from sit_jax.data import pipeline, readers, source, sources
+from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError
 
+DECODING = Decoding(max_pixels=64, exif_orientation=False)
 
-class Counting(sources.ImageRecords):
+
+class Counting(source.ImageRecords):
     """`size` records, labelled by index, with a 1x2 image that shows whether it was flipped.
 
     Reading an index in `broken` raises UnreadableImage.
     """
 
     class_names = ("all",)
-    spec = sources.image_spec((1, 2, 1))
+    spec = source.image_spec((1, 2, 1))
 
     def __init__(self, size, broken=()):
         self.size = size
@@ -39,7 +38,7 @@ class Counting(sources.ImageRecords):
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise sources.UnreadableImage(
+            raise source.UnreadableImage(
                 f"image 'broken-{self.size}-{index}' cannot be read (torn)"
             )
         return {"image": np.array([[[0], [1]]], np.uint8), "label": np.int32(index)}
@@ -126,9 +125,9 @@ def test_flip_mirrors_about_half_of_the_rows_drawn_again_each_epoch():
 
 
 def test_a_row_is_mirrored_half_of_the_time():
-    source = Counting(1)
+    records = Counting(1)
     rng = np.random.default_rng(0)
-    images = [pipeline._flip(source, source[0], rng)["image"] for _ in range(1000)]
+    images = [pipeline._flip(records, records[0], rng)["image"] for _ in range(1000)]
     flipped = sum(int(image[0, 0, 0]) for image in images)
     assert abs(flipped - 500) < 80  # five standard deviations
 
@@ -136,7 +135,7 @@ def test_a_row_is_mirrored_half_of_the_time():
 @pytest.mark.parametrize("start", [0, 6])
 def test_iterating_from_a_start_continues_as_if_never_stopped(start):
     dataset = build()
-    with contextlib.closing(pipeline.iterate(dataset, start, workers=0)) as iterator:
+    with contextlib.closing(readers.iterate(dataset, start, workers=0, batch_bytes=0)) as iterator:
         for k in range(start, start + 12):
             assert_same(next(iterator), dataset[k])
 
@@ -144,7 +143,7 @@ def test_iterating_from_a_start_continues_as_if_never_stopped(start):
 def test_a_far_start_on_a_huge_source_is_immediate():
     began = time.monotonic()
     with contextlib.closing(
-        pipeline.iterate(build(size=10**9, batch_size=64), 3_000_000, workers=0)
+        readers.iterate(build(size=10**9, batch_size=64), 3_000_000, workers=0, batch_bytes=0)
     ) as iterator:
         batch = next(iterator)
     # It took 0.07 s when measured. Reading the 3,000,000 batches before it would take hours.
@@ -154,9 +153,9 @@ def test_a_far_start_on_a_huge_source_is_immediate():
 
 def test_worker_processes_give_the_same_batches():
     flags.FLAGS.mark_as_parsed()
-    source = sources.SOURCES["digits"].open(None, (8, 8, 1), "test")
-    dataset = pipeline.batches(source, seed=3, batch_size=16, flip=True, skip_unreadable=False)
-    with contextlib.closing(pipeline.iterate(dataset, 5, workers=2)) as iterator:
+    digits = sources.SOURCES["digits"].open(None, (8, 8, 1), "test", DECODING)
+    dataset = pipeline.batches(digits, seed=3, batch_size=16, flip=True, skip_unreadable=False)
+    with contextlib.closing(readers.iterate(dataset, 5, workers=2, batch_bytes=1024)) as iterator:
         ahead = pipeline.prefetch_to_device(itertools.islice(iterator, 6), jax.device_put)
         on_device = list(ahead)
     # Compared after the workers have ended: the arrays must not point into their shared memory.
@@ -164,50 +163,12 @@ def test_worker_processes_give_the_same_batches():
         assert_same(batch, dataset[k])
 
 
-_READERS = """
-import multiprocessing, sys
-from absl import flags
-from sit_jax.data import pipeline, sources
-
-flags.FLAGS.mark_as_parsed()
-source = sources.SOURCES["digits"].open(None, (8, 8, 1), "test")
-dataset = pipeline.batches(source, seed=0, batch_size=8, flip=False, skip_unreadable=False)
-batches = pipeline.iterate(dataset, 0, workers=2)
-next(batches), next(batches)
-print(*(reader.pid for reader in multiprocessing.active_children()), flush=True)
-for _ in sys.stdin:
-    print(next(batches)["label"].shape, flush=True)
-"""
-
-
-def test_readers_outlive_signals_but_not_their_parent():
-    command = [sys.executable, "-c", _READERS]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as parent:
-        readers = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(readers) == 2
-        for number, pid in itertools.product((signal.SIGTERM, signal.SIGINT), readers):
-            os.kill(pid, number)
-        for _ in range(40):  # more than the readers prefetch
-            parent.stdin.write("next\n")
-            assert parent.stdout.readline() == "(8,)\n"
-        parent.kill()
-    end = time.monotonic() + 20
-    for pid in readers:
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < end:
-                os.kill(pid, 0)  # signal 0 only checks that it runs
-                time.sleep(0.05)
-            pytest.fail("a reader outlives its parent")
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_stops_the_run_with_one_line(workers):
     flags.FLAGS.mark_as_parsed()
     with (
         contextlib.closing(
-            pipeline.iterate(build(size=10, broken={3}), 0, workers=workers)
+            readers.iterate(build(size=10, broken={3}), 0, workers=workers, batch_bytes=8)
         ) as iterator,
         pytest.raises(
             UserError, match="'broken-10-3' cannot be read.*skip_unreadable=True"

@@ -10,6 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sit_jax.data import sources
+from sit_jax.data.source import UnreadableImage
+from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError
 
 DIGITS = {"path": None, "image_size": 8, "channels": 1, "split": "train"}
@@ -17,8 +19,11 @@ FOLDER = {"image_size": 16, "channels": 3, "split": "all"}
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 
 
-def open_source(name, *, path, image_size, channels, split):
-    return sources.SOURCES[name].open(path, (image_size, image_size, channels), split)
+DECODING = Decoding(max_pixels=2**20, exif_orientation=False)
+
+
+def open_source(name, *, path, image_size, channels, split, decoding=DECODING):
+    return sources.SOURCES[name].open(path, (image_size, image_size, channels), split, decoding)
 
 
 def write_image(path, color=(10, 20, 30), mode="RGB"):
@@ -99,7 +104,7 @@ def test_unreadable_image_names_its_file(tmp_path, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-30] if damage == "truncated" else b"garbage")
-    with pytest.raises(sources.UnreadableImage, match="x.png") as error:
+    with pytest.raises(UnreadableImage, match="x.png") as error:
         source[0]
     assert "\n" not in str(error.value)
 
@@ -136,6 +141,8 @@ def test_folder_without_classes_and_classes_without_images(tmp_path):
         open_source("folder", path=str(tmp_path), **FOLDER)
     write_image(tmp_path / "full" / "x.png")
     (tmp_path / "hollow").mkdir()
-    (tmp_path / "hollow" / "x.bmp").write_bytes(b"")
-    with pytest.raises(UserError, match="1 class folders without images.*'hollow'.*fill or remove"):
+    (tmp_path / "hollow" / "x.gif").write_bytes(b"")
+    with pytest.raises(
+        UserError, match="1 class folders without images.*'hollow' .*gif.*; fill or remove"
+    ):
         open_source("folder", path=str(tmp_path), **FOLDER)

@@ -1,0 +1,295 @@
+"""A folder of class folders of image files, ordered as in torchvision's ImageFolder.
+
+What else lies in the folder is counted, so that a user sees what is not read.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import stat
+import threading
+
+import numpy as np
+
+from sit_jax.data import transforms
+from sit_jax.data.source import (
+    ImageRecords,
+    Shape,
+    UnreadableImage,
+    first_names,
+    image_spec,
+    short_digest,
+)
+from sit_jax.data.transforms import Decoding
+from sit_jax.errors import UserError, check
+from sit_jax.record import Record, RecordSpec
+from sit_jax.storage import is_remote
+
+# Those of torchvision.
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Made by file servers and operating systems. Names that start with a dot are passed over as well.
+_SYSTEM_FOLDERS = (
+    "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX",
+    "lost+found",
+)  # fmt: skip
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+_LISTED_KINDS = 8
+_LONGEST_EXTENSION = 12
+
+# The threads of a process decode images of more pixels than this one at a time: each takes up to
+# 12 bytes a pixel while it is converted and scaled.
+_LARGE = 2**24
+_large_image = threading.Lock()
+
+FileId = tuple[int, int]  # device and inode: the same for every path to a folder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderSource(ImageRecords):
+    """Image files, each cropped to [image_size, image_size, 3]; labels int32 [n]."""
+
+    files: tuple[str, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    image_size: int
+    decoding: Decoding
+    passed_over: str
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and type of each array of a record."""
+        return image_spec((self.image_size, self.image_size, 3))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self.files[index]
+        try:
+            data = _read_file(path, self.decoding.max_bytes)
+            image = transforms.open_image(data, self.decoding)
+            is_large = image.width * image.height > _LARGE
+            with _large_image if is_large else contextlib.nullcontext():
+                crop = transforms.center_crop(
+                    transforms.to_rgb(image, self.decoding), self.image_size
+                )
+        except Exception as error:  # Pillow's decoders raise a dozen types for broken data
+            raise _unreadable(path, error) from error
+        return {"image": crop, "label": self.labels[index]}
+
+    def digest(self, index: int) -> str:
+        """Return 16 hex digits that change with the bytes of the file or its class."""
+        path = self.files[index]
+        try:
+            data = _read_file(path, self.decoding.max_bytes)
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
+        return short_digest(data + self.labels[index].tobytes())
+
+
+def _unreadable(path: str, error: Exception) -> UnreadableImage:
+    return UnreadableImage(f"image {path!r} cannot be read ({type(error).__name__}: {error})")
+
+
+def _read_file(path: str, max_bytes: int) -> bytes:
+    """Return the bytes of a regular file. Raises OSError, or ValueError for any other file."""
+    # Without O_NONBLOCK, opening a pipe would wait for a writer for ever.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        data = file.read(max_bytes + 1)  # its size may be wrong: it may grow
+    if len(data) > max_bytes:
+        raise ValueError(
+            f"more than {max_bytes:,} bytes, which no image of data.max_pixels needs; raise it"
+        )
+    return data
+
+
+def open_folder(
+    path: str | None, image_shape: Shape, split: str, decoding: Decoding
+) -> FolderSource:
+    """Open a folder with one sub-folder of image files for each class.
+
+    Classes and files are ordered as in torchvision's ImageFolder. The folder is one split, "all".
+    Hidden and system folders are not classes.
+    """
+    image_size, _, channels = image_shape
+    check(
+        channels == 3,
+        f"data.channels={channels}, but the folder source reads RGB images; set it to 3. Stored "
+        "latents cannot be read yet, as no command makes them: configs/imagenet.py encodes images "
+        "in the training step instead",
+    )
+    if not path:
+        raise UserError(
+            "data.path is empty, but data.source='folder' needs a folder of class folders; set it"
+        )
+    check(
+        not is_remote(path),
+        f"data.path={path!r} is not on a local disk; copy it to one, or mount the bucket",
+    )
+    check(
+        image_size > 0,
+        f"data.image_size={image_size}, but it must be positive; set it to the side in pixels",
+    )
+    check(
+        split == "all",
+        f"data.split={split!r}, but a folder is one split; set it to 'all', and data.path to that "
+        "split's folder",
+    )
+    check(
+        os.path.isdir(path),
+        f"data.path={path!r} is not a folder; give a folder with a sub-folder for each class",
+    )
+    passed_over: collections.Counter[str] = collections.Counter()
+    class_names = _class_names(path, passed_over)
+    files_by_class = [
+        _images_below(os.path.join(path, name), _identity(path), passed_over)
+        for name in class_names
+    ]
+    counts = [len(files) for files in files_by_class]
+    empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    check(
+        not empty,
+        f"data.path={path!r} has {len(empty)} class folders without images "
+        f"({', '.join(IMAGE_EXTENSIONS)}): {first_names(empty)}{_beside(passed_over)}; fill or "
+        "remove them",
+    )
+    labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
+    files = tuple(file for files in files_by_class for file in files)
+    return FolderSource(
+        files, labels, tuple(class_names), image_size, decoding, _listed(passed_over)
+    )
+
+
+def _class_names(path: str, passed_over: collections.Counter[str]) -> list[str]:
+    """Return the names of the class folders in `path`, in order."""
+    root = _identity(path)
+    folders, images = _sorted_entries(path, passed_over)
+    names = []
+    for name in folders:
+        if _identity(os.path.join(path, name)) == root:
+            passed_over["link loops"] += 1
+        else:
+            names.append(name)
+    check(
+        names or not images,
+        f"data.path={path!r} holds {len(images):,} images but no class folders; put the images of "
+        f"each class into a sub-folder of it, or all into one and set data.classes=1",
+    )
+    if images:
+        passed_over["images beside the class folders"] += len(images)
+    check(
+        names,
+        f"data.path={path!r} has no sub-folders{_beside(passed_over)}; put the images of each "
+        "class into a sub-folder of it",
+    )
+    _refuse_splits(path, names)
+    return names
+
+
+def _refuse_splits(path: str, class_names: list[str]) -> None:
+    """Raise `UserError` if the class folders are the splits of a data set.
+
+    A single one without folders inside may be a class: "train" of a data set of vehicles, say.
+    """
+    if any(name.lower() not in _SPLITS for name in class_names):
+        return
+    first = min(class_names, key=lambda name: _SPLITS.index(name.lower()))
+    folder = os.path.join(path, first)
+    has_folders = bool(_sorted_entries(folder, collections.Counter())[0])
+    check(
+        len(class_names) == 1 and not has_folders,
+        f"data.path={path!r} holds splits ({first_names(class_names)}), not classes; set "
+        f"data.path={folder!r}",
+    )
+
+
+def _images_below(
+    class_folder: str, root: FileId, passed_over: collections.Counter[str]
+) -> list[str]:
+    """Return the images at any depth below `class_folder`, in torchvision's order.
+
+    Links are followed, but not one to a folder that the link lies in: that is a loop.
+    """
+    images_by_folder = []
+    # Folders, each with those that it lies in.
+    waiting: list[tuple[str, tuple[FileId, ...]]] = [(class_folder, (root,))]
+    while waiting:
+        folder, above = waiting.pop()
+        identity = _identity(folder)
+        if identity in above:
+            passed_over["link loops"] += 1
+            continue
+        folders, images = _sorted_entries(folder, passed_over)
+        waiting += [(os.path.join(folder, name), (*above, identity)) for name in folders]
+        images_by_folder.append((folder, images))
+    # torchvision sorts complete folder paths as strings, so "a-b" comes before "a/c". Any other
+    # order would be another data order.
+    images_by_folder.sort()
+    return [os.path.join(folder, name) for folder, images in images_by_folder for name in images]
+
+
+def _sorted_entries(
+    folder: str, passed_over: collections.Counter[str]
+) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and of the image files in `folder`; count all else."""
+    folders = []
+    images = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                kind = _kind(entry)
+                if kind == "folder":
+                    folders.append(entry.name)
+                elif kind == "image":
+                    images.append(entry.name)
+                else:
+                    passed_over[kind] += 1
+    except OSError as error:
+        raise UserError(
+            f"the folder {folder!r} of data.path cannot be listed ({error.strerror or error}); "
+            "make it readable, or remove it"
+        ) from error
+    return sorted(folders), sorted(images)
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """Return "folder", "image", or in other words why an entry is passed over."""
+    name = entry.name
+    try:
+        # Only links cost a system call here.
+        if entry.is_dir():
+            is_system = name.startswith(".") or name in _SYSTEM_FOLDERS
+            return f"folder {name!r}" if is_system else "folder"
+        if name.startswith("."):
+            return "hidden files"
+        if not entry.is_file():
+            return "special files" if os.path.exists(entry.path) else "broken links"
+    except OSError:  # a link to itself, or into a folder that may not be entered
+        return "broken links"
+    extension = os.path.splitext(name)[1].lower()
+    if extension in IMAGE_EXTENSIONS:
+        return "image"
+    if len(extension) > _LONGEST_EXTENSION or not extension.isprintable():
+        return "other names"
+    return extension or "without extension"
+
+
+def _identity(folder: str) -> FileId:
+    """Return the device and inode of a folder, which no other folder has."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _listed(passed_over: collections.Counter[str]) -> str:
+    """Return "'.gif' (3), hidden files (1)", the most frequent first."""
+    kinds = [f"{kind} ({count:,})" for kind, count in passed_over.most_common()]
+    more = len(kinds) - _LISTED_KINDS
+    return ", ".join(kinds[:_LISTED_KINDS]) + (f" and {more} other kinds" if more > 0 else "")
+
+
+def _beside(passed_over: collections.Counter[str]) -> str:
+    """Return a phrase on what was passed over, or nothing."""
+    return f" (passed over: {_listed(passed_over)})" if passed_over else ""

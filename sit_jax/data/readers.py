@@ -1,0 +1,136 @@
+"""Threads or processes that read batches ahead of the consumer."""
+
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from sit_jax.errors import UserError, check
+from sit_jax.record import Record
+
+# Threads that read in each process, each a batch at a time; twice as many batches are held in
+# memory. Decoding and resizing release the interpreter lock, so a few threads help. Beyond these,
+# use `workers`.
+_THREADS = 4
+_SHARED_MEMORY = "/dev/shm"
+# Batches in shared memory, measured: those that each reader has sent and not yet sent, and those
+# that the consumer and `pipeline.prefetch_to_device` hold.
+_BATCHES_PER_READER = 4
+_BATCHES_HELD = 4
+
+
+def iterate(dataset: grain.MapDataset, start: int, *, workers: int, batch_bytes: int) -> "Batches":
+    """Return an iterator of elements `start`, `start + 1`, ... of `dataset`, read ahead.
+
+    A large `start` costs nothing. `workers` processes read them, or threads of this process if 0.
+    In-memory sources are faster without processes. Processes need absl's flags to be parsed.
+    `close()` the iterator to end its threads and processes.
+
+    Raises `UserError` if the processes need more shared memory than there is, and from the iterator
+    if one of them dies.
+    """
+    needed = (_BATCHES_PER_READER * workers + _BATCHES_HELD) * batch_bytes if workers else 0
+    free, _ = _shared_memory()
+    check(free >= needed, f"shared memory is too small: {_explanation(workers, needed)}")
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
+    ahead = dataset.slice(slice(start, None)).to_iter_dataset(options)
+    processes = grain.MultiprocessingOptions(num_workers=workers)
+    return Batches(iter(ahead.mp_prefetch(processes, _outlive_signals)), workers, needed)
+
+
+class Batches(Iterator[Record]):
+    """Batches of grain's iterator, with one line for a reader process that dies."""
+
+    def __init__(self, iterator: grain.DatasetIterator, workers: int, needed: int):
+        self._iterator = iterator
+        self._workers = workers
+        self._needed = needed  # bytes of shared memory
+
+    def __next__(self) -> Record:
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:
+            code = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if not code:
+                raise
+            raise UserError(
+                f"a reader process died ({_cause(int(code[1]))}): "
+                f"{_explanation(self._workers, self._needed)}"
+            ) from error
+        for array in batch.values():
+            _drop_name(array)
+        return batch
+
+    def close(self) -> None:
+        """End the threads and processes."""
+        self._iterator.close()
+
+
+def _drop_name(array: Any) -> None:
+    """Remove the name of an array's shared memory, which itself lasts as long as the array.
+
+    grain removes it when the array is deleted. Arrays that exist to the end of the program, such as
+    those that jax uses without a copy, never are, and Python would warn of a leak.
+    """
+    if getattr(array, "_unlink_on_del", False):
+        array.shm.unlink()
+        array._unlink_on_del = False
+
+
+def _cause(exit_code: int) -> str:
+    """Return why a process ended, in words."""
+    causes = {
+        -signal.SIGBUS: "shared memory is full",
+        -signal.SIGKILL: "killed, as when main memory runs out",
+    }
+    return causes.get(exit_code, f"exit code {exit_code}")
+
+
+def _shared_memory() -> tuple[float, float]:
+    """Return the free and the total bytes of shared memory; infinite where it has no limit."""
+    if not os.path.isdir(_SHARED_MEMORY):  # as on macOS
+        return np.inf, np.inf
+    usage = shutil.disk_usage(_SHARED_MEMORY)
+    return usage.free, usage.total
+
+
+def _explanation(workers: int, needed: int) -> str:
+    """Return what the readers need, what there is, and the remedy."""
+    free, total = _shared_memory()
+    return (
+        f"{workers} readers need up to {_size(needed)} in {_SHARED_MEMORY}, which has "
+        f"{_size(free)} free of {_size(total)}; lower data.workers, or set it to 0 to read in "
+        f"threads, or start a container with --shm-size={math.ceil(needed / 2**30)}g"
+    )
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _outlive_signals(worker: int, workers: int) -> None:
+    """Make a reader process ignore SIGINT and SIGTERM and exit only with its parent.
+
+    A shell's Ctrl-C and a cluster's SIGTERM reach the entire process group, but training takes a
+    few more batches until the step at which all hosts save. Closing the iterator ends the readers
+    too.
+    """
+    del worker, workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only reader processes run this"
+    parent.join()
+    os._exit(1)

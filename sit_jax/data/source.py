@@ -1,0 +1,109 @@
+"""What a data source is: a data set with a length, labels, a record spec and random access.
+
+Record `i` never changes. `pipeline` handles order, mirroring and batches. Sources are
+picklable, because each reader process gets a copy.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from sit_jax.data import transforms
+from sit_jax.errors import UserError
+from sit_jax.record import ArraySpec, Record, RecordSpec
+
+Shape = tuple[int, int, int]
+
+_LISTED_CLASSES = 5
+
+
+class Source(Protocol):
+    """A data set as `pipeline` sees it. Label `k` belongs to `class_names[k]`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each record, int32 [n]."""
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and type of each array of a record."""
+
+    @property
+    def passed_over(self) -> str:
+        """What lies beside the records and is not read, in a few words; empty if nothing."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Return record 0 <= index < len. Raises `UnreadableImage` if it is broken."""
+
+    def digest(self, index: int) -> str:
+        """Return 16 hex digits that change with the stored bytes of a record.
+
+        Raises `UnreadableImage` if they cannot be read.
+        """
+
+    def mirror(self, record: Record) -> Record:
+        """Return the record of the same example mirrored left to right."""
+
+
+class UnreadableImage(UserError):
+    """One image is missing or broken. A separate type, so that a pipeline can skip only these."""
+
+
+class ImageRecords:
+    """Base of sources whose records are {"image": uint8 [h, w, c], "label": int32 scalar}."""
+
+    passed_over = ""
+
+    def mirror(self, record: Record) -> Record:
+        """Return the record with its image mirrored."""
+        return {**record, "image": transforms.mirror(record["image"])}
+
+
+def image_spec(image_shape: Shape) -> RecordSpec:
+    """Return the spec of a record that holds an image and its label."""
+    return {"image": ArraySpec(image_shape, np.uint8), "label": ArraySpec((), np.int32)}
+
+
+def short_digest(data: bytes) -> str:
+    """Return the first 16 hex digits of the SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first names of a list in quotes, with dots if there are more."""
+    listed = ", ".join(map(repr, names[:_LISTED_CLASSES]))
+    return listed + (", ..." if len(names) > _LISTED_CLASSES else "")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource(ImageRecords):
+    """Records held in memory: images uint8 [n, h, w, c], labels int32 [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and type of each array of a record."""
+        height, width, channels = self.images.shape[1:]
+        return image_spec((height, width, channels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Record:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+    def digest(self, index: int) -> str:
+        """Return 16 hex digits that change with the pixels or the label of a record."""
+        return short_digest(self.images[index].tobytes() + self.labels[index].tobytes())
