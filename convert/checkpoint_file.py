@@ -59,6 +59,8 @@ class CheckpointFile:
     model: StateDict | None
     opt: Any  # as AdamW.state_dict() returned it; `read_moments` reads it
     args: dict[str, Any]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # ours, which args lack
+    notes: tuple[str, ...] = ()  # a line for the user on each change and choice
 
     @property
     def record(self) -> Mapping[str, Any] | None:

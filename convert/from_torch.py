@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from convert import checkpoint_file, cli, recipe
+from convert import checkpoint_file, cli, objective, recipe
 from convert.checkpoint_file import AdamWMoments, CheckpointFile, SiTArchitecture, StateDict
 from convert.names import LABEL_TABLE, POSITION, check_tensors, params_from_torch, torch_shapes
 from convert.torch_file import in_memory
@@ -115,7 +115,7 @@ def convert(
 
     Raises UserError if the checkpoint cannot be used, and then leaves nothing behind.
     """
-    source = checkpoint_file.read(checkpoint, weights)
+    source = objective.in_our_time(checkpoint, checkpoint_file.read(checkpoint, weights))
     architecture = checkpoint_file.infer_architecture(checkpoint, source.ema)
     name, size = architecture.size(num_heads or _recorded_heads(source))
     size_by_name(name, **vars(size))  # refuses heads that do not divide the width
@@ -200,6 +200,7 @@ def _recorded_settings(
     else:
         adamw = moments.settings if moments else {}
         settings.update_from_flattened_dict(recipe.from_args(source.args, adamw))
+    settings.update_from_flattened_dict(source.settings)
     return settings
 
 
@@ -318,6 +319,22 @@ def _describe(
         )
     if source.opt and new != old:
         print("note: this is a new run: it starts at step 0, with new moments")
+    for note in source.notes:
+        print(f"note: {note}")
+    if not source.record and not {"path_type", "prediction"} <= source.args.keys():
+        print(f"note: {_assumption(setup)}")
+
+
+def _assumption(setup: Setup) -> str:
+    """Return a line on the objective and the input of weights whose file does not record them."""
+    transport, latents = setup.config.transport, setup.config.latents
+    values = "pixels in [-1, 1]"
+    if latents.codec != "pixels":
+        values = f"latents of Stable Diffusion's autoencoder times {latents.scale}"
+    return (
+        f"the file does not record what the network computes; assumed: {transport.prediction} on "
+        f"path {transport.path}, t from noise at 0 to data at 1, {values}"
+    )
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ ARGUMENTS = {
     "ckpt_every": "checkpoint.every",
     "sample_every": "log.sheet_every",
     "cfg_scale": "sample.cfg_scale",
+    "class_dropout_prob": "train.label_dropout",
 }
 # Stable Diffusion's autoencoder makes one latent cell of 4 channels from 8 x 8 pixels.
 _CODEC = "sd-vae"
