@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from convert import checkpoint_file, cli, objective, recipe
+from convert import checkpoint_file, cli, labels, objective, recipe
 from convert.checkpoint_file import AdamWMoments, CheckpointFile, SiTArchitecture, StateDict
 from convert.names import LABEL_TABLE, POSITION, check_tensors, params_from_torch, torch_shapes
 from convert.torch_file import in_memory
@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
         type=int,
         metavar="N",
         help="change the number of classes: the label table is initialised again, all other "
-        "weights are kept, and a new run starts at step 0",
+        "weights are kept, and a new run starts at step 0; the number of rows of the table: "
+        "keep it, each row is a class and none the null label, as a file may not record",
     )
     parser.add_argument(
         "--weights",
@@ -117,12 +118,16 @@ def convert(
     """
     source = objective.in_our_time(checkpoint, checkpoint_file.read(checkpoint, weights))
     architecture = checkpoint_file.infer_architecture(checkpoint, source.ema)
+    source, has_null_row = labels.settle_null_row(checkpoint, source, num_classes)
+    if not has_null_row:
+        architecture = dataclasses.replace(architecture, classes=architecture.classes + 1)
     name, size = architecture.size(num_heads or _recorded_heads(source))
     size_by_name(name, **vars(size))  # refuses heads that do not divide the width
     new_architecture = _resized(architecture, image_size, num_classes)
     moments = None
     if source.opt and new_architecture == architecture:
         moments = checkpoint_file.read_moments(checkpoint, source.opt, source.ema, size.depth)
+        moments = moments if has_null_row else labels.moments_with_null_row(moments)
     step = _first_step(source, moments)
     settings = _recorded_settings(source, moments)
     settings.update_from_flattened_dict(recipe.network_settings(name, size, new_architecture))
@@ -201,6 +206,8 @@ def _recorded_settings(
         adamw = moments.settings if moments else {}
         settings.update_from_flattened_dict(recipe.from_args(source.args, adamw))
     settings.update_from_flattened_dict(source.settings)
+    if not source.record and not settings.train.label_dropout:
+        settings.sample.cfg_scale = 1.0  # the null label is untrained
     return settings
 
 
@@ -323,6 +330,8 @@ def _describe(
         print(f"note: {note}")
     if not source.record and not {"path_type", "prediction"} <= source.args.keys():
         print(f"note: {_assumption(setup)}")
+    if not setup.config.train.label_dropout:
+        print("note: no label was dropped in training, so sample.cfg_scale is 1: no guidance")
 
 
 def _assumption(setup: Setup) -> str:
