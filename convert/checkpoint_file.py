@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from convert import record as record_lib
 from convert.names import LABEL_TABLE, POSITION, entries
+from convert.record import Record
 from convert.torch_file import Tensor, in_memory, read_torch_file
 from sit_jax.errors import UserError, check
 from sit_jax.models.sizes import SIZES, Size
 
-# The key of the config and step that convert.to_torch stores, in `args` or safetensors metadata.
-RECORD = "sit_jax"
 PARTS = ("model", "ema", "opt", "args")  # of a training checkpoint
 _REQUIRED_PARTS = ("model", "ema", "opt")
 _PART_OF_WEIGHTS = {"ema": "ema", "raw": "model"}  # --weights -> part
@@ -43,7 +43,10 @@ StateDict = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class AdamWMoments:
-    """AdamW's state: the step count, both moments as state dicts, and the group's settings."""
+    """AdamW's state: the step count, both moments as state dicts, and the group's settings.
+
+    The settings are lr, betas, eps and weight_decay.
+    """
 
     count: int
     exp_avg: StateDict
@@ -61,14 +64,7 @@ class CheckpointFile:
     args: dict[str, Any]
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # ours, which args lack
     notes: tuple[str, ...] = ()  # a line for the user on each change and choice
-
-    @property
-    def record(self) -> Mapping[str, Any] | None:
-        """The {"step": int, "config": dict} that convert.to_torch stored, or None."""
-        record = self.args.get(RECORD)
-        if isinstance(record, Mapping) and {"step", "config"} <= record.keys():
-            return record
-        return None
+    record: Record | None = None  # what convert.to_torch stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,21 +121,31 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
     parts: dict[str, Any] = {
         part: content[part] for part in PARTS if not isinstance(content.get(part), Tensor | None)
     }
+    model, opt = None, None
     if not parts:
         check(not weights, f"{path} holds only one set of weights; leave --weights out")
-        return CheckpointFile(_state_dict(path, content), None, None, args)
-
-    args = parts.get("args", {})
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    if weights:
+        ema = _state_dict(path, content)
+    elif weights:
         part = _PART_OF_WEIGHTS[weights]
         _check_complete(path, parts, (part,))
-        return CheckpointFile(_state_dict(f"{part} of {path}", parts[part]), None, None, args)
-    _check_complete(path, parts, _REQUIRED_PARTS)
-    model = _state_dict(f"model of {path}", parts["model"])
-    ema = _state_dict(f"ema of {path}", parts["ema"])
-    return CheckpointFile(ema, model, parts["opt"], args)
+        ema = _state_dict(f"{part} of {path}", parts[part])
+    else:
+        _check_complete(path, parts, _REQUIRED_PARTS)
+        model = _state_dict(f"model of {path}", parts["model"])
+        ema = _state_dict(f"ema of {path}", parts["ema"])
+        opt = parts["opt"]
+    args, notes = _as_dict(parts.get("args", args))
+    record = record_lib.read(path, args.get(record_lib.KEY))
+    return CheckpointFile(ema, model, opt, args, notes=notes, record=record)
+
+
+def _as_dict(args: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return args by name, and a note if they have none."""
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    if isinstance(args, Mapping):
+        return dict(args), ()
+    return {}, (f"args is a {type(args).__name__}, not a Namespace or a dict: it is not used",)
 
 
 def _check_complete(path: str, parts: Mapping[str, Any], required: tuple[str, ...]) -> None:
@@ -194,18 +200,18 @@ def infer_architecture(path: str, tensors: StateDict) -> SiTArchitecture:
 
 
 def _read_safetensors(path: str) -> tuple[StateDict, dict[str, Any]]:
-    """Return the tensors, and {RECORD: ...} if convert.to_torch wrote the file, else {}."""
+    """Return the tensors, and {KEY: record} if convert.to_torch wrote the file, else {}."""
     try:
         file = safetensors.safe_open(path, "numpy")
         names = file.keys()
         tensors = {name: _lazy_tensor(file, name) for name in names}
-        record = json.loads((file.metadata() or {}).get(RECORD, "null"))
+        record = json.loads((file.metadata() or {}).get(record_lib.KEY, "null"))
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{path} is not a readable safetensors file ({reason}); get the complete file"
         ) from error
-    return tensors, {RECORD: record} if record else {}
+    return tensors, {record_lib.KEY: record} if record else {}
 
 
 def _lazy_tensor(file: Any, name: str) -> Tensor:
@@ -278,6 +284,11 @@ def read_moments(path: str, opt: Any, model: StateDict, depth: int) -> AdamWMome
             name: opt["state"][number] for name, number in number_of.items() if name != POSITION
         }
         (count,) = {int(np.asarray(entry["step"])) for entry in trained.values()}
+        group: dict[str, Any] = {
+            key: float(np.asarray(settings[key])) for key in ("lr", "eps", "weight_decay")
+        }
+        b1, b2 = settings["betas"]
+        group |= {"betas": (float(b1), float(b2))}
         zeros = in_memory(np.zeros(model[POSITION].shape, np.float32))
         moments: dict[str, StateDict] = {}
         for key in ("exp_avg", "exp_avg_sq"):
@@ -302,5 +313,5 @@ def read_moments(path: str, opt: Any, model: StateDict, depth: int) -> AdamWMome
         count=count,
         exp_avg=moments["exp_avg"],
         exp_avg_sq=moments["exp_avg_sq"],
-        settings={key: value for key, value in settings.items() if key != "params"},
+        settings=group,
     )
