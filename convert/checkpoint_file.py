@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from convert import plain_pickle
 from convert import record as record_lib
 from convert.names import LABEL_TABLE, POSITION, entries
 from convert.record import Record
@@ -35,8 +37,13 @@ _DTYPES = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.bool_,
 }  # name in safetensors -> dtype
+_MAX_HEADER = plain_pickle.MAX_BYTES  # of safetensors: names, shapes and the record
 
 StateDict = dict[str, Tensor]
 
@@ -202,12 +209,25 @@ def infer_architecture(path: str, tensors: StateDict) -> SiTArchitecture:
 def _read_safetensors(path: str) -> tuple[StateDict, dict[str, Any]]:
     """Return the tensors, and {KEY: record} if convert.to_torch wrote the file, else {}."""
     try:
+        with open(path, "rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > _MAX_HEADER:
+            raise ValueError(f"its header claims {header} bytes")
         file = safetensors.safe_open(path, "numpy")
         names = file.keys()
-        tensors = {name: _lazy_tensor(file, name) for name in names}
+        tensors = {}
+        for name in names:
+            plain_pickle.check_key(name)
+            tensors[name] = _lazy_tensor(file, name)
         record = json.loads((file.metadata() or {}).get(record_lib.KEY, "null"))
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path} is not a readable safetensors file ({reason}); get the complete file"
         ) from error
@@ -216,9 +236,12 @@ def _read_safetensors(path: str) -> tuple[StateDict, dict[str, Any]]:
 
 def _lazy_tensor(file: Any, name: str) -> Tensor:
     header = file.get_slice(name)
+    kind = header.get_dtype()
+    if kind not in _DTYPES:
+        raise ValueError(f"{name} is of type {kind}")
     return Tensor(
         shape=tuple(header.get_shape()),
-        dtype=np.dtype(_DTYPES[header.get_dtype()]),
+        dtype=np.dtype(_DTYPES[kind]),
         read=lambda: file.get_tensor(name),
     )
 
@@ -255,7 +278,8 @@ def _checked(source: str, name: str, tensor: Tensor) -> Tensor:
             floating,
             f"{source}: {name} holds {tensor.dtype} numbers; expected float32, float16 or bfloat16",
         )
-        values = tensor.read().astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # of float64, whose infinity is refused below
+            values = tensor.read().astype(np.float32, copy=False)
         # The extremes show any NaN or infinity, without a temporary array in the usual case.
         extremes = [values.min(initial=0), values.max(initial=0)]
         if not np.isfinite(extremes).all():

@@ -59,7 +59,7 @@ def read(path: str, value: Any) -> Record | None:
         # Everything that is used before config.from_values checks it.
         _ = record.size, _schedule(record)(0), list(_group(record)), recipe.arguments(settings)
         check(type(step) is int and type(updates) in (int, type(None)), "a step is not a number")
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: the record of convert.to_torch in args.{KEY} is damaged ({reason}); remove "
