@@ -14,7 +14,7 @@ import safetensors
 
 from convert import plain_pickle
 from convert import record as record_lib
-from convert.names import LABEL_TABLE, POSITION, entries
+from convert.names import LABEL_TABLE, POSITION, entries, unwrapped
 from convert.record import Record
 from convert.torch_file import Tensor, in_memory, read_torch_file
 from sit_jax.errors import UserError, check
@@ -24,6 +24,7 @@ PARTS = ("model", "ema", "opt", "args")  # of a training checkpoint
 _REQUIRED_PARTS = ("model", "ema", "opt")
 _PART_OF_WEIGHTS = {"ema": "ema", "raw": "model"}  # --weights -> part
 
+CHANNELS = (1, 3, 4)  # of pixels, and of Stable Diffusion's latents
 _PATCHES = "x_embedder.proj.weight"
 _OUTPUT = "final_layer.linear.weight"
 _RANKS = {
@@ -43,6 +44,7 @@ _DTYPES = {
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
     "BOOL": np.bool_,
 }  # name in safetensors -> dtype
+_FLOATS = [np.dtype(_DTYPES[name]) for name in ("F32", "F16", "BF16", "F64")]
 _MAX_HEADER = plain_pickle.MAX_BYTES  # of safetensors: names, shapes and the record
 
 StateDict = dict[str, Tensor]
@@ -116,7 +118,7 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
     """
     content: Any
     args: Any = {}
-    if path.endswith(".safetensors"):
+    if _is_safetensors(path):
         content, args = _read_safetensors(path)
     else:
         content = read_torch_file(path)
@@ -128,8 +130,12 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
     parts: dict[str, Any] = {
         part: content[part] for part in PARTS if not isinstance(content.get(part), Tensor | None)
     }
+    args, notes = _as_dict(parts.get("args", args))
     model, opt = None, None
-    if not parts:
+    if not weights and (key := _only_state_dict(path, content, parts)):
+        ema = _state_dict(f"{key} of {path}", content[key])
+        notes += (f"the file's one state dict, {key!r}, is converted",)
+    elif not parts:
         check(not weights, f"{path} holds only one set of weights; leave --weights out")
         ema = _state_dict(path, content)
     elif weights:
@@ -141,9 +147,38 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
         model = _state_dict(f"model of {path}", parts["model"])
         ema = _state_dict(f"ema of {path}", parts["ema"])
         opt = parts["opt"]
-    args, notes = _as_dict(parts.get("args", args))
     record = record_lib.read(path, args.get(record_lib.KEY))
     return CheckpointFile(ema, model, opt, args, notes=notes, record=record)
+
+
+def _is_safetensors(path: str) -> bool:
+    """Return whether a file is of safetensors by its suffix, or by its start: a size, then JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return path.lower().endswith(".safetensors") or start[8:] == b"{"
+
+
+def _only_state_dict(path: str, content: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:
+    """Return the key of the state dict that a file wraps, as {"state_dict": ..., "epoch": 3} does.
+
+    Returns None for a bare state dict and for a training checkpoint, complete or not.
+
+    Raises UserError if there are several.
+    """
+    keys = [
+        key
+        for key, value in content.items()
+        if isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    ]
+    is_bare = not keys or any(isinstance(value, Tensor) for value in content.values())
+    of_training = [part for part in _PART_OF_WEIGHTS.values() if part in parts]
+    if is_bare or (of_training and (len(parts) > 1 or keys != of_training)):
+        return None
+    check(
+        len(keys) == 1,
+        f"{path} holds several state dicts: {', '.join(map(str, keys[:4]))}; save one of them",
+    )
+    return keys[0]
 
 
 def _as_dict(args: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -186,6 +221,11 @@ def infer_architecture(path: str, tensors: StateDict) -> SiTArchitecture:
         grid**2 == tokens,
         f"{path}: {POSITION} has shape {list(shapes[POSITION])}; expected a square number of "
         f"tokens, not {tokens}",
+    )
+    check(
+        channels in CHANNELS,
+        f"{path}: {_PATCHES} takes {channels} channels; expected 1 or 3, pixels, or 4, latents of "
+        "Stable Diffusion's autoencoder: there is no codec for other latents yet",
     )
     features = patch**2 * channels
     out_features = shapes[_OUTPUT][0]
@@ -247,7 +287,7 @@ def _lazy_tensor(file: Any, name: str) -> Tensor:
 
 
 def _state_dict(source: str, entry: Any) -> StateDict:
-    """Return an entry's tensors by name, without the prefix of DistributedDataParallel.
+    """Return an entry's tensors by their plain names, without the prefixes of wrappers.
 
     Each tensor's values are checked when they are read. `source` names the entry in messages.
 
@@ -263,21 +303,27 @@ def _state_dict(source: str, entry: Any) -> StateDict:
         f"{source} is not a state dict: {', '.join(others[:4])} is not a tensor; "
         "expected tensors by name",
     )
-    wrapped = all(str(name).startswith("module.") for name in entry)
-    prefix = "module." if wrapped else ""
-    tensors = {str(name).removeprefix(prefix): tensor for name, tensor in entry.items()}
-    return {name: _checked(source, name, tensor) for name, tensor in tensors.items()}
+    tensors = {str(name): tensor for name, tensor in entry.items()}
+    return {
+        plain: _checked(source, plain, tensors[name])
+        for name, plain in unwrapped(source, tensors).items()
+    }
+
+
+def check_types(source: str, tensors: StateDict) -> None:
+    """Raise UserError unless all tensors are of float32, or of another type of this precision."""
+    for name, tensor in tensors.items():
+        check(
+            tensor.dtype in _FLOATS,
+            f"{source}: {name} holds {tensor.dtype} numbers; expected float32, float16, bfloat16 "
+            "or float64; quantised weights are not converted, take the ones they were made from",
+        )
 
 
 def _checked(source: str, name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor as float32, whose `read` raises UserError for integers, NaN or infinity."""
+    """Return the tensor as float32, whose `read` raises UserError for NaN or infinity."""
 
     def read() -> np.ndarray:
-        floating = tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16
-        check(
-            floating,
-            f"{source}: {name} holds {tensor.dtype} numbers; expected float32, float16 or bfloat16",
-        )
         with np.errstate(over="ignore"):  # of float64, whose infinity is refused below
             values = tensor.read().astype(np.float32, copy=False)
         # The extremes show any NaN or infinity, without a temporary array in the usual case.

@@ -116,6 +116,7 @@ def convert(
 
     Raises UserError if the checkpoint cannot be used, and then leaves nothing behind.
     """
+    cli.check_input(checkpoint)
     source = objective.in_our_time(checkpoint, checkpoint_file.read(checkpoint, weights))
     architecture = checkpoint_file.infer_architecture(checkpoint, source.ema)
     source, has_null_row = labels.settle_null_row(checkpoint, source, num_classes)
@@ -267,6 +268,7 @@ def _check_shapes(
     for part, state_dict in parts.items():
         shapes = {name: tensor.shape for name, tensor in state_dict.items()}
         check_tensors(f"{part} of {checkpoint}", shapes, expected)
+        checkpoint_file.check_types(f"{part} of {checkpoint}", state_dict)
 
 
 def _checkpoint_items(

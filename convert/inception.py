@@ -106,6 +106,7 @@ def convert(weights: str, out: str, *, overwrite: bool = False) -> None:
     Raises UserError if the file's tensors are not those of the network.
     """
     check(out.endswith(".safetensors"), f"{out!r} is not a valid name; expected NAME.safetensors")
+    cli.check_input(weights)
     content = read_torch_file(weights)
     check(
         isinstance(content, Mapping),

@@ -73,7 +73,7 @@ def convert(workdir: str, out: str, *, weights: str | None = None, overwrite: bo
 
     Raises UserError if the reference could not load the result, and then leaves nothing behind.
     """
-    suffix = os.path.splitext(out)[1]
+    suffix = os.path.splitext(out)[1].lower()
     check(
         suffix in (".pt", ".safetensors"),
         f"{out!r} ends in {suffix!r}; expected .pt or .safetensors",
