@@ -154,12 +154,16 @@ def convert(
         }
         _save(new / "checkpoints", step, _checkpoint_items(adapted, moments, setup), note)
         storage.write_text(new / "config.json", config_lib.to_json(config))
+    _report(source, moments, step, workdir)
+
+
+def _report(source: CheckpointFile, moments: AdamWMoments | None, step: int, workdir: str) -> None:
+    """Print what was written, and what to do with it."""
+    converted = "one set of weights"
+    if source.model:
+        converted = "parameters and EMA"
     if moments:
         converted = "parameters, EMA and AdamW's moments"
-    elif source.model:
-        converted = "parameters and EMA"
-    else:
-        converted = "one set of weights"
     print(f"{converted} at step {step} -> {workdir}")
     print(f"sample:   python -m sit_jax.main --mode sample --workdir {workdir}")
     print(f"train on: python -m sit_jax.main --workdir {workdir} --config.data.path=PATH")
@@ -336,7 +340,7 @@ def _describe(
         print(f"note: {note}")
     if not source.record and not {"path_type", "prediction"} <= source.args.keys():
         print(f"note: {_assumption(setup)}")
-    if not setup.config.train.label_dropout:
+    if not source.record and not setup.config.train.label_dropout:
         print("note: no label was dropped in training, so sample.cfg_scale is 1: no guidance")
 
 

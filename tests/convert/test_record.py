@@ -1,6 +1,10 @@
 """The way back from PyTorch: what convert.to_torch recorded, and what a file says otherwise."""
 
+import contextlib
+import copy
 import dataclasses
+import functools
+import io
 import json
 
 import numpy as np
@@ -18,14 +22,30 @@ from tests import checkpoints
 GVP = {"transport.path": "GVP"}
 
 
-def made(tmp_path, size=checkpoints.TINY, flags=(), **settings):
-    """Return the content of a file of convert.to_torch at step and count 5, and its config."""
-    path = checkpoints.save(tmp_path / "a.pt", checkpoints.training(size) | {"args": {}})
-    overrides = [(key.replace("__", "."), str(value)) for key, value in settings.items()]
-    from_torch.convert(path, str(tmp_path / "run"), num_heads=size.heads, overrides=overrides)
-    to_torch.convert(str(tmp_path / "run"), str(tmp_path / "b.pt"))
-    config = config_lib.load(str(tmp_path / "run" / "config.json"))
-    return in_arrays(read_torch_file(str(tmp_path / "b.pt"))), config
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return a function of (size, settings): a file of convert.to_torch at step and count 5.
+
+    It returns the file's content, the config of the run, the run, and what was printed.
+    """
+
+    @functools.cache
+    def make(size, settings):
+        folder = tmp_path_factory.mktemp("made")
+        path = checkpoints.save(folder / "a.pt", checkpoints.training(size) | {"args": {}})
+        overrides = [(key.replace("__", "."), str(value)) for key, value in settings]
+        run = folder / "run"
+        from_torch.convert(path, str(run), num_heads=size.heads, overrides=overrides)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            to_torch.convert(str(run), str(folder / "b.pt"))
+        config = config_lib.load(str(run / "config.json"))
+        return in_arrays(read_torch_file(str(folder / "b.pt"))), config, run, printed.getvalue()
+
+    def copied(size=checkpoints.TINY, **settings):
+        content, *rest = make(size, tuple(settings.items()))
+        return copy.deepcopy(content), *rest
+
+    return copied
 
 
 def in_arrays(content):
@@ -85,9 +105,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_the_files_own_values_win_and_are_named(tmp_path, capsys, case):
+def test_the_files_own_values_win_and_are_named(tmp_path, made, capsys, case):
     change, expected, step, words = CHANGES[case]
-    content, config = made(tmp_path, log__every=7)
+    content, config, *_ = made(log__every=7)
     change(content)
     capsys.readouterr()
     again, found = back(tmp_path, content)
@@ -100,8 +120,8 @@ def test_the_files_own_values_win_and_are_named(tmp_path, capsys, case):
         assert "note" not in printed
 
 
-def test_the_step_is_ahead_of_the_count_by_the_skipped_updates(tmp_path):
-    content, _ = made(tmp_path)
+def test_the_step_is_ahead_of_the_count_by_the_skipped_updates(tmp_path, made):
+    content, *_ = made()
     content["args"]["sit_jax"]["step"] = 8
     trained_on(content, 105)
     assert back(tmp_path, content)[1] == 108
@@ -117,9 +137,9 @@ OLD = {
 
 
 @pytest.mark.parametrize("case", OLD)
-def test_a_record_of_an_earlier_version_lacks_the_count(tmp_path, case):
+def test_a_record_of_an_earlier_version_lacks_the_count(tmp_path, made, case):
     step, count, rate, *want = OLD[case]
-    content, _ = made(tmp_path, optimizer__schedule="cosine", train__steps=600)
+    content, *_ = made(optimizer__schedule="cosine", train__steps=600)
     del content["args"]["sit_jax"]["updates"]
     content["args"]["sit_jax"]["step"] = step
     content["opt"]["param_groups"][0]["lr"] = rate
@@ -137,9 +157,8 @@ def test_a_record_of_an_earlier_version_lacks_the_count(tmp_path, case):
         ({}, None),
     ],
 )
-def test_pytorch_gets_the_base_rate_and_the_schedule_comes_back(tmp_path, capsys, settings, rate):
-    content, config = made(tmp_path, **settings)
-    printed = capsys.readouterr().out
+def test_pytorch_gets_the_base_rate_and_the_schedule_comes_back(tmp_path, made, settings, rate):
+    content, config, _, printed = made(**settings)
     assert content["opt"]["param_groups"][0]["lr"] == 2e-4
     note = "AdamW's lr is optimizer.learning_rate, 0.0002, as PyTorch has no schedule"
     assert (note in printed) == (rate is not None)
@@ -155,31 +174,21 @@ SPELLED = [
 ]
 
 
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("model", SPELLED, ids=lambda model: model["name"])
-def test_the_size_comes_back_as_it_was_spelled(tmp_path, capsys, model, suffix):
+def test_the_size_comes_back_as_it_was_spelled(tmp_path, made, capsys, model):
     size = Size(depth=2, width=24, heads=6, patch=4)
-    flags = {f"model__{key}": value for key, value in model.items() if value is not None}
-    flags |= {f"model__{key}": "none" for key, value in model.items() if value is None}
-    content, config = made(tmp_path, size, **flags)
+    settings = {f"model__{key}": "none" if value is None else value for key, value in model.items()}
+    content, config, *_ = made(size, **settings)
     assert {key: getattr(config.model, key) for key in model} == model
-    capsys.readouterr()
-    if suffix == "pt":
-        assert back(tmp_path, content)[0] == config
-    else:
-        out = str(tmp_path / "d.safetensors")
-        to_torch.convert(str(tmp_path / "run"), out)
-        from_torch.convert(out, str(tmp_path / "again"))
-        assert config_lib.load(str(tmp_path / "again" / "config.json")) == config
+    assert back(tmp_path, content)[0] == config
     assert "another network" not in capsys.readouterr().out
-    again = back_with_heads(tmp_path, content, 3)
-    assert again.model.heads == 3 and again.model.patch in (4, None)
 
 
-def back_with_heads(tmp_path, content, heads):
-    path = checkpoints.save(tmp_path / "e.pt", content)
-    from_torch.convert(path, str(tmp_path / "heads"), num_heads=heads)
-    return config_lib.load(str(tmp_path / "heads" / "config.json"))
+def test_other_heads_than_the_recorded_ones_are_spelled_anew(tmp_path, made):
+    size = Size(depth=2, width=24, heads=6, patch=4)
+    content, config, *_ = made(size, **{f"model__{k}": v or "none" for k, v in SPELLED[0].items()})
+    model = back(tmp_path, content, num_heads=3)[0].model
+    assert (model.heads, model.patch, model.depth, model.width) == (3, 4, 2, 24)
 
 
 DAMAGED = [
@@ -203,14 +212,18 @@ def test_a_damaged_record_is_refused_in_one_line(value):
     assert "\n" not in str(caught.value)
 
 
-def test_a_record_in_safetensors_has_no_count(tmp_path):
-    content, config = made(tmp_path)
-    out = str(tmp_path / "d.safetensors")
-    to_torch.convert(str(tmp_path / "run"), out)
-    file = safe_open(out, "numpy")
-    assert '"updates": null' in file.metadata()["sit_jax"]
+def test_a_record_in_safetensors_has_no_count(tmp_path, made):
+    size = Size(depth=2, width=24, heads=6, patch=4)
+    content, config, run, _ = made(
+        size, **{f"model__{k}": v or "none" for k, v in SPELLED[0].items()}
+    )
+    out = str(tmp_path / "new.safetensors")
+    to_torch.convert(str(run), out)
+    assert '"updates": null' in safe_open(out, "numpy").metadata()["sit_jax"]
     # And a record of an earlier version, with nothing but step and config.
     written = json.dumps({"step": 5, "config": dataclasses.asdict(config)})
-    save_file(content["ema"], tmp_path / "old.safetensors", {"sit_jax": written})
-    from_torch.convert(str(tmp_path / "old.safetensors"), str(tmp_path / "again"))
-    assert config_lib.load(str(tmp_path / "again" / "config.json")) == config
+    old = str(tmp_path / "old.safetensors")
+    save_file(content["ema"], old, {"sit_jax": written})
+    for number, path in enumerate((out, old)):
+        from_torch.convert(path, str(tmp_path / f"again{number}"))
+        assert config_lib.load(str(tmp_path / f"again{number}" / "config.json")) == config
