@@ -214,8 +214,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("weights", [None, "ema"])
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(("case", "weights"), [*((case, None) for case in REFUSED), ("DiT", "ema")])
 def test_another_objective_is_refused_with_the_reason(tmp_path, case, weights):
     args, message = REFUSED[case]
     content = checkpoints.training() | {"args": args}
