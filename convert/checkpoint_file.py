@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +12,19 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from convert.names import LABEL_TABLE, POSITION, entries
+from convert import plain_pickle
+from convert import record as record_lib
+from convert.names import LABEL_TABLE, POSITION, entries, unwrapped
+from convert.record import Record
 from convert.torch_file import Tensor, in_memory, read_torch_file
 from sit_jax.errors import UserError, check
 from sit_jax.models.sizes import SIZES, Size
 
-# The key of the config and step that convert.to_torch stores, in `args` or safetensors metadata.
-RECORD = "sit_jax"
 PARTS = ("model", "ema", "opt", "args")  # of a training checkpoint
 _REQUIRED_PARTS = ("model", "ema", "opt")
 _PART_OF_WEIGHTS = {"ema": "ema", "raw": "model"}  # --weights -> part
 
+CHANNELS = (1, 3, 4)  # of pixels, and of Stable Diffusion's latents
 _PATCHES = "x_embedder.proj.weight"
 _OUTPUT = "final_layer.linear.weight"
 _RANKS = {
@@ -35,15 +38,24 @@ _DTYPES = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.bool_,
 }  # name in safetensors -> dtype
+_FLOATS = [np.dtype(_DTYPES[name]) for name in ("F32", "F16", "BF16", "F64")]
+_MAX_HEADER = plain_pickle.MAX_BYTES  # of safetensors: names, shapes and the record
 
 StateDict = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamWMoments:
-    """AdamW's state: the step count, both moments as state dicts, and the group's settings."""
+    """AdamW's state: the step count, both moments as state dicts, and the group's settings.
+
+    The settings are lr, betas, eps and weight_decay.
+    """
 
     count: int
     exp_avg: StateDict
@@ -59,14 +71,9 @@ class CheckpointFile:
     model: StateDict | None
     opt: Any  # as AdamW.state_dict() returned it; `read_moments` reads it
     args: dict[str, Any]
-
-    @property
-    def record(self) -> Mapping[str, Any] | None:
-        """The {"step": int, "config": dict} that convert.to_torch stored, or None."""
-        record = self.args.get(RECORD)
-        if isinstance(record, Mapping) and {"step", "config"} <= record.keys():
-            return record
-        return None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # ours, which args lack
+    notes: tuple[str, ...] = ()  # a line for the user on each change and choice
+    record: Record | None = None  # what convert.to_torch stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,7 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
     """
     content: Any
     args: Any = {}
-    if path.endswith(".safetensors"):
+    if _is_safetensors(path):
         content, args = _read_safetensors(path)
     else:
         content = read_torch_file(path)
@@ -123,21 +130,64 @@ def read(path: str, weights: str | None = None) -> CheckpointFile:
     parts: dict[str, Any] = {
         part: content[part] for part in PARTS if not isinstance(content.get(part), Tensor | None)
     }
-    if not parts:
+    args, notes = _as_dict(parts.get("args", args))
+    model, opt = None, None
+    if not weights and (key := _only_state_dict(path, content, parts)):
+        ema = _state_dict(f"{key} of {path}", content[key])
+        notes += (f"the file's one state dict, {key!r}, is converted",)
+    elif not parts:
         check(not weights, f"{path} holds only one set of weights; leave --weights out")
-        return CheckpointFile(_state_dict(path, content), None, None, args)
-
-    args = parts.get("args", {})
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    if weights:
+        ema = _state_dict(path, content)
+    elif weights:
         part = _PART_OF_WEIGHTS[weights]
         _check_complete(path, parts, (part,))
-        return CheckpointFile(_state_dict(f"{part} of {path}", parts[part]), None, None, args)
-    _check_complete(path, parts, _REQUIRED_PARTS)
-    model = _state_dict(f"model of {path}", parts["model"])
-    ema = _state_dict(f"ema of {path}", parts["ema"])
-    return CheckpointFile(ema, model, parts["opt"], args)
+        ema = _state_dict(f"{part} of {path}", parts[part])
+    else:
+        _check_complete(path, parts, _REQUIRED_PARTS)
+        model = _state_dict(f"model of {path}", parts["model"])
+        ema = _state_dict(f"ema of {path}", parts["ema"])
+        opt = parts["opt"]
+    record = record_lib.read(path, args.get(record_lib.KEY))
+    return CheckpointFile(ema, model, opt, args, notes=notes, record=record)
+
+
+def _is_safetensors(path: str) -> bool:
+    """Return whether a file is of safetensors by its suffix, or by its start: a size, then JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return path.lower().endswith(".safetensors") or start[8:] == b"{"
+
+
+def _only_state_dict(path: str, content: Mapping[str, Any], parts: Mapping[str, Any]) -> str | None:
+    """Return the key of the state dict that a file wraps, as {"state_dict": ..., "epoch": 3} does.
+
+    Returns None for a bare state dict and for a training checkpoint, complete or not.
+
+    Raises UserError if there are several.
+    """
+    keys = [
+        key
+        for key, value in content.items()
+        if isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    ]
+    is_bare = not keys or any(isinstance(value, Tensor) for value in content.values())
+    of_training = [part for part in _PART_OF_WEIGHTS.values() if part in parts]
+    if is_bare or (of_training and (len(parts) > 1 or keys != of_training)):
+        return None
+    check(
+        len(keys) == 1,
+        f"{path} holds several state dicts: {', '.join(map(str, keys[:4]))}; save one of them",
+    )
+    return keys[0]
+
+
+def _as_dict(args: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return args by name, and a note if they have none."""
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    if isinstance(args, Mapping):
+        return dict(args), ()
+    return {}, (f"args is a {type(args).__name__}, not a Namespace or a dict: it is not used",)
 
 
 def _check_complete(path: str, parts: Mapping[str, Any], required: tuple[str, ...]) -> None:
@@ -172,6 +222,11 @@ def infer_architecture(path: str, tensors: StateDict) -> SiTArchitecture:
         f"{path}: {POSITION} has shape {list(shapes[POSITION])}; expected a square number of "
         f"tokens, not {tokens}",
     )
+    check(
+        channels in CHANNELS,
+        f"{path}: {_PATCHES} takes {channels} channels; expected 1 or 3, pixels, or 4, latents of "
+        "Stable Diffusion's autoencoder: there is no codec for other latents yet",
+    )
     features = patch**2 * channels
     out_features = shapes[_OUTPUT][0]
     check(
@@ -192,31 +247,47 @@ def infer_architecture(path: str, tensors: StateDict) -> SiTArchitecture:
 
 
 def _read_safetensors(path: str) -> tuple[StateDict, dict[str, Any]]:
-    """Return the tensors, and {RECORD: ...} if convert.to_torch wrote the file, else {}."""
+    """Return the tensors, and {KEY: record} if convert.to_torch wrote the file, else {}."""
     try:
+        with open(path, "rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > _MAX_HEADER:
+            raise ValueError(f"its header claims {header} bytes")
         file = safetensors.safe_open(path, "numpy")
         names = file.keys()
-        tensors = {name: _lazy_tensor(file, name) for name in names}
-        record = json.loads((file.metadata() or {}).get(RECORD, "null"))
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        tensors = {}
+        for name in names:
+            plain_pickle.check_key(name)
+            tensors[name] = _lazy_tensor(file, name)
+        record = json.loads((file.metadata() or {}).get(record_lib.KEY, "null"))
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{path} is not a readable safetensors file ({reason}); get the complete file"
         ) from error
-    return tensors, {RECORD: record} if record else {}
+    return tensors, {record_lib.KEY: record} if record else {}
 
 
 def _lazy_tensor(file: Any, name: str) -> Tensor:
     header = file.get_slice(name)
+    kind = header.get_dtype()
+    if kind not in _DTYPES:
+        raise ValueError(f"{name} is of type {kind}")
     return Tensor(
         shape=tuple(header.get_shape()),
-        dtype=np.dtype(_DTYPES[header.get_dtype()]),
+        dtype=np.dtype(_DTYPES[kind]),
         read=lambda: file.get_tensor(name),
     )
 
 
 def _state_dict(source: str, entry: Any) -> StateDict:
-    """Return an entry's tensors by name, without the prefix of DistributedDataParallel.
+    """Return an entry's tensors by their plain names, without the prefixes of wrappers.
 
     Each tensor's values are checked when they are read. `source` names the entry in messages.
 
@@ -232,22 +303,29 @@ def _state_dict(source: str, entry: Any) -> StateDict:
         f"{source} is not a state dict: {', '.join(others[:4])} is not a tensor; "
         "expected tensors by name",
     )
-    wrapped = all(str(name).startswith("module.") for name in entry)
-    prefix = "module." if wrapped else ""
-    tensors = {str(name).removeprefix(prefix): tensor for name, tensor in entry.items()}
-    return {name: _checked(source, name, tensor) for name, tensor in tensors.items()}
+    tensors = {str(name): tensor for name, tensor in entry.items()}
+    return {
+        plain: _checked(source, plain, tensors[name])
+        for name, plain in unwrapped(source, tensors).items()
+    }
+
+
+def check_types(source: str, tensors: StateDict) -> None:
+    """Raise UserError unless all tensors are of float32, or of another type of this precision."""
+    for name, tensor in tensors.items():
+        check(
+            tensor.dtype in _FLOATS,
+            f"{source}: {name} holds {tensor.dtype} numbers; expected float32, float16, bfloat16 "
+            "or float64; quantised weights are not converted, take the ones they were made from",
+        )
 
 
 def _checked(source: str, name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor as float32, whose `read` raises UserError for integers, NaN or infinity."""
+    """Return the tensor as float32, whose `read` raises UserError for NaN or infinity."""
 
     def read() -> np.ndarray:
-        floating = tensor.dtype.kind == "f" or tensor.dtype == ml_dtypes.bfloat16
-        check(
-            floating,
-            f"{source}: {name} holds {tensor.dtype} numbers; expected float32, float16 or bfloat16",
-        )
-        values = tensor.read().astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # of float64, whose infinity is refused below
+            values = tensor.read().astype(np.float32, copy=False)
         # The extremes show any NaN or infinity, without a temporary array in the usual case.
         extremes = [values.min(initial=0), values.max(initial=0)]
         if not np.isfinite(extremes).all():
@@ -276,6 +354,11 @@ def read_moments(path: str, opt: Any, model: StateDict, depth: int) -> AdamWMome
             name: opt["state"][number] for name, number in number_of.items() if name != POSITION
         }
         (count,) = {int(np.asarray(entry["step"])) for entry in trained.values()}
+        group: dict[str, Any] = {
+            key: float(np.asarray(settings[key])) for key in ("lr", "eps", "weight_decay")
+        }
+        b1, b2 = settings["betas"]
+        group |= {"betas": (float(b1), float(b2))}
         zeros = in_memory(np.zeros(model[POSITION].shape, np.float32))
         moments: dict[str, StateDict] = {}
         for key in ("exp_avg", "exp_avg_sq"):
@@ -300,5 +383,5 @@ def read_moments(path: str, opt: Any, model: StateDict, depth: int) -> AdamWMome
         count=count,
         exp_avg=moments["exp_avg"],
         exp_avg_sq=moments["exp_avg_sq"],
-        settings={key: value for key, value in settings.items() if key != "params"},
+        settings=group,
     )

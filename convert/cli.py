@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from sit_jax import runtime, storage
 from sit_jax.errors import UserError, check
 
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of weights; the content decides
 _MARGIN = 10**7  # bytes of free space required beyond the size of the arrays
 
 
@@ -60,6 +62,19 @@ def run(main: Callable[[Sequence[str]], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def check_input(path: str) -> None:
+    """Raise UserError unless the path is a regular file. A pipe would wait for ever."""
+    check(os.path.exists(path), f"{path!r} does not exist; expected a .pt or .safetensors file")
+    if not os.path.isdir(path):
+        check(os.path.isfile(path), f"{path!r} is not a regular file; copy it into one")
+        return
+    if os.path.exists(os.path.join(path, "config.json")) and "checkpoints" in os.listdir(path):
+        raise UserError(f"{path!r} is a workdir of this project; sample it, or train on, as it is")
+    files = [name for name in sorted(os.listdir(path)) if name.lower().endswith(_SUFFIXES)]
+    inside = f"a file in it: {', '.join(files[:4])}" if files else "a .pt or .safetensors file"
+    raise UserError(f"{path!r} is a folder; give {inside}")
 
 
 @contextlib.contextmanager

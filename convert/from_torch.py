@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from convert import checkpoint_file, cli, recipe
+from convert import checkpoint_file, cli, labels, objective, recipe, record
 from convert.checkpoint_file import AdamWMoments, CheckpointFile, SiTArchitecture, StateDict
 from convert.names import LABEL_TABLE, POSITION, check_tensors, params_from_torch, torch_shapes
 from convert.torch_file import in_memory
@@ -27,7 +27,7 @@ from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError, check
 from sit_jax.jobs.setup import Setup
 from sit_jax.models.embeddings import position_embedding
-from sit_jax.models.sizes import size_by_name, tokens
+from sit_jax.models.sizes import SIZES, size_by_name, tokens
 
 _DESCRIPTION = """\
 Convert a PyTorch SiT checkpoint into a workdir to sample from or to continue training in. A
@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
         type=int,
         metavar="N",
         help="change the number of classes: the label table is initialised again, all other "
-        "weights are kept, and a new run starts at step 0",
+        "weights are kept, and a new run starts at step 0; the number of rows of the table: "
+        "keep it, each row is a class and none the null label, as a file may not record",
     )
     parser.add_argument(
         "--weights",
@@ -115,17 +116,28 @@ def convert(
 
     Raises UserError if the checkpoint cannot be used, and then leaves nothing behind.
     """
-    source = checkpoint_file.read(checkpoint, weights)
+    cli.check_input(checkpoint)
+    source = objective.in_our_time(checkpoint, checkpoint_file.read(checkpoint, weights))
     architecture = checkpoint_file.infer_architecture(checkpoint, source.ema)
-    name, size = architecture.size(num_heads or _recorded_heads(source))
+    source, has_null_row = labels.settle_null_row(checkpoint, source, num_classes)
+    if not has_null_row:
+        architecture = dataclasses.replace(architecture, classes=architecture.classes + 1)
+    recorded_size = source.record.size if source.record else None
+    recorded_heads = recorded_size.heads if recorded_size else None
+    name, size = architecture.size(num_heads or recorded_heads)
     size_by_name(name, **vars(size))  # refuses heads that do not divide the width
     new_architecture = _resized(architecture, image_size, num_classes)
     moments = None
     if source.opt and new_architecture == architecture:
         moments = checkpoint_file.read_moments(checkpoint, source.opt, source.ema, size.depth)
-    step = _first_step(source, moments)
-    settings = _recorded_settings(source, moments)
-    settings.update_from_flattened_dict(recipe.network_settings(name, size, new_architecture))
+        moments = moments if has_null_row else labels.moments_with_null_row(moments)
+    settings, step, notes = _recorded(source, moments)
+    network = {} if size == recorded_size else recipe.size_settings(name, size)
+    network |= _input_settings(source, new_architecture)
+    if source.record and new_architecture == architecture:
+        notes += record.differences(source.record, network)
+    settings.update_from_flattened_dict(network)
+    source = dataclasses.replace(source, notes=(*source.notes, *notes))
 
     needed = _bytes(source, moments)
     with cli.output(workdir, needed, overwrite) as new:
@@ -142,24 +154,19 @@ def convert(
         }
         _save(new / "checkpoints", step, _checkpoint_items(adapted, moments, setup), note)
         storage.write_text(new / "config.json", config_lib.to_json(config))
+    _report(source, moments, step, workdir)
+
+
+def _report(source: CheckpointFile, moments: AdamWMoments | None, step: int, workdir: str) -> None:
+    """Print what was written, and what to do with it."""
+    converted = "one set of weights"
+    if source.model:
+        converted = "parameters and EMA"
     if moments:
         converted = "parameters, EMA and AdamW's moments"
-    elif source.model:
-        converted = "parameters and EMA"
-    else:
-        converted = "one set of weights"
     print(f"{converted} at step {step} -> {workdir}")
     print(f"sample:   python -m sit_jax.main --mode sample --workdir {workdir}")
     print(f"train on: python -m sit_jax.main --workdir {workdir} --config.data.path=PATH")
-
-
-def _recorded_heads(source: CheckpointFile) -> int | None:
-    """Return the number of heads that convert.to_torch recorded, if it wrote the file."""
-    model = source.record["config"]["model"] if source.record else None
-    if not model:
-        return None
-    fields = {field: model[field] for field in ("depth", "width", "heads", "patch")}
-    return size_by_name(model["name"], **fields).heads
 
 
 def _resized(
@@ -183,24 +190,38 @@ def _resized(
     return architecture
 
 
-def _first_step(source: CheckpointFile, moments: AdamWMoments | None) -> int:
-    """Return the step of the new workdir's checkpoint: the recorded one, or AdamW's count."""
-    if moments is None:
-        return 0
-    return source.record["step"] if source.record else moments.count
-
-
-def _recorded_settings(
-    source: CheckpointFile, moments: AdamWMoments | None
-) -> ml_collections.ConfigDict:
-    """Return the settings that the file records; the others are those of the reference's recipe."""
-    settings = config_lib.default()
-    if source.record:
-        settings.update(source.record["config"])
-    else:
-        adamw = moments.settings if moments else {}
-        settings.update_from_flattened_dict(recipe.from_args(source.args, adamw))
+def _input_settings(source: CheckpointFile, architecture: SiTArchitecture) -> dict[str, Any]:
+    """Return the settings of the network's input and output."""
+    settings = {
+        "model.learn_sigma": architecture.learn_sigma,
+        "data.classes": architecture.classes,
+        **recipe.input_settings(architecture.side, architecture.channels),
+    }
+    recorded = source.record.settings.latents.codec if source.record else "pixels"
+    if "pixels" not in (settings["latents.codec"], recorded):
+        del settings["latents.codec"]  # several codecs may give the same latents
     return settings
+
+
+def _recorded(
+    source: CheckpointFile, moments: AdamWMoments | None
+) -> tuple[ml_collections.ConfigDict, int, list[str]]:
+    """Return the settings and the step that the file records, and notes.
+
+    Settings that it does not record are those of the reference's recipe.
+    """
+    group = moments.settings if moments else None
+    count = moments.count if moments else 0
+    if source.record:
+        settings, notes = record.settings(source.record, source.args, group, count)
+        step, trained_on = record.first_step(source.record, count) if moments else (0, [])
+        return settings, step, trained_on + notes
+    settings = config_lib.default()
+    settings.update_from_flattened_dict(recipe.from_args(source.args, group or {}))
+    settings.update_from_flattened_dict(source.settings)
+    if not settings.train.label_dropout:
+        settings.sample.cfg_scale = 1.0  # the null label is untrained
+    return settings, count, []
 
 
 def _bytes(source: CheckpointFile, moments: AdamWMoments | None) -> int:
@@ -251,6 +272,7 @@ def _check_shapes(
     for part, state_dict in parts.items():
         shapes = {name: tensor.shape for name, tensor in state_dict.items()}
         check_tensors(f"{part} of {checkpoint}", shapes, expected)
+        checkpoint_file.check_types(f"{part} of {checkpoint}", state_dict)
 
 
 def _checkpoint_items(
@@ -296,13 +318,9 @@ def _describe(
         f"{_count(source.ema) / 1e6:.1f} M parameters; input {height}x{width}x{channels}, "
         f"{new.classes} classes, learn_sigma {new.learn_sigma}"
     )
-    name = setup.config.model.name
-    recorded_name = source.args.get("model", name)
-    if recorded_name != name:
-        print(
-            f"note: args name {recorded_name}, but the tensors are of another network; "
-            "the tensors decide"
-        )
+    name = source.args.get("model")
+    if name and SIZES.get(name) != size:
+        print(f"note: args name {name}, but the tensors are of another network; the tensors decide")
     other_types = {str(tensor.dtype) for tensor in source.ema.values()} - {"float32"}
     if other_types:
         print(f"note: {' and '.join(sorted(other_types))} weights become float32")
@@ -318,6 +336,24 @@ def _describe(
         )
     if source.opt and new != old:
         print("note: this is a new run: it starts at step 0, with new moments")
+    for note in source.notes:
+        print(f"note: {note}")
+    if not source.record and not {"path_type", "prediction"} <= source.args.keys():
+        print(f"note: {_assumption(setup)}")
+    if not source.record and not setup.config.train.label_dropout:
+        print("note: no label was dropped in training, so sample.cfg_scale is 1: no guidance")
+
+
+def _assumption(setup: Setup) -> str:
+    """Return a line on the objective and the input of weights whose file does not record them."""
+    transport, latents = setup.config.transport, setup.config.latents
+    values = "pixels in [-1, 1]"
+    if latents.codec != "pixels":
+        values = f"latents of Stable Diffusion's autoencoder times {latents.scale}"
+    return (
+        f"the file does not record what the network computes; assumed: {transport.prediction} on "
+        f"path {transport.path}, t from noise at 0 to data at 1, {values}"
+    )
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def convert(weights: str, out: str, *, overwrite: bool = False) -> None:
     Raises UserError if the file's tensors are not those of the network.
     """
     check(out.endswith(".safetensors"), f"{out!r} is not a valid name; expected NAME.safetensors")
+    cli.check_input(weights)
     content = read_torch_file(weights)
     check(
         isinstance(content, Mapping),
@@ -113,9 +114,9 @@ def convert(weights: str, out: str, *, overwrite: bool = False) -> None:
     )
     # num_batches_tracked is torchvision's counter of training batches; inference does not use it.
     tensors = {
-        name: value
+        str(name): value
         for name, value in content.items()
-        if isinstance(value, Tensor) and not name.endswith(".num_batches_tracked")
+        if isinstance(value, Tensor) and not str(name).endswith(".num_batches_tracked")
     }
     expected = expected_shapes()
     check_tensors(weights, {name: tensor.shape for name, tensor in tensors.items()}, expected)

@@ -68,6 +68,43 @@ TABLE: dict[str, tuple[str, Layout]] = {
 }
 
 
+# Parts of names that torch.compile, FSDP and activation checkpointing insert, at any depth.
+_INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_AVERAGED = "n_averaged"  # a count that torch's AveragedModel adds beside its module
+_LANDMARK = "x_embedder.proj.weight"  # shows what precedes the names of a SiT
+
+
+def unwrapped(source: str, names: Iterable[str]) -> dict[str, str]:
+    """Return {name: plain name} of a SiT's tensors, without what wrappers add to the names.
+
+    These are the inserted parts above and a common prefix, such as DistributedDataParallel's
+    `module.` and a trainer's `model.` or `net.`, in any combination.
+
+    Raises UserError if `source` holds several networks, or tensors besides a wrapped network.
+    """
+    plain = {name: name for name in names}
+    for part in _INSERTED:
+        plain = {name: short.replace(part, "") for name, short in plain.items()}
+    ends = [short for short in plain.values() if f".{short}".endswith(f".{_LANDMARK}")]
+    prefixes = sorted(short.removesuffix(_LANDMARK) for short in ends)
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{source} holds several networks: {', '.join(map(repr, prefixes[:4]))}; save the "
+            "state dict of one"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    if prefix or any(short != name for name, short in plain.items()):
+        plain = {name: short for name, short in plain.items() if short != _AVERAGED}
+    others = [name for name, short in plain.items() if not short.startswith(prefix)]
+    if others or len(set(plain.values())) < len(plain):
+        more = ", ".join(others[:4]) or "names twice"
+        raise UserError(
+            f"{source} holds a network under {prefix!r}, and besides it {more}; save the state "
+            "dict of the network"
+        )
+    return {name: short.removeprefix(prefix) for name, short in plain.items()}
+
+
 class Entry(NamedTuple):
     """One tensor of a state dict."""
 

@@ -1,8 +1,8 @@
 """Translate a PyTorch SiT run's arguments and optimizer settings to our settings, and back."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from convert.checkpoint_file import SiTArchitecture
 from sit_jax.models.sizes import SIZES, Size
 from sit_jax.settings import Config, get
 
@@ -36,6 +36,7 @@ ARGUMENTS = {
     "ckpt_every": "checkpoint.every",
     "sample_every": "log.sheet_every",
     "cfg_scale": "sample.cfg_scale",
+    "class_dropout_prob": "train.label_dropout",
 }
 # Stable Diffusion's autoencoder makes one latent cell of 4 channels from 8 x 8 pixels.
 _CODEC = "sd-vae"
@@ -55,20 +56,14 @@ def input_settings(side: int, channels: int) -> dict[str, Any]:
     return {"latents.codec": "pixels", "data.image_size": side, "data.channels": channels}
 
 
-def network_settings(name: str, size: Size, architecture: SiTArchitecture) -> dict[str, Any]:
-    """Return the network's settings: a published name, and the fields of `size` that differ."""
+def size_settings(name: str, size: Size) -> dict[str, Any]:
+    """Return the size's settings: a published name, and the fields of `size` that differ."""
     published = vars(SIZES[name])
     overrides = {
         f"model.{field}": None if value == published[field] else value
         for field, value in vars(size).items()
     }
-    return {
-        "model.name": name,
-        **overrides,
-        "model.learn_sigma": architecture.learn_sigma,
-        "data.classes": architecture.classes,
-        **input_settings(architecture.side, architecture.channels),
-    }
+    return {"model.name": name, **overrides}
 
 
 def from_args(args: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -86,11 +81,27 @@ def from_args(args: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]
         if path != "VP":
             settings |= {"transport.train_eps": None, "transport.sample_eps": None}
     settings["transport.loss_weight"] = settings.get("transport.loss_weight") or "none"
-    if optimizer:
-        settings["optimizer.b1"], settings["optimizer.b2"] = optimizer["betas"]
-        settings["optimizer.learning_rate"] = optimizer["lr"]
-        settings |= {f"optimizer.{key}": optimizer[key] for key in ("eps", "weight_decay")}
-    return settings
+    return settings | (optimizer_settings(optimizer) if optimizer else {})
+
+
+def optimizer_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our settings of the group of an AdamW."""
+    b1, b2 = group["betas"]
+    return {
+        "optimizer.learning_rate": group["lr"],
+        "optimizer.b1": b1,
+        "optimizer.b2": b2,
+        "optimizer.eps": group["eps"],
+        "optimizer.weight_decay": group["weight_decay"],
+    }
+
+
+def arguments(config: Any) -> dict[str, Any]:
+    """Return the reference's arguments of settings that have one each."""
+    args = {theirs: get(config, ours) for theirs, ours in ARGUMENTS.items()}
+    if args["loss_weight"] == "none":
+        args["loss_weight"] = None
+    return args
 
 
 def to_args(config: Config, size: Size, image_size: int) -> dict[str, Any]:
@@ -98,10 +109,7 @@ def to_args(config: Config, size: Size, image_size: int) -> dict[str, Any]:
 
     They lack `model` if the reference has no name for the size.
     """
-    args = {theirs: get(config, ours) for theirs, ours in ARGUMENTS.items()}
-    if args["loss_weight"] == "none":
-        args["loss_weight"] = None
-    args |= {"image_size": image_size, "num_classes": config.data.classes}
+    args = arguments(config) | {"image_size": image_size, "num_classes": config.data.classes}
     names = [name for name, published in SIZES.items() if published == size]
     if names:
         args["model"] = names[0]

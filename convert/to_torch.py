@@ -5,6 +5,7 @@ python -m convert.to_torch runs/xl xl.pt
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,7 @@ import optax
 from etils import epath
 from safetensors.numpy import save_file
 
-from convert import cli, recipe
-from convert.checkpoint_file import RECORD
+from convert import cli, recipe, record
 from convert.names import POSITION, entries, params_to_torch
 from convert.torch_writer import TorchWriter
 from sit_jax import config as config_lib
@@ -73,7 +73,7 @@ def convert(workdir: str, out: str, *, weights: str | None = None, overwrite: bo
 
     Raises UserError if the reference could not load the result, and then leaves nothing behind.
     """
-    suffix = os.path.splitext(out)[1]
+    suffix = os.path.splitext(out)[1].lower()
     check(
         suffix in (".pt", ".safetensors"),
         f"{out!r} ends in {suffix!r}; expected .pt or .safetensors",
@@ -134,11 +134,6 @@ class _Export:
     def has_moments(self) -> bool:
         return "opt_state" in self.checkpoints.stored(self.step)
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """The step and config, which convert.from_torch needs and the reference's format lacks."""
-        return {"step": self.step, "config": dataclasses.asdict(self.setup.config)}
-
     def size_in_bytes(self, copies: int) -> int:
         """Return the size of `copies` copies of the parameters, in float32."""
         leaves = jax.tree.leaves(self.setup.abstract_state.params)
@@ -163,7 +158,8 @@ class _Export:
     def write_safetensors(self, path: epath.Path, weights: str) -> None:
         """Write one set of weights, with the record in the metadata."""
         tensors = {name: np.ascontiguousarray(array) for name, array in self._weights(weights)}
-        save_file(tensors, path, {"format": "pt", RECORD: json.dumps(self.record)})
+        written = record.make(self.step, self.setup.config)
+        save_file(tensors, path, {"format": "pt", record.KEY: json.dumps(written)})
 
     def write_torch(self, path: epath.Path, weights: str | None) -> None:
         """Write one set of weights, or with None {model, ema, opt, args}."""
@@ -187,16 +183,17 @@ class _Export:
         """Write all tensors; return {model, ema, opt, args} as the reference's train.py does."""
         image_size = self.setup.input_shape[0] * recipe.pixels_per_cell(self.setup.input_shape[2])
         args = recipe.to_args(self.setup.config, self.setup.size, image_size)
+        opt, count = self._optimizer_state(writer)
         return {
             "model": self._state_dict(writer, "raw"),
             "ema": self._state_dict(writer, "ema"),
-            "opt": self._optimizer_state(writer),
+            "opt": opt,
             # A dict and not the reference's Namespace, which torch.load refuses by default.
-            "args": args | {RECORD: self.record},
+            "args": args | {record.KEY: record.make(self.step, self.setup.config, count)},
         }
 
-    def _optimizer_state(self, writer: TorchWriter) -> dict[str, Any]:
-        """Write the moments; return AdamW's state dict, whose parameters are numbered in order."""
+    def _optimizer_state(self, writer: TorchWriter) -> tuple[dict[str, Any], int]:
+        """Write the moments; return AdamW's state dict, numbered in order, and its count."""
         target = self.setup.abstract_state.opt_state
         opt_state = self.checkpoints.restore(self.step, {"opt_state": target})["opt_state"]
         adam = optax.tree.get(opt_state, _ADAM)
@@ -214,15 +211,23 @@ class _Export:
         }
         count = len(list(entries(self.setup.size.depth)))
         optimizer = self.setup.config.optimizer
+        updates = int(adam.count)
+        rate = float(self.setup.schedule(updates))
+        if not math.isclose(rate, optimizer.learning_rate, rel_tol=1e-5):
+            print(
+                f"note: AdamW's lr is optimizer.learning_rate, {optimizer.learning_rate:g}, as "
+                f"PyTorch has no schedule; here {optimizer.schedule!r}, with "
+                f"{optimizer.warmup_steps} steps of warm-up, is at {rate:g}"
+            )
         group = {
-            "lr": float(self.setup.schedule(int(adam.count))),
+            "lr": optimizer.learning_rate,
             "betas": (optimizer.b1, optimizer.b2),
             "eps": optimizer.eps,
             "weight_decay": optimizer.weight_decay,
             **_GROUP_DEFAULTS,
             "params": list(range(count)),
         }
-        return {"state": state, "param_groups": [group]}
+        return {"state": state, "param_groups": [group]}, updates
 
 
 def _names_of_array_states(node: Any) -> Iterator[str]:

@@ -2,23 +2,27 @@
 
 Such a file is a zip: `data.pkl` holds the structure, `data/KEY` the raw storages. Before PyTorch
 1.6 it was a sequence of pickles followed by the storages, and some published weights still have
-that format. The unpickler below allows only the few names that checkpoints need and refuses all
-others, so a hostile file cannot call anything.
+that format. `plain_pickle` reads the structure within bounds, and calls only the few functions
+below. What a file claims is compared with its size before anything is expanded.
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
+import io
+import math
 import os
+import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from convert import plain_pickle
+from convert.plain_pickle import of_type
 from sit_jax.errors import UserError
 
 STORAGES = {
@@ -33,7 +37,25 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+# Of torch.dtype, in tensors of types that have no storage class, and in args.
+_DTYPES = {
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_MAX_AXES = 8
+# Tensors may share storages, as a model and an EMA that are the same do. So the bytes of all of
+# them may exceed the file's, but not by more than this.
+_MAX_SHARING = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +91,10 @@ def _rebuild_tensor(
     storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: object
 ) -> Tensor:
     """Return a view of a storage. `offset` and `strides` count elements."""
+    of_type(storage, _Storage)
+    shape, strides = tuple(shape), tuple(strides)
+    if len(shape) > _MAX_AXES or not all(type(n) is int for n in (offset, *shape, *strides)):
+        raise pickle.UnpicklingError("a tensor has no plain shape")
     last = -1  # index of the last element; an empty tensor has none
     if all(shape):
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
@@ -76,42 +102,99 @@ def _rebuild_tensor(
         raise pickle.UnpicklingError(
             f"a tensor of shape {shape} reaches past its storage of {storage.count} elements"
         )
+    if math.prod(shape) > storage.count:
+        raise pickle.UnpicklingError(
+            f"a tensor of shape {shape} repeats the {storage.count} elements of its storage"
+        )
 
     def read() -> np.ndarray:
         values = np.frombuffer(storage.read(), storage.dtype, storage.count)[offset:]
         strides_in_bytes = [stride * values.itemsize for stride in strides]
         return np.lib.stride_tricks.as_strided(values, shape, strides_in_bytes, writeable=False)
 
-    return Tensor(tuple(shape), storage.dtype, read)
+    return Tensor(shape, storage.dtype, read)
+
+
+def _rebuild_typed_tensor(
+    storage: _Storage,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    requires_grad: bool,
+    hooks: Any,
+    dtype: Any,
+    *_: object,
+) -> Tensor:
+    """Return a view of bytes as numbers of a type that has no storage class."""
+    kind = of_type(dtype, np.dtype)
+    typed = dataclasses.replace(storage, dtype=kind, count=storage.count // kind.itemsize)
+    return _rebuild_tensor(typed, offset, shape, strides)
+
+
+class _NumpyType:
+    """A NumPy dtype of one number."""
+
+    def __init__(self, name: str, *_: object):
+        if of_type(name, str)[:1] not in "fiub" or len(name) > 2:
+            raise pickle.UnpicklingError(f"it has a NumPy scalar of type {name!r}")
+        self.dtype = np.dtype(name)
+
+    def built(self, state: tuple) -> "_NumpyType":
+        """Return the type with the byte order of its pickled state."""
+        self.dtype = self.dtype.newbyteorder(of_type(state[1], str)[:1])
+        return self
+
+
+def _numpy_scalar(kind: _NumpyType, data: bytes) -> Any:
+    """Return a NumPy scalar as a plain number."""
+    (value,) = np.frombuffer(of_type(data, bytes), of_type(kind, _NumpyType).dtype)
+    return value.item()
+
+
+def _path(*parts: str) -> str:
+    """Return a path of pathlib as a text."""
+    return str(pathlib.PurePosixPath(*(of_type(part, str) for part in parts)))
 
 
 # Everything that a file may refer to.
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): plain_pickle.ordered_dict,
+    ("collections", "defaultdict"): lambda *_: {},
     ("argparse", "Namespace"): argparse.Namespace,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_typed_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-    **{("torch", name): dtype for name, dtype in STORAGES.items()},
+    # NumPy's types are functions; its dtypes are plain values.
+    **{("torch", name): np.dtype(dtype) for name, dtype in (STORAGES | _DTYPES).items()},
+    ("torch.storage", "UntypedStorage"): np.dtype(np.uint8),
+    # Of args:
+    ("torch", "Size"): lambda shape: tuple(of_type(shape, tuple)),
+    ("torch", "device"): lambda name, index=0: f"{of_type(name, str)}:{of_type(index, int)}",
+    ("numpy", "dtype"): _NumpyType,
+    **{(f"numpy.{core}.multiarray", "scalar"): _numpy_scalar for core in ("core", "_core")},
+    ("_codecs", "encode"): lambda text, _: of_type(text, str).encode("latin-1"),
+    **{
+        (module, name): _path
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    },
+    **{(module, "dict"): plain_pickle.ordered_dict for module in ("builtins", "__builtin__")},
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler restricted to _ALLOWED. `storage(dtype, key, count)` returns a tensor's data."""
+def _persistent(storage: Callable[[np.dtype, str, int], _Storage]) -> Callable[[tuple], _Storage]:
+    """Return the function from a persistent id to a storage: `storage(dtype, key, count)`."""
+    kinds = {np.dtype(dtype) for dtype in STORAGES.values()}
 
-    def __init__(self, file: IO[bytes], storage: Callable[[np.dtype, str, int], _Storage]):
-        super().__init__(file, encoding="utf-8")
-        self._storage = storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
-        return _ALLOWED[module, name]
-
-    def persistent_load(self, pid: tuple) -> _Storage:
+    def load(pid: tuple) -> _Storage:
         kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or any(view):
-            raise pickle.UnpicklingError(f"unknown persistent object {kind!r}")
-        return self._storage(np.dtype(dtype), key, count)
+        if kind != "storage" or any(view) or of_type(dtype, np.dtype) not in kinds:
+            raise pickle.UnpicklingError("it has an unknown persistent object")
+        if not 0 <= of_type(count, int) < 2**60:
+            raise pickle.UnpicklingError(f"a storage has {count} elements")
+        return storage(dtype, of_type(key, str), count)
+
+    return load
 
 
 def read_torch_file(path: str) -> Any:
@@ -120,7 +203,14 @@ def read_torch_file(path: str) -> Any:
     Raises UserError if the file is not a complete torch.save file.
     """
     with _readable(path):
-        return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+        content = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+        tensors = (value for value in plain_pickle.walk(content) if isinstance(value, Tensor))
+        claimed = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+        if claimed > _MAX_SHARING * os.path.getsize(path):
+            raise pickle.UnpicklingError(
+                f"its tensors claim {claimed} bytes, more than {_MAX_SHARING} times the file's size"
+            )
+        return content
 
 
 @contextlib.contextmanager
@@ -130,7 +220,7 @@ def _readable(path: str) -> Iterator[None]:
         yield
     # A damaged or hostile pickle can raise almost any error.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error)[:1000].split())[:300] or type(error).__name__
         raise UserError(
             f"{path} is not a readable PyTorch checkpoint ({reason}); "
             "expected a complete file written by torch.save"
@@ -144,11 +234,18 @@ def _read_zip(path: str) -> Any:
     if len(roots) != 1:
         raise pickle.UnpicklingError("it holds no data.pkl")
     root = roots[0]
-    if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
-        raise pickle.UnpicklingError("its numbers are big-endian")
+
+    def entry_of(name: str, at_most: float) -> zipfile.ZipInfo:
+        """Return an entry, whose bytes are in the file as they are."""
+        entry = archive.getinfo(f"{root}/{name}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise pickle.UnpicklingError(f"its {name} is compressed, which torch.save never does")
+        if entry.file_size > min(entry.compress_size, at_most):
+            raise pickle.UnpicklingError(f"its {name} claims {entry.file_size} bytes")
+        return entry
 
     def storage(dtype: np.dtype, key: str, count: int) -> _Storage:
-        entry = archive.getinfo(f"{root}/data/{key}")
+        entry = entry_of(f"data/{key}", math.inf)
         if entry.file_size < count * dtype.itemsize:
             raise pickle.UnpicklingError(
                 f"storage {key} has {entry.file_size} bytes for {count} {dtype} numbers"
@@ -160,8 +257,10 @@ def _read_zip(path: str) -> Any:
 
         return _Storage(dtype, count, read)
 
-    with archive.open(f"{root}/data.pkl") as file:
-        return _Unpickler(file, storage).load()
+    if f"{root}/byteorder" in names and archive.read(entry_of("byteorder", 100)) != b"little":
+        raise pickle.UnpicklingError("its numbers are big-endian")
+    structure = archive.read(entry_of("data.pkl", plain_pickle.MAX_BYTES))
+    return plain_pickle.load(io.BytesIO(structure), _ALLOWED, _persistent(storage))
 
 
 def _read_legacy(path: str) -> Any:
@@ -182,9 +281,13 @@ def _read_legacy(path: str) -> Any:
         return storages.setdefault(key, _Storage(dtype, count, read))
 
     with open(path, "rb") as file:
-        if _Unpickler(file, storage).load() != _LEGACY_MAGIC:
+
+        def next_pickle() -> Any:
+            return plain_pickle.load(file, _ALLOWED, _persistent(storage))
+
+        if next_pickle() != _LEGACY_MAGIC:
             raise pickle.UnpicklingError("it does not start with PyTorch's magic number")
-        _, _, content, keys = (_Unpickler(file, storage).load() for _ in range(4))
+        _, _, content, keys = (next_pickle() for _ in range(4))
         for key in keys:
             offsets[key] = file.tell() + 8
             file.seek(offsets[key] + storages[key].count * storages[key].dtype.itemsize)

@@ -46,6 +46,8 @@ Meant for an accelerator: one evaluation of the eight images takes a CPU core ab
 --checkpoint FILE   your own .pt or .safetensors in place of the download
 --workdir WORKDIR   folder of the converted model and its samples (default: in $folder,
                     named after the file)
+--weights ema|raw, --num_heads N, --num_classes N, --image_size PIXELS
+                    passed on to the conversion: python -m convert.from_torch --help
 --vae FOLDER        folder with a VAE's config.json and diffusion_pytorch_model.safetensors, in
                     place of $vae
 --config.KEY=VALUE  any setting of sit_jax/settings.py, such as --config.sample.seed=1 or
@@ -67,12 +69,14 @@ refuse() { printf 'error: %s; see bash launch/sample_pretrained.sh --help\n' "$*
 sampler=ode checkpoint='' workdir=''
 decoder="--config.latents.repo=$vae"
 settings=()
+conversion=()
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help) usage; exit ;;
         ode | sde) sampler=$1 ;;
         --config.*=*) settings+=("$1") ;;
-        --checkpoint=* | --workdir=* | --vae=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+        --checkpoint=* | --workdir=* | --vae=* | --weights=* | --num_heads=* | --num_classes=* | \
+            --image_size=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
         --checkpoint | --workdir | --vae)
             [ "${2:-}" ] || refuse "$1 has no value"
             path=$(absolute "$2")
@@ -87,6 +91,11 @@ while [ $# -gt 0 ]; do
                     decoder="--config.latents.path=$path"
                     ;;
             esac
+            shift
+            ;;
+        --weights | --num_heads | --num_classes | --image_size)
+            [ "${2:-}" ] || refuse "$1 has no value"
+            conversion+=("$1=$2")
             shift
             ;;
         *) refuse "unknown argument $1" ;;
@@ -144,22 +153,25 @@ set_up 3
 name=${checkpoint:-$file}
 name=${name##*/}
 workdir=${workdir:-$folder/${name%.*}}
-# Identifies the converted file, so that another file of the same name is not mistaken for it.
+# Identifies the conversion, so that another file of the same name, or one converted otherwise, is
+# not mistaken for it.
 source=${checkpoint:-$file}
 [ ! "$checkpoint" ] || source="$checkpoint, $(wc -c <"$checkpoint") bytes"
+# ${array[@]+...}, here and below: bash 3.2 treats an empty array as unset.
+for flag in ${conversion[@]+"${conversion[@]}"}; do source+=" $flag"; done
 if [ ! -e "$workdir/config.json" ]; then
     if [ ! "$checkpoint" ]; then
         download
         checkpoint=$folder/$file
     fi
     say "converting $checkpoint"
-    .venv/bin/python -m convert.from_torch "$checkpoint" "$workdir"
+    .venv/bin/python -m convert.from_torch "$checkpoint" "$workdir" \
+        ${conversion[@]+"${conversion[@]}"}
     printf '%s\n' "$source" >"$workdir/converted-from"
-elif [ "$checkpoint" ] && [ "$(cat "$workdir/converted-from" 2>/dev/null)" != "$source" ]; then
+elif [ "$checkpoint${conversion[*]-}" ] && [ "$(cat "$workdir/converted-from" 2>/dev/null)" != "$source" ]; then
     die "$workdir was not converted from $source; give another folder with --workdir"
 fi
 say "sampling"
 if [ "$sampler" = sde ]; then solver=("${sde[@]}"); else solver=("${ode[@]}"); fi
-# ${settings[@]+...}: bash 3.2 treats an empty array as unset.
 .venv/bin/python -m sit_jax.main --mode sample --workdir "$workdir" \
     "$decoder" "${common[@]}" "${solver[@]}" ${settings[@]+"${settings[@]}"}

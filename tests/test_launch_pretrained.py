@@ -251,12 +251,42 @@ def test_paths_are_relative_to_the_folder_of_the_caller(machine, tmp_path):
     ]
 
 
+def test_the_flags_of_the_conversion_are_passed_on(machine, tmp_path):
+    """They are those that the conversion's own errors name."""
+    (tmp_path / "mine.pt").write_bytes(b"mine")
+    workdir = machine.folder / "mine"
+    workdir.mkdir()
+    arguments = [f"--checkpoint={tmp_path}/mine.pt", "--weights", "raw", "--num_heads=6"]
+    conversion = f"unset: -m convert.from_torch {tmp_path}/mine.pt runs/pretrained/mine"
+    sample = sampling(*ODE, workdir="runs/pretrained/mine")
+    more = ["--num_classes=10", "--image_size", "512"]
+    assert machine.sample(*arguments, *more) == [
+        f"{conversion} --weights=raw --num_heads=6 --num_classes=10 --image_size=512",
+        sample,
+    ]
+    assert machine.sample(*arguments) == [
+        f"{conversion} --weights=raw --num_heads=6",
+        sample,
+    ]
+    (workdir / "config.json").touch()
+    assert machine.sample(*arguments) == [sample]
+    # A workdir of other flags is another conversion.
+    for others in (arguments[:3], [*arguments, *more], [arguments[0], "--weights=ema"]):
+        line = refusal(machine.run(SCRIPT, *others))
+        assert "runs/pretrained/mine was not converted from" in line and "--workdir" in line
+    (machine.workdir / "config.json").touch()
+    line = refusal(machine.run(SCRIPT, "--weights=raw"))
+    assert f"{WORKDIR} was not converted from {NAME} --weights=raw" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["ddim"], "unknown argument ddim"),
         (["--steps=3"], "unknown argument --steps=3"),
         (["--checkpoint"], "--checkpoint has no value"),
+        (["--weights"], "--weights has no value"),
+        (["--num_heads="], "--num_heads has no value"),
         (["--checkpoint=no.pt"], "--checkpoint no.pt is not a file"),
         (["--vae", "no"], "--vae no is not a folder"),
     ],

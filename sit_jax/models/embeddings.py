@@ -10,14 +10,18 @@ import numpy as np
 def time_features(t_b: jax.Array, dim: int = 256, max_period: float = 10_000.0) -> jax.Array:
     """Return sinusoids of t, float32 [b, dim]: dim//2 cosines, then as many sines.
 
-    Frequencies are max_period^(-k/(dim//2)). t enters unscaled, in [0, 1], as in the training of
-    the released weights. An odd dim ends with a zero.
+    t enters unscaled, in [0, 1], as in the training of the released weights. An odd dim ends with a
+    zero.
     """
-    half = dim // 2
-    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles_bk = t_b.astype(jnp.float32)[:, None] * frequencies
+    angles_bk = t_b.astype(jnp.float32)[:, None] * time_frequencies(dim, max_period)
     waves_bk = jnp.concatenate([jnp.cos(angles_bk), jnp.sin(angles_bk)], axis=-1)
     return jnp.pad(waves_bk, ((0, 0), (0, dim % 2)))
+
+
+def time_frequencies(dim: int = 256, max_period: float = 10_000.0) -> jax.Array:
+    """Return the frequencies of `time_features`, float32 [dim//2]: max_period^(-k/(dim//2))."""
+    half = dim // 2
+    return jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
 
 
 def position_embedding(width: int, grid: int) -> np.ndarray:

@@ -46,9 +46,9 @@ BARE, FULL = checkpoints.state_dict, checkpoints.training
 BAD = {
     "a list": (lambda: [1, 2], {}, "holds list, not a state dict; expected tensors by name"),
     "no tensors": (
-        lambda: {"epoch": 3, "state_dict": BARE()},
+        lambda: {"epoch": 3, "history": [0.5, 0.4]},
         {},
-        "is not a state dict: epoch, state_dict is not a tensor",
+        "is not a state dict: epoch, history is not a tensor",
     ),
     "a UNet": (
         lambda: UNET,
@@ -131,7 +131,7 @@ BAD = {
     "integers": (
         lambda: BARE() | {"x_embedder.proj.bias": np.zeros(16, np.int64)},
         {},
-        "x_embedder.proj.bias holds int64 numbers; expected float32, float16 or bfloat16",
+        "x_embedder.proj.bias holds int64 numbers; expected float32, float16, bfloat16 or float64",
     ),
     "heads unknown": (
         BARE,

@@ -86,7 +86,7 @@ def test_the_step_and_every_setting_come_back(tmp_path):
     assert (tmp_path / "again" / "checkpoints" / "8").exists()
     opt = read_torch_file(str(tmp_path / "b.pt"))["opt"]
     assert {float(np.asarray(entry["step"])) for entry in opt["state"].values()} == {5.0}
-    assert opt["param_groups"][0]["lr"] == pytest.approx(1e-4)  # half way up the warm-up to 2e-4
+    assert opt["param_groups"][0]["lr"] == 2e-4  # the base rate: the warm-up is half way up to it
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

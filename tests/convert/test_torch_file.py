@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pathlib
 import pickle
 import zipfile
 
@@ -90,6 +91,62 @@ def test_args_may_be_a_namespace():
     assert isinstance(
         read_torch_file(str(goldens.FOLDER / "sit_train_ckpt.pt"))["args"], argparse.Namespace
     )
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_args_may_hold_paths_and_numpy_scalars(tmp_path, protocol):
+    """Also those of Windows, and of other versions of NumPy: they become texts and numbers."""
+    args = {
+        "data_path": pathlib.PurePosixPath("/data/photos"),
+        "relative": pathlib.Path("data"),
+        "lr": np.float64(1e-4),
+        "fid": np.float32(2.5),
+        "epochs": np.int64(1400),
+        "flag": np.bool_(True),
+        "none": None,
+    }
+    data = pickle.dumps(argparse.Namespace(**args), protocol)
+    for content in (data, data.replace(b"numpy.core", b"numpy._core")):
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", content if protocol == 2 else data)
+        read = vars(read_torch_file(str(tmp_path / "x.pt")))
+        assert read == {
+            "data_path": "/data/photos",
+            "relative": "data",
+            "lr": 1e-4,
+            "fid": 2.5,
+            "epochs": 1400,
+            "flag": True,
+            "none": None,
+        }
+        assert {type(value) for value in read.values()} == {str, float, int, bool, type(None)}
+
+
+@pytest.mark.torch
+def test_other_values_of_torch_are_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    content = {
+        "args": argparse.Namespace(device=torch.device("cuda", 1), dtype=torch.bfloat16),
+        "size": torch.Size([2, 3]),
+        "float8": torch.tensor([1.5, -2.0]).to(torch.float8_e4m3fn),
+        "uint16": torch.tensor([1, 65535], dtype=torch.uint16),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "int32": torch.arange(3, dtype=torch.int32),
+    }
+    torch.save(content, tmp_path / "x.pt")
+    read = read_torch_file(str(tmp_path / "x.pt"))
+    assert vars(read["args"]) == {"device": "cuda:1", "dtype": np.dtype(ml_dtypes.bfloat16)}
+    assert read["size"] == (2, 3)
+    for name, values in {
+        "float8": [1.5, -2.0],
+        "uint16": [1, 65535],
+        "parameter": [1, 1],
+        "int32": [0, 1, 2],
+    }.items():
+        np.testing.assert_array_equal(np.asarray(read[name]).astype(np.float32), values)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"torch.nn.*Linear, .* save model.state_dict\(\), not the"):
+        read_torch_file(str(tmp_path / "model.pt"))
 
 
 class Hostile:
