@@ -1,13 +1,14 @@
 """The command line: its flags, its help, and --config.KEY=VALUE overrides."""
 
 import argparse
+import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
 from sit_jax import settings_help, storage
 from sit_jax.errors import UserError, check, unknown_name
-from sit_jax.jobs.job import Overrides
+from sit_jax.jobs.job import Flag, Overrides
 from sit_jax.jobs.table import JOBS
 
 _USAGE = """\
@@ -51,22 +52,28 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         if flags.workdir is None:
             _refuse("the following arguments are required: --workdir")
         check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
-    for mode, other_job in JOBS.items():
-        for flag in other_job.flags:
-            # A switch is False unless given; any other flag is None, and may be given empty.
-            is_given = getattr(flags, flag.name) not in (None, False)
-            check(
-                not is_given or mode == flags.mode,
-                f"--{flag.name} is for --mode {mode}, not {flags.mode}",
-            )
+    for flag, modes in _flags_by_modes():
+        # A switch is False unless given; any other flag is None, and may be given empty.
+        is_given = getattr(flags, flag.name) not in (None, False)
+        check(
+            not is_given or flags.mode in modes,
+            f"--{flag.name} is for --mode {', '.join(modes)}, not {flags.mode}",
+        )
     overrides = _overrides(unknown)
     job.check(flags, overrides)
     paths = ["workdir", *(flag.name for flag in job.flags if flag.is_path)]
     for name in paths:
-        if path := getattr(flags, name):
+        path = getattr(flags, name)
+        if path is not None:
             setattr(flags, name, storage.expand(f"--{name}", path))
             storage.check_reachable(f"--{name}", getattr(flags, name))
     return flags, overrides
+
+
+def _flags_by_modes() -> list[tuple[Flag, list[str]]]:
+    """Return every job's own flag once, with the modes that take it."""
+    flags = dict.fromkeys(flag for job in JOBS.values() for flag in job.flags)
+    return [(flag, [mode for mode, job in JOBS.items() if flag in job.flags]) for flag in flags]
 
 
 def unused(mode: str, overrides: Overrides) -> list[str]:
@@ -115,11 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         help="join several processes into one run (default: if jax finds a cluster, or "
         "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set)",
     )
-    for mode, job in JOBS.items():
-        if not job.flags:
-            continue
-        group = parser.add_argument_group(f"--mode {mode}")
-        for flag in job.flags:
+    for modes, pairs in itertools.groupby(_flags_by_modes(), lambda pair: pair[1]):
+        group = parser.add_argument_group(f"--mode {', '.join(modes)}")
+        for flag, _ in pairs:
             if flag.metavar:
                 group.add_argument(f"--{flag.name}", metavar=flag.metavar, help=flag.help)
             else:

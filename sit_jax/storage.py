@@ -125,7 +125,7 @@ def clean_up(folder: epath.PathLike, name: str | None = None) -> None:
     if is_remote(folder) or not folder.is_dir():
         return
     left: dict[str, dict[str, epath.Path]] = {}
-    for path in folder.iterdir():
+    for path in _listed(folder):
         match = _SIBLING.fullmatch(path.name) or _OLD_SIBLING.fullmatch(path.name)
         if match and name in (None, match["name"]) and _is_dead(path, match):
             left.setdefault(match["name"], {})[match["kind"]] = path
@@ -138,6 +138,14 @@ def clean_up(folder: epath.PathLike, name: str | None = None) -> None:
                 by_kind[kind].rename(target)
             elif kind in by_kind:
                 _remove(by_kind[kind])
+
+
+def _listed(folder: epath.Path) -> list[epath.Path]:
+    """Return what a folder holds; nothing if it may not be listed, as a parent of a workdir."""
+    try:
+        return list(folder.iterdir())
+    except PermissionError:
+        return []
 
 
 def _is_dead(path: epath.Path, match: re.Match[str]) -> bool:

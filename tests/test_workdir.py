@@ -1,13 +1,17 @@
 """A workdir is what its checkpoints say: not what its folders, config.json or the data claim."""
 
 import json
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from sit_jax import config as config_lib
+from sit_jax import lock
+from sit_jax.checkpoint import Checkpoints
 from sit_jax.jobs import train, watcher
 from sit_jax.jobs.loop import Loop
 from sit_jax.jobs.setup import set_up
@@ -156,8 +160,7 @@ def test_a_run_that_died_before_its_first_checkpoint_takes_other_settings(tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "run", out_of_memory)
-        with pytest.raises(MemoryError):
-            call(*TINY, "--workdir", workdir)
+        assert "out of memory" in refusal(*TINY, "--workdir", workdir)
     out = succeed(*TINY, "--workdir", workdir, *flags(train__batch=4, model__width=8))
     assert "train.batch changes from 8 to 4 at step 0" in out
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4]
@@ -378,3 +381,65 @@ def test_the_speed_counts_the_steps_whose_time_it_counts(monkeypatch, waits, eve
     speeds = [speed for speed in log.speeds if speed is not None]
     assert speeds and speeds == pytest.approx([4.0] * len(speeds))
     assert len(log.speeds) == -(-steps // every)
+
+
+# Results may lie elsewhere, and one job at a time fills a folder of them.
+
+
+def test_results_may_lie_outside_of_a_workdir_that_stays_as_it_is(run_copy, tmp_path):
+    before = snapshot(run_copy)
+    out = succeed("--workdir", run_copy, "--mode", "sample", "--out", tmp_path / "out")
+    (folder,) = (tmp_path / "out" / "samples").iterdir()
+    assert str(folder) in out and len(pictures(folder)) == 8
+    assert snapshot(run_copy) == before
+    message = refusal("--workdir", run_copy, "--out", tmp_path / "out")
+    assert "--out is for --mode sample, sweep, invert, likelihood, quality, not train" in message
+    assert "--out is empty" in refusal("--workdir", run_copy, "--mode", "sample", "--out=")
+
+
+def test_one_job_at_a_time_fills_a_folder_of_results(run_copy):
+    likelihood = ["--workdir", run_copy, "--mode", "likelihood"]
+    likelihood += flags(likelihood__solver="heun", likelihood__steps=1, likelihood__count=4)
+    succeed(*likelihood)
+    (folder,) = (run_copy / "likelihood").iterdir()
+    (folder / "results.jsonl").unlink()
+    (folder / ".000004.png.f8e3ce9e.tmp").write_bytes(b"")
+    os.utime(folder / ".000004.png.f8e3ce9e.tmp", (1, 1))
+    with lock.hold(epath.Path(folder)):
+        assert f"{str(folder)!r} is in use by process {os.getpid()}" in refusal(*likelihood)
+    succeed(*likelihood)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "results.jsonl",
+        "settings.json",
+        "summary.json",
+    ]
+
+
+def test_a_refused_start_leaves_no_folder(tmp_path):
+    data = tmp_path / "data"
+    write_images(data, "cat/1.png", "dog/1.png")
+    (data / "cat" / "1.png").write_bytes(b"broken")
+    before = snapshot(tmp_path)
+    workdir = tmp_path / "a" / "b" / "run"
+    start = [*TINY, *FOLDER, *flags(data__path=data), "--workdir", workdir]
+    assert "cannot be read" in refusal(*start)
+    assert "--profile starts at step 9" in refusal(*TINY, "--workdir", workdir, "--profile=9:9")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_read_gives_way_to_the_next(run_copy, monkeypatch):
+    """A training run saves step 6 and deletes steps 2 and 4 while the sampler restores step 4."""
+    newer = shutil.copytree(run_copy, run_copy.parent / "newer")
+    succeed("--workdir", newer, *ON)
+    restore = Checkpoints.restore
+
+    def restore_late(checkpoints, step, targets):
+        if step == 4:
+            for old in ("2", "4"):
+                shutil.rmtree(run_copy / "checkpoints" / old)
+            shutil.copytree(newer / "checkpoints" / "6", run_copy / "checkpoints" / "6")
+        return restore(checkpoints, step, targets)
+
+    monkeypatch.setattr(Checkpoints, "restore", restore_late)
+    out = succeed("--workdir", run_copy, "--mode", "sample")
+    assert "images from step 6 into" in out

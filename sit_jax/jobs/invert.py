@@ -21,7 +21,7 @@ from sit_jax.jobs.data import (
     record_settings,
 )
 from sit_jax.jobs.job import NETWORK, SAMPLER, SHEET, Job, Overrides
-from sit_jax.jobs.results import Results, progress_bar
+from sit_jax.jobs.results import OUT, Results, open_results, progress_bar
 from sit_jax.jobs.sampler import make_inverter, open_guide, sampler_name, sampler_settings
 from sit_jax.jobs.setup import Setup, check_sample_batch, set_up
 from sit_jax.jobs.workdir import restore_weights
@@ -55,43 +55,45 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     guide = open_guide(config)
     settings = sampler_settings(setup, weights, guide)
     settings["data"] = record_settings(config.data)
-    results = Results(workdir / "inversions", sampler_name(options, weights.step), settings)
-    stored = digests(source, drawn, skip_unreadable=False)
-    missing = _missing(results, drawn, stored)
-    print(
-        f"inverting {len(missing)} of {count} images of split {config.data.split!r} under step "
-        f"{weights.step}, into {results.folder}"
-    )
-    if count < options.count:
-        print(f"sample.count is {options.count}, but these are all that there are")
-    else:
-        print(f"they are a stratified draw of {len(source):,}")
-    position_of = {index: position for position, index in enumerate(drawn)}
-    indices = [drawn[position] for position in missing]
-    batches = read_in_order(setup, source, indices, options.batch, skip_unreadable=False)
-    invert = make_inverter(setup, guide)
-    with progress_bar(len(missing), "image") as bar:
-        for batch in batches:
-            size = len(batch["index"])
-            noise_bhwc, images_bhwc, error_b, evaluations = _invert(
-                setup, invert, weights.params, batch
-            )
-            for row in results.own_rows(size):
-                position = position_of[int(batch["index"][row])]
-                entry = {
-                    "noise": noise_bhwc[row],
-                    "label": batch["label"][row],
-                    "error": error_b[row],
-                    "index": batch["index"][row],
-                    "sha256": stored[position],
-                }
-                pair = np.stack([batch["image"][row], to_uint8(images_bhwc[row])])
-                _write(results, position, entry, pair)
-            bar.update(size)
-            bar.set_postfix(evaluations=evaluations)
-    results.finish_images(count, config)
-    if hosts.is_first():
-        _write_summary(results, count, len(source))
+    with open_results(
+        flags, workdir, "inversions", sampler_name(options, weights.step), settings
+    ) as results:
+        stored = digests(source, drawn, skip_unreadable=False)
+        missing = _missing(results, drawn, stored)
+        print(
+            f"inverting {len(missing)} of {count} images of split {config.data.split!r} under step "
+            f"{weights.step}, into {results.folder}"
+        )
+        if count < options.count:
+            print(f"sample.count is {options.count}, but these are all that there are")
+        else:
+            print(f"they are a stratified draw of {len(source):,}")
+        position_of = {index: position for position, index in enumerate(drawn)}
+        indices = [drawn[position] for position in missing]
+        batches = read_in_order(setup, source, indices, options.batch, skip_unreadable=False)
+        invert = make_inverter(setup, guide)
+        with progress_bar(len(missing), "image") as bar:
+            for batch in batches:
+                size = len(batch["index"])
+                noise_bhwc, images_bhwc, error_b, evaluations = _invert(
+                    setup, invert, weights.params, batch
+                )
+                for row in results.own_rows(size):
+                    position = position_of[int(batch["index"][row])]
+                    entry = {
+                        "noise": noise_bhwc[row],
+                        "label": batch["label"][row],
+                        "error": error_b[row],
+                        "index": batch["index"][row],
+                        "sha256": stored[position],
+                    }
+                    pair = np.stack([batch["image"][row], to_uint8(images_bhwc[row])])
+                    _write(results, position, entry, pair)
+                bar.update(size)
+                bar.set_postfix(evaluations=evaluations)
+        results.finish_images(count, config)
+        if hosts.is_first():
+            _write_summary(results, count, len(source))
 
 
 def _invert(
@@ -192,6 +194,7 @@ def _refuse_unused_settings(flags: argparse.Namespace, overrides: Overrides) -> 
 JOB = Job(
     run,
     "map images of the data set to noise along the ODE, and back",
+    flags=(OUT,),
     memory="sample.batch or sample.count",
     uses=(
         *NETWORK,

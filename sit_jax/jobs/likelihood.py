@@ -24,7 +24,7 @@ from sit_jax.jobs.data import (
     record_settings,
 )
 from sit_jax.jobs.job import NETWORK, Job, Overrides
-from sit_jax.jobs.results import Results, Row, progress_bar
+from sit_jax.jobs.results import OUT, Results, Row, open_results, progress_bar
 from sit_jax.jobs.setup import Setup, call_with_batches, check_batch, jit_for_batches, set_up
 from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.latents import dequantise
@@ -197,33 +197,35 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     check_same_classes(weights.note, source)
     meaning = density_target(setup).meaning
     settings = _results_settings(setup, weights, meaning)
-    results = Results(workdir / "likelihood", _results_name(setup, weights.step), settings)
-    drawn = draw(setup, source, options.count)
-    stored = digests(source, drawn, skip_unreadable=config.data.skip_unreadable)
-    digest_of = dict(zip(drawn, stored, strict=True))
-    rows = _unchanged(results, digest_of)
-    evaluated = {row["index"] for row in rows}
-    missing = [index for index in drawn if index not in evaluated]
-    print(
-        f"log p of {len(missing)} of {count} images of split {data.split!r} under step "
-        f"{weights.step}, into {results.folder}"
-    )
-    if count < len(source):
-        print(f"they are a stratified draw of {len(source):,}")
-    print(f"unguided; {meaning}", flush=True)
-    with progress_bar(len(missing), "image") as bar:
-        for new_rows, evaluations in evaluate(setup, source, weights.params, missing):
-            new_rows = [row | {"sha256": digest_of[row["index"]]} for row in new_rows]
-            results.add_rows(new_rows)
-            rows += new_rows
-            bar.update(min(options.batch, len(missing) - bar.n))
-            bar.set_postfix(evaluations=evaluations)
-    rows = [row for row in rows if row["index"] in digest_of]
-    check(rows, f"none of the {count} images can be read; check data.path")
-    summary = summarise(rows)
-    others = {"unreadable": count - len(rows), "of": len(source), "meaning": meaning}
-    results.write_summary(summary | others)
-    _print_summary(summary, unreadable=count - len(rows))
+    with open_results(
+        flags, workdir, "likelihood", _results_name(setup, weights.step), settings
+    ) as results:
+        drawn = draw(setup, source, options.count)
+        stored = digests(source, drawn, skip_unreadable=config.data.skip_unreadable)
+        digest_of = dict(zip(drawn, stored, strict=True))
+        rows = _unchanged(results, digest_of)
+        evaluated = {row["index"] for row in rows}
+        missing = [index for index in drawn if index not in evaluated]
+        print(
+            f"log p of {len(missing)} of {count} images of split {data.split!r} under step "
+            f"{weights.step}, into {results.folder}"
+        )
+        if count < len(source):
+            print(f"they are a stratified draw of {len(source):,}")
+        print(f"unguided; {meaning}", flush=True)
+        with progress_bar(len(missing), "image") as bar:
+            for new_rows, evaluations in evaluate(setup, source, weights.params, missing):
+                new_rows = [row | {"sha256": digest_of[row["index"]]} for row in new_rows]
+                results.add_rows(new_rows)
+                rows += new_rows
+                bar.update(min(options.batch, len(missing) - bar.n))
+                bar.set_postfix(evaluations=evaluations)
+        rows = [row for row in rows if row["index"] in digest_of]
+        check(rows, f"none of the {count} images can be read; check data.path")
+        summary = summarise(rows)
+        others = {"unreadable": count - len(rows), "of": len(source), "meaning": meaning}
+        results.write_summary(summary | others)
+        _print_summary(summary, unreadable=count - len(rows))
 
 
 def _unchanged(results: Results, digest_of: Mapping[int, str | None]) -> list[Row]:
@@ -299,6 +301,7 @@ def _refuse_sampler_settings(flags: argparse.Namespace, overrides: Overrides) ->
 JOB = Job(
     run,
     "log p and bits/dim of each image of the data set, under the unguided ODE flow",
+    flags=(OUT,),
     memory="likelihood.batch or likelihood.probes",
     check=_refuse_sampler_settings,
     uses=(*NETWORK, "data.", "transport.train_eps", "likelihood."),

@@ -16,7 +16,7 @@ from sit_jax.errors import UserError, check
 from sit_jax.image_io import encode_png
 from sit_jax.jobs.data import RealImages, check_same_classes, open_source, read_real_images
 from sit_jax.jobs.job import NETWORK, SHEET, Flag, Job, Overrides
-from sit_jax.jobs.results import Results, make_sheet
+from sit_jax.jobs.results import OUT, make_sheet, open_results
 from sit_jax.jobs.sampler import (
     Guide,
     labels_of,
@@ -64,36 +64,38 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     print(f"the classifier reads {accuracy:.1%} of the real images it was not trained on")
     classifier = fit_classifier(features, real.labels)
     name = sampler_name(config.sample, weights.step)
-    results = Results(workdir / "quality", name, _results_settings(setup, weights, guide, real))
-    summary: dict[str, Any] = {
-        "samples": config.sample.count,
-        "real_images": len(real.images),
-        "unreadable_images": real.drawn - len(real.images),
-        "classifier_accuracy": accuracy,
-        "agreement": {},
-    }
-    for scale in scales:
-        drawn, drawn_labels, seconds = _draw(setup, weights.params, guide, scale)
-        agreement = float(np.mean(classifier.predict(as_features(drawn)) == drawn_labels))
-        summary["agreement"][f"cfg {scale:g}"] = agreement
-        print(
-            f"cfg {scale:g}: {agreement:.1%} of {len(drawn)} samples are read as their label, "
-            f"{seconds:.1f} s",
-            flush=True,
-        )
-        if scale == config.sample.cfg_scale:
-            sheet = make_sheet(config, drawn[: config.log.sheet_count])
-            results.write_bytes("sheet.png", encode_png(sheet))
-    results.write_summary(summary)
-    print(f"sheet: {results.folder / 'sheet.png'}")
-    for minimum, scale in zip(minimums, scales, strict=False):
-        scale_name = f"cfg {scale:g}"
-        agreement = summary["agreement"][scale_name]
-        check(
-            agreement >= minimum,
-            f"{scale_name}: {agreement:.1%} of the samples are read as their label, below "
-            f"--minimum {minimum:g}; train longer, or check the log for divergence",
-        )
+    with open_results(
+        flags, workdir, "quality", name, _results_settings(setup, weights, guide, real)
+    ) as results:
+        summary: dict[str, Any] = {
+            "samples": config.sample.count,
+            "real_images": len(real.images),
+            "unreadable_images": real.drawn - len(real.images),
+            "classifier_accuracy": accuracy,
+            "agreement": {},
+        }
+        for scale in scales:
+            drawn, drawn_labels, seconds = _draw(setup, weights.params, guide, scale)
+            agreement = float(np.mean(classifier.predict(as_features(drawn)) == drawn_labels))
+            summary["agreement"][f"cfg {scale:g}"] = agreement
+            print(
+                f"cfg {scale:g}: {agreement:.1%} of {len(drawn)} samples are read as their label, "
+                f"{seconds:.1f} s",
+                flush=True,
+            )
+            if scale == config.sample.cfg_scale:
+                sheet = make_sheet(config, drawn[: config.log.sheet_count])
+                results.write_bytes("sheet.png", encode_png(sheet))
+        results.write_summary(summary)
+        print(f"sheet: {results.folder / 'sheet.png'}")
+        for minimum, scale in zip(minimums, scales, strict=False):
+            scale_name = f"cfg {scale:g}"
+            agreement = summary["agreement"][scale_name]
+            check(
+                agreement >= minimum,
+                f"{scale_name}: {agreement:.1%} of the samples are read as their label, below "
+                f"--minimum {minimum:g}; train longer, or check the log for divergence",
+            )
 
 
 def _results_settings(
@@ -147,6 +149,7 @@ JOB = Job(
     "share of samples that a classifier of the real images reads as their label (small images)",
     memory="sample.batch or sample.count",
     flags=(
+        OUT,
         Flag(
             "minimum",
             "fail if fewer samples are read as their label, with guidance and without: 0.97,0.95",

@@ -1,5 +1,7 @@
 """The folder of results that a job fills, and continues to fill after a kill."""
 
+import argparse
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,26 +14,50 @@ from tqdm import tqdm
 
 from sit_jax import hosts, storage
 from sit_jax.image_io import ImageWriter, encode_png, sheet
-from sit_jax.jobs.workdir import make_workdir
+from sit_jax.jobs.job import Flag
+from sit_jax.jobs.workdir import open_for_writing
 from sit_jax.settings import Config
 
 Row = dict[str, Any]
 _ROWS = "results.jsonl"
 
 
+OUT = Flag(
+    "out",
+    "folder for the results, instead of the workdir, which may then be read-only",
+    "DIR",
+    is_path=True,
+)
+
+
+@contextlib.contextmanager
+def open_results(
+    flags: argparse.Namespace, workdir: epath.Path, kind: str, name: str, settings: Mapping
+) -> Iterator["Results"]:
+    """Hold the folder KIND/NAME-HASH of the workdir, or of --out, while a job fills it.
+
+    HASH is that of its settings.json: other settings, other folder. Raises `UserError` if another
+    job fills the same folder.
+    """
+    text = json.dumps(settings, indent=2)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    folder = epath.Path(flags.out or workdir) / kind / f"{name}-{digest}"
+    with open_for_writing(folder):
+        results = Results(folder)
+        results.write_text("settings.json", text + "\n")
+        yield results
+
+
 class Results:
-    """The folder PARENT/NAME-HASH. HASH is that of its settings.json: other settings, other folder.
+    """The results of a job in one folder.
 
     Results are PNG images by index, or rows of results.jsonl, or both. All processes call every
     method, in the same order. Process 0 writes rows and files; images are split among processes.
     """
 
-    def __init__(self, parent: epath.Path, name: str, settings: Mapping[str, Any]):
-        text = json.dumps(settings, indent=2)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-        self.folder = make_workdir(parent / f"{name}-{digest}")
-        self.write_text("settings.json", text + "\n")
-        self._images = ImageWriter(self.folder)
+    def __init__(self, folder: epath.Path):
+        self.folder = folder
+        self._images = ImageWriter(folder)
 
     def missing_images(self, count: int) -> list[int]:
         """Return the indices below `count` that have no image yet."""

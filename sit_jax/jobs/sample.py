@@ -5,9 +5,10 @@ import argparse
 import numpy as np
 from etils import epath
 
+from sit_jax import hosts, storage
 from sit_jax.image_io import ImageWriter, sheet
 from sit_jax.jobs.job import NETWORK, Job
-from sit_jax.jobs.results import Results, progress_bar
+from sit_jax.jobs.results import OUT, open_results, progress_bar
 from sit_jax.jobs.sampler import (
     make_sampler,
     open_guide,
@@ -32,31 +33,36 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     weights = restore_weights(setup, workdir, options.weights)
     guide = open_guide(config)
     settings = sampler_settings(setup, weights, guide)
-    results = Results(workdir / "samples", sampler_name(options, weights.step), settings)
-    frames = ImageWriter(results.folder / "frames") if options.frames else None
-    missing = np.asarray(results.missing_images(options.count))
-    print(
-        f"sampling {len(missing)} of {options.count} images from step {weights.step} into "
-        f"{results.folder}",
-        flush=True,
-    )
-    sampler = make_sampler(setup, guide)
-    batches = sample_images(setup, sampler, weights.params, missing)
-    with progress_bar(len(missing), "image") as bar:
-        for indices, images_bfhwc, evaluations in batches:
-            for row in results.own_rows(len(indices)):
-                index = int(indices[row])
-                strip_fhwc = images_bfhwc[row]
-                if frames:  # before the sample's own image, which marks it as complete
-                    frames.write(index, sheet(strip_fhwc, len(strip_fhwc), scale=options.scale))
-                results.write_image(index, strip_fhwc[-1])
-            bar.update(len(indices))
-            bar.set_postfix(evaluations=evaluations)
-    results.finish_images(options.count, config)
-    if len(missing):
-        networks = ", two networks each" if options.cfg_scale > 1 else ""
-        print(f"{evaluations} evaluations of the velocity{networks}")
-    print(f"sheet: {results.folder / 'sheet.png'}")
+    with open_results(
+        flags, workdir, "samples", sampler_name(options, weights.step), settings
+    ) as results:
+        frames = None
+        if options.frames:
+            frames = ImageWriter(results.folder / "frames")
+            hosts.broadcast_from_first(lambda: storage.clean_up(results.folder / "frames"))
+        missing = np.asarray(results.missing_images(options.count))
+        print(
+            f"sampling {len(missing)} of {options.count} images from step {weights.step} into "
+            f"{results.folder}",
+            flush=True,
+        )
+        sampler = make_sampler(setup, guide)
+        batches = sample_images(setup, sampler, weights.params, missing)
+        with progress_bar(len(missing), "image") as bar:
+            for indices, images_bfhwc, evaluations in batches:
+                for row in results.own_rows(len(indices)):
+                    index = int(indices[row])
+                    strip_fhwc = images_bfhwc[row]
+                    if frames:  # before the sample's own image, which marks it as complete
+                        frames.write(index, sheet(strip_fhwc, len(strip_fhwc), scale=options.scale))
+                    results.write_image(index, strip_fhwc[-1])
+                bar.update(len(indices))
+                bar.set_postfix(evaluations=evaluations)
+        results.finish_images(options.count, config)
+        if len(missing):
+            networks = ", two networks each" if options.cfg_scale > 1 else ""
+            print(f"{evaluations} evaluations of the velocity{networks}")
+        print(f"sheet: {results.folder / 'sheet.png'}")
 
 
 JOB = Job(
@@ -64,4 +70,5 @@ JOB = Job(
     "draw images from a run's newest checkpoint, as PNG files and a sheet",
     memory="sample.batch or sample.count",
     uses=(*NETWORK, "sample.", "log.sheet_count"),
+    flags=(OUT,),
 )

@@ -16,7 +16,7 @@ from sit_jax import hosts
 from sit_jax.errors import UserError, check
 from sit_jax.jobs.data import RealImages, check_same_classes, open_source, read_real_images
 from sit_jax.jobs.job import NETWORK, SAMPLER, Job
-from sit_jax.jobs.results import Results, Row, progress_bar
+from sit_jax.jobs.results import OUT, Row, open_results, progress_bar
 from sit_jax.jobs.sampler import (
     Guide,
     labels_of,
@@ -160,41 +160,43 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     real = read_real_images(setup, source, sweep.reference_count)
     evaluate, between_halves = make_evaluator(real, sweep.components)
     name = f"step{weights.step}-{config.sample.weights}-count{sweep.count}"
-    results = Results(workdir / "sweeps", name, _results_settings(setup, weights, guide, real))
-    rows = results.read_rows()
-    measured = {_key(row) for row in rows}
-    grid = sampler_grid(sweep, config.sample)
-    missing = [options for options in grid if _key(row_key(options)) not in measured]
-    print(
-        f"{len(missing)} of {len(grid)} samplers at step {weights.step}, {sweep.count} images "
-        f"each, into {results.folder}"
-    )
-    print(
-        f"compared with {len(real.images):,} real images, a stratified draw of {len(source):,}, "
-        f"whose halves are a Frechet distance of {between_halves:.3f} apart",
-        flush=True,
-    )
-    with progress_bar(len(missing), "sampler") as bar:
-        for options in missing:
-            bar.set_postfix_str(_label(row_key(options)))
-            try:
-                row = measure(config, options, weights.params, guide, evaluate)
-            except UserError as error:  # this sampler's images are not finite; others may be
-                bar.write(f"warning: {_label(row_key(options))}: {error}")
-            else:
-                rows.append(row)
-                results.add_rows([row])
-            bar.update()
-    requested = {_key(row_key(options)) for options in grid}
-    rows = [row for row in rows if _key(row) in requested]
-    rows.sort(key=lambda row: (row["cfg_scale"], row["networks"]))
-    check(rows, "no sampler gave finite images; check whether training diverged")
-    results.write_text("table.csv", as_csv(rows))
-    results.write_text("table.md", as_markdown(rows))
-    if hosts.is_first():
-        results.write_bytes("plot.png", plot(rows, between_halves))
-    print(as_markdown(rows))
-    print(f"plot: {results.folder / 'plot.png'}")
+    with open_results(
+        flags, workdir, "sweeps", name, _results_settings(setup, weights, guide, real)
+    ) as results:
+        rows = results.read_rows()
+        measured = {_key(row) for row in rows}
+        grid = sampler_grid(sweep, config.sample)
+        missing = [options for options in grid if _key(row_key(options)) not in measured]
+        print(
+            f"{len(missing)} of {len(grid)} samplers at step {weights.step}, {sweep.count} images "
+            f"each, into {results.folder}"
+        )
+        print(
+            f"compared with {len(real.images):,} real images, a stratified draw of "
+            f"{len(source):,}, whose halves are a Frechet distance of {between_halves:.3f} apart",
+            flush=True,
+        )
+        with progress_bar(len(missing), "sampler") as bar:
+            for options in missing:
+                bar.set_postfix_str(_label(row_key(options)))
+                try:
+                    row = measure(config, options, weights.params, guide, evaluate)
+                except UserError as error:  # this sampler's images are not finite; others may be
+                    bar.write(f"warning: {_label(row_key(options))}: {error}")
+                else:
+                    rows.append(row)
+                    results.add_rows([row])
+                bar.update()
+        requested = {_key(row_key(options)) for options in grid}
+        rows = [row for row in rows if _key(row) in requested]
+        rows.sort(key=lambda row: (row["cfg_scale"], row["networks"]))
+        check(rows, "no sampler gave finite images; check whether training diverged")
+        results.write_text("table.csv", as_csv(rows))
+        results.write_text("table.md", as_markdown(rows))
+        if hosts.is_first():
+            results.write_bytes("plot.png", plot(rows, between_halves))
+        print(as_markdown(rows))
+        print(f"plot: {results.folder / 'plot.png'}")
 
 
 def _results_settings(
@@ -286,6 +288,7 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mappin
 JOB = Job(
     run,
     "compare solvers, steps, tolerances and guidance by quality and cost",
+    flags=(OUT,),
     memory="sample.batch or sweep.count",
     uses=(
         *NETWORK,
