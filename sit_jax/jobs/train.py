@@ -197,7 +197,7 @@ def describe_start(
         },
     )
     old_steps, _ = changes.get("train.steps", (config.train.steps, None))
-    count = int(optimizer.update_count(state.opt_state))
+    count = int(optimizer.update_count(state.opt_state)) if start else 0
     old_rate = float(optimizer.make_schedule(old_optimizer, old_steps)(count))
     new_rate = float(setup.schedule(count))
     if start and not math.isclose(old_rate, new_rate, rel_tol=1e-6):
