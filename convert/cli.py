@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from etils import epath
 from safetensors import SafetensorError
 
-from sit_jax import runtime, storage
+from sit_jax import lock, report, runtime, storage
 from sit_jax.errors import UserError, check
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")  # of weights; the content decides
@@ -58,10 +58,13 @@ def run(main: Callable[[Sequence[str]], None]) -> int:
     runtime.fix_numerics()
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return 0
+    except Exception as error:
+        line = report.failure_line(error)
+        if not line:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
-    return 0
 
 
 def check_input(path: str) -> None:
@@ -84,9 +87,11 @@ def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
     The temporary path is renamed to `out` when the block ends, and removed if the block fails.
 
     Raises UserError if `out` already exists and `overwrite` is not set, is a folder other than a
-    workdir, or cannot be written.
+    workdir, is in use by a run that is training, or cannot be written. First completes or removes
+    what a conversion to the same path that was killed has left.
     """
     path = epath.Path(out)
+    storage.clean_up(path.parent, path.name)
     check(
         not storage.is_remote(path),
         f"{out!r} is not on a local disk; convert into a local folder and copy the result",
@@ -109,8 +114,10 @@ def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
             f"{out!r} needs about {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free; "
             "make room or give another location",
         )
-        with storage.beside(path) as new:
-            yield new
+        with contextlib.ExitStack() as stack:
+            if path.is_dir():  # a run may be training in it
+                stack.enter_context(lock.hold(path))
+            yield stack.enter_context(storage.beside(path))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

@@ -6,9 +6,10 @@ import json
 import pathlib
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
-from sit_jax import main
+from sit_jax import main, manifest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -53,6 +54,22 @@ def refusal(*arguments):
     assert err.startswith("error: "), err
     assert err.endswith("\n") and err.count("\n") == 1, err
     return err
+
+
+def record_as_trained_with(workdir, **settings):
+    """Change settings, written train__steps=4, in config.json and in every checkpoint's note."""
+    config = json.loads((workdir / "config.json").read_text())
+    for key, value in settings.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    (workdir / "config.json").write_text(json.dumps(config))
+    for folder in (workdir / "checkpoints").iterdir():
+        recorded = manifest.read(epath.Path(folder))
+        path = folder / "note" / "metadata"
+        note = json.loads(path.read_text())
+        note["config"] |= {key.replace("__", "."): value for key, value in settings.items()}
+        path.write_text(json.dumps(note))
+        manifest.write(epath.Path(folder), recorded.step, recorded.run)
 
 
 def snapshot(folder):

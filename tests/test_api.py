@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 import sit_jax
 from sit_jax.errors import UserError
-from tests.commands import flags, pictures, succeed
+from tests.commands import flags, pictures, record_as_trained_with, succeed
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
@@ -203,8 +203,7 @@ def test_refusals_name_no_flags_of_the_command_line(tmp_path, workdir):
 
 def test_a_null_label_that_was_not_trained_is_refused(tmp_path, workdir):
     other = shutil.copytree(workdir, tmp_path / "run")
-    text = (other / "config.json").read_text()
-    (other / "config.json").write_text(text.replace('"label_dropout": 0.1', '"label_dropout": 0.0'))
+    record_as_trained_with(other, train__label_dropout=0.0)
     run = sit_jax.load(other)
     words = "train.label_dropout is 0, so that no null label is trained"
     for call in (

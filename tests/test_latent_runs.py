@@ -83,7 +83,7 @@ def run(images, tmp_path_factory):
 def weights(workdir):
     """Restore the EMA weights of the newest checkpoint."""
     config = config_lib.load(str(workdir / "config.json"))
-    return restore_weights(set_up(config), epath.Path(workdir), "ema")[1]
+    return restore_weights(set_up(config), epath.Path(workdir), "ema").params
 
 
 def test_it_trains_on_latents_and_shows_images(run):

@@ -9,7 +9,16 @@ from sit_jax import config as config_lib
 from sit_jax.jobs.table import JOBS
 from sit_jax.laws import in_group
 from sit_jax.settings import Config
-from tests.commands import DIGITS, ROOT, TINY, flags, refusal, snapshot, succeed
+from tests.commands import (
+    DIGITS,
+    ROOT,
+    TINY,
+    flags,
+    record_as_trained_with,
+    refusal,
+    snapshot,
+    succeed,
+)
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
 
@@ -51,10 +60,7 @@ def test_configs_do_not_walk_into_it(tmp_path):
 
 def test_a_run_without_label_dropout_samples_unguided_and_cannot_pretend(run_copy):
     """The guided sampling of a run of an earlier version, whose config was accepted then."""
-    recorded = run_copy / "config.json"
-    values = json.loads(recorded.read_text())
-    values["train"]["label_dropout"] = 0.0
-    recorded.write_text(json.dumps(values))
+    record_as_trained_with(run_copy, train__label_dropout=0.0)
     before = snapshot(run_copy)
     sample = ("--workdir", run_copy, "--mode", "sample")
     assert NO_NULL in refusal(*sample)

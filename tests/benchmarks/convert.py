@@ -86,7 +86,7 @@ def forward_difference(path: str, workdir: str) -> float:
     t = np.array([0.3, 0.9], np.float32)
     y = np.array([207, CLASSES], np.int32)
     setup = set_up(config_lib.load(f"{workdir}/config.json"))
-    _, params = restore_weights(setup, epath.Path(workdir), "ema")
+    params = restore_weights(setup, epath.Path(workdir), "ema").params
     ours = np.asarray(jax.jit(setup.network)(params, x, t, y))
     del params
     with torch.device("meta"):

@@ -30,7 +30,7 @@ def opened(workdir) -> tuple[Setup, int, TrainState]:
     config = config_lib.load(str(workdir / "config.json"))
     setup = set_up(config)
     with open_checkpoints(config, epath.Path(workdir)) as saved:
-        step, state, _ = train.restore_or_create(setup, saved)
+        step, state, _ = train.restore_or_create(setup, epath.Path(workdir), saved)
     return setup, step, state
 
 
@@ -334,6 +334,6 @@ def test_only_the_raw_weights_of_an_incomplete_training_checkpoint(tmp_path):
     setup = set_up(
         config_lib.load(str(tmp_path / "run" / "config.json"), [("sample.weights", "raw")])
     )
-    step, params = restore_weights(setup, epath.Path(tmp_path / "run"), "raw")
-    assert_same(params, content["model"], setup.size)
-    assert step == 0
+    weights = restore_weights(setup, epath.Path(tmp_path / "run"), "raw")
+    assert_same(weights.params, content["model"], setup.size)
+    assert weights.step == 0

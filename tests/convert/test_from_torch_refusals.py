@@ -2,14 +2,17 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import save_file
 
 from convert import cli, from_torch
-from sit_jax import checkpoint
+from sit_jax import lock, manifest, storage
 from sit_jax.errors import UserError
 from tests import checkpoints, goldens
 from tests.convert.test_from_torch import opened, without
@@ -194,6 +197,18 @@ def test_an_existing_workdir_is_kept_until_a_complete_one_may_replace_it(tmp_pat
     from_torch.convert(new, str(run), num_heads=2, overwrite=True)
     assert classes_of(run) == 6 and opened(run)[1] == 0
     assert {entry.name for entry in tmp_path.iterdir()} == {"old.pt", "bad.pt", "new.pt", "run"}
+    with (
+        lock.hold(epath.Path(run)),
+        pytest.raises(UserError, match=f"run' is in use by process {os.getpid()} on "),
+    ):
+        from_torch.convert(old, str(run), num_heads=2, overwrite=True)
+    # A conversion that was killed after it renamed the old workdir away.
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    run.rename(tmp_path / f".run.{storage._HOST}-{dead.pid}-0123.old")
+    with pytest.raises(UserError, match="run' already exists"):
+        from_torch.convert(new, str(run), num_heads=2)
+    assert classes_of(run) == 6 and opened(run)[1] == 0
     photos = tmp_path / "photos"
     photos.mkdir()
     with pytest.raises(
@@ -213,10 +228,10 @@ def test_a_full_disk_is_refused_before_writing_and_leaves_nothing_while_writing(
         ):
             from_torch.convert(path, str(tmp_path / "run"), num_heads=2)
 
-    def full(folder):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_digests", full)
+    monkeypatch.setattr(manifest, "write", full)
     with pytest.raises(UserError, match="No space left on device") as caught:
         from_torch.convert(path, str(tmp_path / "run"), num_heads=2)
     assert "\n" not in str(caught.value)

@@ -1,16 +1,19 @@
 """to_torch: its files convert back bitwise, and load into the reference's modules and AdamW."""
 
 import errno
+import json
 
 import jax
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from convert import cli, from_torch, to_torch
 from convert.torch_file import Tensor, read_torch_file
 from convert.torch_writer import TorchWriter
 from sit_jax import config as config_lib
+from sit_jax import manifest
 from sit_jax.errors import UserError
 from sit_jax.jobs.setup import Setup
 from sit_jax.models.sizes import Size
@@ -79,7 +82,8 @@ def test_the_step_and_every_setting_come_back(tmp_path):
     }
     from_torch.convert(path, str(run), num_heads=2, overrides=list(settings.items()))
     config = config_lib.load(str(run / "config.json"))
-    (run / "checkpoints" / "5").rename(run / "checkpoints" / "8")
+    later = (run / "checkpoints" / "5").rename(run / "checkpoints" / "8")
+    manifest.write(epath.Path(later), 8, json.loads((run / "run.json").read_text())["run"])
     to_torch.convert(str(tmp_path / "run"), str(tmp_path / "b.pt"))
     from_torch.convert(str(tmp_path / "b.pt"), str(tmp_path / "again"))
     assert config_lib.load(str(tmp_path / "again" / "config.json")) == config

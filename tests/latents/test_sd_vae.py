@@ -80,7 +80,7 @@ def test_the_codec_draws_scales_and_decodes_as_diffusers(case, monkeypatch):
     arrays, codec = arrays_of(case), sd_vae(goldens.FOLDER / case["folder"])
     params = codec.load()
     with monkeypatch.context() as patch:
-        patch.setattr(jax.random, "normal", lambda key, shape: key.reshape(shape))
+        patch.setattr(jax.random, "normal", lambda key, shape, dtype: key.reshape(shape))
         x = codec.encode(params, arrays["noise"], records(arrays["x"]))
     assert relative_error(x, arrays["scaled_latent"]) < 1e-5
     assert relative_error(codec.decode(params, x), arrays["round_trip"]) < 1e-5
