@@ -74,6 +74,7 @@ def test_two_processes_train_as_one_and_write_everything_once(one, two):
         "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "run.json",
     ]
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["16", "20", "8"]
 

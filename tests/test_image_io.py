@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sit_jax import image_io
+from sit_jax.errors import UserError
 
 
 def _random_images(*shape):
@@ -86,6 +87,6 @@ def test_an_image_whose_write_fails_is_still_missing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="000000.png cannot be written \\(No space left on device"):
         writer.write(0, np.zeros((2, 2, 1), np.uint8))
     assert writer.missing(1) == [0]
