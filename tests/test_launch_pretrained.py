@@ -352,9 +352,9 @@ def test_a_complete_run_on_a_small_model_in_the_published_format(tmp_path):
     assert images.shape == (8, 64, 64, 3) and (images.std(axis=(1, 2, 3)) > 1).all()
     assert np.asarray(Image.open(folder / "sheet.png")).shape == (2 * 66 + 2, 4 * 66 + 2, 3)
     settings = json.loads((folder / "settings.json").read_text())
-    sample = settings["sample"]
-    assert sample["solver"] == "euler-maruyama" and sample["labels"] == LABELS
-    assert sample["cfg_scale"] == 4
+    options = settings["sample"]
+    assert options["solver"] == "euler-maruyama" and options["labels"] == LABELS
+    assert options["cfg_scale"] == 4
     assert settings["latents"]["path"] == str(autoencoder) and settings["latents"]["repo"] is None
 
     # A second run converts nothing and samples nothing.
