@@ -302,7 +302,9 @@ def test_these_may_change_too(run_copy, settings):
 def test_an_average_of_random_weights_is_said(decay, share):
     overrides = [("train.steps", "4"), ("train.ema_decay", str(decay)), ("model.width", "16")]
     setup = set_up(config_lib.load("configs/digits.py", overrides))
-    lines = list(train.describe_start(setup, setup.create_state(), 0, {}))
+    state = setup.create_state()
+    assert not list(train.describe_start(setup, state, 0, {}, is_fresh=False))  # a fork's start
+    lines = list(train.describe_start(setup, state, 0, {}, is_fresh=True))
     if share is None:
         assert not lines
     else:

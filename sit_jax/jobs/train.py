@@ -182,9 +182,17 @@ def record_config(
 
 
 def describe_start(
-    setup: Setup, state: TrainState, start: int, changes: Mapping[str, tuple[Any, Any]]
+    setup: Setup,
+    state: TrainState,
+    start: int,
+    changes: Mapping[str, tuple[Any, Any]],
+    *,
+    is_fresh: bool,
 ) -> Iterator[str]:
-    """Yield a line for each change of settings, and for each effect that may surprise."""
+    """Yield a line for each change of settings, and for each effect that may surprise.
+
+    `is_fresh` says that the weights are random, and not those of a checkpoint.
+    """
     for key, (old, new) in changes.items():
         yield f"{key} changes from {old!r} to {new!r} at step {start}"
     config = setup.config
@@ -206,7 +214,7 @@ def describe_start(
             f"{config.optimizer.schedule} schedule over {config.train.steps} steps"
         )
     share = config.train.ema_decay**config.train.steps
-    if not start and share > _LARGEST_INITIAL_SHARE:
+    if is_fresh and share > _LARGEST_INITIAL_SHARE:
         yield (
             f"after {config.train.steps} steps the EMA still holds {share:.0%} of the initial, "
             f"random weights, so samples of it are noisy: train.ema_decay is "
@@ -246,7 +254,7 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         log = stack.enter_context(hosts.run_on_all(lambda: _open_log(config, workdir, start)))
         recorded = recorded_settings(note, workdir)
         changes = {} if recorded is None else config_lib.changes_since(recorded, config)
-        for line in describe_start(setup, state, start, changes):
+        for line in describe_start(setup, state, start, changes, is_fresh=not note):
             print(line)
         images = note.get("data", {}).get("images", len(source))
         if images != len(source):
