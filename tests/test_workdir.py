@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import lock
+from sit_jax import lock, storage
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.jobs import train, watcher
 from sit_jax.jobs.loop import Loop
@@ -415,6 +416,17 @@ def test_one_job_at_a_time_fills_a_folder_of_results(run_copy):
         "settings.json",
         "summary.json",
     ]
+
+
+def test_training_removes_what_a_killed_run_left(run_copy):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    end = f"{storage._HOST}-{dead.pid}-0123.tmp"
+    left = [run_copy / f".config.json.{end}", run_copy / "sheets" / f".step_00000006.png.{end}"]
+    for path in left:
+        path.write_bytes(b"half")
+    succeed("--workdir", run_copy, *flags(train__steps=6))
+    assert not any(path.exists() for path in left)
 
 
 def test_a_refused_start_leaves_no_folder(tmp_path):

@@ -131,6 +131,7 @@ class Loop:
         folder = self._workdir / "sheets"
         try:
             folder.mkdir(exist_ok=True)
+            storage.clean_up(folder)
             storage.write_bytes(folder / f"step_{step:08d}.png", encode_png(image))
         except (OSError, UserError) as error:  # the next one may find room
             warn(f"no sheet of step {step}: {error}")
