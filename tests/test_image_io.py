@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sit_jax import image_io
+from sit_jax.errors import UserError
 
 
 def _random_images(*shape):
@@ -86,6 +87,16 @@ def test_an_image_whose_write_fails_is_still_missing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="000000.png cannot be written \\(No space left on device"):
         writer.write(0, np.zeros((2, 2, 1), np.uint8))
     assert writer.missing(1) == [0]
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", "half", b"\x89PNG\r\n\x1a\n"])
+def test_a_damaged_image_is_named_with_the_remedy(tmp_path, data):
+    writer = image_io.ImageWriter(tmp_path)
+    writer.write(3, _random_images(1, 9, 9, 3)[0])
+    path = tmp_path / "000003.png"
+    path.write_bytes(path.read_bytes()[:90] if data == "half" else data)
+    with pytest.raises(UserError, match="000003.png is damaged; delete it, and give the same"):
+        writer.read(3)
