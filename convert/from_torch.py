@@ -26,8 +26,10 @@ from sit_jax import sharding, storage, train_state
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError, check
 from sit_jax.jobs.setup import Setup
+from sit_jax.laws import in_group
 from sit_jax.models.embeddings import position_embedding
 from sit_jax.models.sizes import SIZES, size_by_name, tokens
+from sit_jax.settings import Config, get
 
 _DESCRIPTION = """\
 Convert a PyTorch SiT checkpoint into a workdir to sample from or to continue training in. A
@@ -146,6 +148,8 @@ def convert(
         setup = Setup(config, sharding.make_mesh(-1, 1, 1))
         adapted = _adapt(source, architecture, new_architecture, setup)
         _check_shapes(checkpoint, adapted, moments, setup)
+        notes = _overruled(source, settings, config, overrides)
+        adapted = dataclasses.replace(adapted, notes=(*adapted.notes, *notes))
         _describe(adapted, architecture, new_architecture, setup)
         print(f"writing {needed / 1e6:,.0f} MB ...", flush=True)
         note = {
@@ -222,6 +226,28 @@ def _recorded(
     if not settings.train.label_dropout:
         settings.sample.cfg_scale = 1.0  # the null label is untrained
     return settings, count, []
+
+
+def _overruled(
+    source: CheckpointFile,
+    settings: ml_collections.ConfigDict,
+    config: Config,
+    overrides: Sequence[tuple[str, str]],
+) -> list[str]:
+    """Return a note on each flag that contradicts the file on what its weights compute.
+
+    `settings` are those of the file, before the flags.
+    """
+    recorded = {ours for theirs, ours in recipe.ARGUMENTS.items() if theirs in source.args}
+    recorded.add("model.qk_norm")  # the PyTorch SiT has none
+    return [
+        f"--config.{key} is {get(config, key)}, but the file's weights were trained with "
+        f"{get(settings, key)}: the flag wins, so samples are wrong if the file is right"
+        for key in dict(overrides)
+        if in_group(key, config_lib.NETWORK)
+        and (source.record or key in recorded)
+        and get(config, key) != get(settings, key)
+    ]
 
 
 def _bytes(source: CheckpointFile, moments: AdamWMoments | None) -> int:

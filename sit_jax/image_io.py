@@ -4,12 +4,14 @@ Shapes: b images, h height, w width, c channels (1 or 3). All arrays are NumPy a
 """
 
 import io
+import os
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
 from sit_jax import storage
+from sit_jax.errors import UserError
 
 
 def to_uint8(x_bhwc: np.ndarray) -> np.ndarray:
@@ -62,8 +64,17 @@ class ImageWriter:
         storage.write_bytes(self.folder / _file_name(index), encode_png(image_hwc))
 
     def read(self, index: int) -> np.ndarray:
-        """Return the uint8 image (h, w, c) that was written for the index."""
-        image = np.asarray(Image.open(io.BytesIO((self.folder / _file_name(index)).read_bytes())))
+        """Return the uint8 image (h, w, c) that was written for the index.
+
+        Raises `UserError` if its file is damaged.
+        """
+        path = self.folder / _file_name(index)
+        try:
+            image = np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+        except (OSError, SyntaxError, ValueError) as error:  # those of Pillow for broken data
+            raise UserError(
+                f"{os.fspath(path)} is damaged; delete it, and give the same command again"
+            ) from error
         return image[..., None] if image.ndim == 2 else image
 
     def remove(self, index: int) -> None:

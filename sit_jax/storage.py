@@ -243,7 +243,7 @@ def json_rows(text: bytes) -> Iterator[tuple[bytes, dict]]:
     for line in text.split(b"\n")[:-1]:  # after the last newline: nothing, or a truncated line
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter for brackets without end
             continue
         if isinstance(row, dict):
             yield line, row
@@ -259,7 +259,7 @@ def make_writable_folder(path: epath.PathLike) -> epath.Path:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"--workdir {os.fspath(path)!r} cannot be written ({error.strerror or error}); "
+            f"{os.fspath(path)!r} cannot be written ({error.strerror or error}); "
             "give a folder that you may create and write"
         ) from error
     return path

@@ -90,3 +90,13 @@ def test_an_image_whose_write_fails_is_still_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="000000.png cannot be written \\(No space left on device"):
         writer.write(0, np.zeros((2, 2, 1), np.uint8))
     assert writer.missing(1) == [0]
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", "half", b"\x89PNG\r\n\x1a\n"])
+def test_a_damaged_image_is_named_with_the_remedy(tmp_path, data):
+    writer = image_io.ImageWriter(tmp_path)
+    writer.write(3, _random_images(1, 9, 9, 3)[0])
+    path = tmp_path / "000003.png"
+    path.write_bytes(path.read_bytes()[:90] if data == "half" else data)
+    with pytest.raises(UserError, match="000003.png is damaged; delete it, and give the same"):
+        writer.read(3)

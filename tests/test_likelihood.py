@@ -323,6 +323,10 @@ def test_rows_of_images_that_changed_are_computed_again(tmp_path):
     for index in (1, 2):
         assert after[index]["sha256"] != before[index]["sha256"]
         assert after[index]["log_prob"] != before[index]["log_prob"]
+    # Rows that are none of this job's, and lines that are no rows, are passed over.
+    with results.open("a") as file:
+        file.write('{"x": 1}\n{"index": 0}\n[]\n' + "[" * 100_000 + "\n")
+    assert "log p of 0 of 4 images" in evaluate(workdir, **settings)
     # An image that moves to another class is another record as well.
     (data / "a" / "1.png").rename(data / "b" / "00.png")
     assert "images that have changed since, to be computed again: 1" in evaluate(

@@ -60,7 +60,7 @@ def test_a_writable_folder_is_created_with_its_parents_and_left_empty(tmp_path):
 def test_a_workdir_that_is_not_writable_is_a_user_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"--workdir '.*file/run' cannot be written \(.+\); give a folder"
+        UserError, match=r"'.*file/run' cannot be written \(.+\); give a folder"
     ) as caught:
         storage.make_writable_folder(tmp_path / "file" / "run")
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 import shutil
 
 import numpy as np
@@ -156,6 +157,12 @@ def test_inverted_images_are_a_draw_and_redone_when_they_change(run_and_data):
     assert (after[1]["noise"] != before[1]["noise"]).any()
     for number in (0, 2, 3):
         np.testing.assert_array_equal(after[number]["noise"], before[number]["noise"])
+    # A file that is damaged counts as missing.
+    kept = (folder / "000000.npz").read_bytes()
+    for damage in (b"", b"PK", kept[: len(kept) // 2], b"\x93NUMPY", pickle.dumps({"index": 1})):
+        (folder / "000000.npz").write_bytes(damage)
+        assert "inverting 1 of 4 images" in succeed(*arguments)
+        assert str(entries()[0]["sha256"]) == str(before[0]["sha256"])
 
 
 @pytest.mark.parametrize("key", ["sample.labels", "sample.frames"])

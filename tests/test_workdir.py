@@ -140,8 +140,25 @@ def lose_all_of_an_earlier_version(workdir):
     (workdir / "run.json").unlink()
 
 
+def lose_checkpoints_of_an_earlier_version(workdir):
+    """Leave only the log, of four steps with a save after each."""
+    lose_checkpoints(workdir)
+    (workdir / "run.json").unlink()
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    config["checkpoint"]["every"] = 1
+    path.write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
-    "lose", [lose_manifests, lose_checkpoints, damage_all, lose_all_of_an_earlier_version]
+    "lose",
+    [
+        lose_manifests,
+        lose_checkpoints,
+        damage_all,
+        lose_all_of_an_earlier_version,
+        lose_checkpoints_of_an_earlier_version,
+    ],
 )
 def test_a_run_that_lost_its_checkpoints_does_not_start_over(run_copy, lose):
     lose(run_copy)
@@ -237,6 +254,31 @@ def test_labels_that_mean_other_classes_are_refused(folder_run, old, new, words)
         assert "these are other classes than the run was trained on" in message
         assert words in message
     assert snapshot(data.parent / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (None, None, None),
+        ("cat", "zebra", "label 0 was 'cat' and is now 'dog'"),
+        ("dog", "bat", "label 0 was 'cat' and is now 'bat'"),
+        ("dog", "horse", "label 1 was 'dog' and is now 'horse'"),
+    ],
+)
+def test_a_fork_to_other_classes_says_so_and_keeps_to_them(folder_run, old, new, words):
+    run, data = folder_run
+    fork = data.parent / "fork"
+    if old:
+        (data / old).rename(data / new)
+    out = succeed(*run[:3], "--fork", fork, "--config.train.steps=1")
+    assert ("the fork trains on other classes than the weights" in out) == (words is not None)
+    assert words is None or words in out
+    shutil.rmtree(fork / "checkpoints" / "1")  # back to the weights of the fork
+    name = new or "cat"
+    (data / name).rename(data / f"{name}2")
+    assert f"label {int(name == 'horse' or name == 'zebra')} was {name!r}" in refusal(
+        "--workdir", fork
+    )
 
 
 def test_a_set_that_grew_is_said(folder_run):

@@ -33,7 +33,7 @@ _SYSTEM_FOLDERS = (
     "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX",
     "lost+found",
 )  # fmt: skip
-_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval")
 _LISTED_KINDS = 8
 _LONGEST_EXTENSION = 12
 
@@ -192,18 +192,26 @@ def _class_names(path: str, passed_over: collections.Counter[str]) -> list[str]:
 def _refuse_splits(path: str, class_names: list[str]) -> None:
     """Raise `UserError` if the class folders are the splits of a data set.
 
-    A single one without folders inside may be a class: "train" of a data set of vehicles, say.
+    One sign is not enough: "train" may be a class of vehicles, without folders inside, or beside
+    "car" and "ship".
     """
-    if any(name.lower() not in _SPLITS for name in class_names):
+    splits = {name: _split(name) for name in class_names if _split(name) in _SPLITS}
+    if not splits:
         return
-    first = min(class_names, key=lambda name: _SPLITS.index(name.lower()))
+    first = min(splits, key=lambda name: _SPLITS.index(splits[name]))
     folder = os.path.join(path, first)
     has_folders = bool(_sorted_entries(folder, collections.Counter())[0])
+    signs = (len(splits) > 1, len(splits) == len(class_names), has_folders)
     check(
-        len(class_names) == 1 and not has_folders,
-        f"data.path={path!r} holds splits ({first_names(class_names)}), not classes; set "
+        sum(signs) < 2,
+        f"data.path={path!r} holds splits ({first_names(list(splits))}), not classes; set "
         f"data.path={folder!r}",
     )
+
+
+def _split(name: str) -> str:
+    """Return "train" for "Train", "train2017" or "train_1"."""
+    return name.lower().rstrip("0123456789_-")
 
 
 def _images_below(

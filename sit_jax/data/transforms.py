@@ -5,6 +5,7 @@ NumPy and Pillow only: reader processes run this, and they must not claim a devi
 
 import dataclasses
 import io
+import math
 import warnings
 
 import numpy as np
@@ -16,6 +17,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 # Pillow warns at half of that; `Decoding.max_pixels` decides here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_LARGEST_SCALED = 2**26  # pixels of a scaled image
 
 # Pillow converts these to RGB over their complete range. It clips any other at 255.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
@@ -108,12 +111,18 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """Apply ADM's centre crop: scale the shorter side to `size`, keep the middle, uint8 [s, s, 3].
 
     Bicubic resampling alone would skip pixels of a much larger image. So the image is first halved
-    with a box filter while its shorter side is at least twice `size`.
+    with a box filter while its shorter side is at least twice `size`. Raises ValueError for an
+    image so long and thin that it would be scaled to gigabytes.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     scaled_size = round(image.width * scale), round(image.height * scale)
+    if math.prod(scaled_size) > _LARGEST_SCALED:  # most of which the crop would throw away
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are too long and thin to scale to {size}; crop "
+            "the image"
+        )
     image = image.resize(scaled_size, Image.Resampling.BICUBIC)
     left = (image.width - size) // 2
     top = (image.height - size) // 2

@@ -51,22 +51,27 @@ def describe(source: Source) -> dict[str, Any]:
     return {"class_names": list(source.class_names), "images": len(source)}
 
 
-def check_same_classes(note: Mapping[str, Any], source: Source) -> None:
-    """Raise `UserError` if the labels of the data mean other classes than those trained on.
+def changed_label(note: Mapping[str, Any], source: Source) -> str | None:
+    """Return the first label that means another class than at a checkpoint, in words, or None.
 
-    `note` is a checkpoint's. Earlier versions recorded no data.
+    `note` is the checkpoint's. Earlier versions recorded no data.
     """
     trained = note.get("data", {}).get("class_names")
     if trained is None:
-        return
-    pairs = enumerate(itertools.zip_longest(trained, source.class_names))
-    label, (before, now) = next(
-        ((k, pair) for k, pair in pairs if pair[0] != pair[1]), (0, ("", ""))
-    )
+        return None
+    for label, (before, now) in enumerate(itertools.zip_longest(trained, source.class_names)):
+        if before != now:
+            return f"label {label} was {before!r} and is now {now!r}"
+    return None
+
+
+def check_same_classes(note: Mapping[str, Any], source: Source) -> None:
+    """Raise `UserError` if the labels of the data mean other classes than those trained on."""
+    other = changed_label(note, source)
     check(
-        before == now,
-        f"these are other classes than the run was trained on: label {label} was {before!r} and is "
-        f"now {now!r}; give the data set it was trained on (data.path), or start a new run",
+        other is None,
+        f"these are other classes than the run was trained on: {other}; give the data set it was "
+        "trained on (data.path), or start a new run",
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,11 +147,13 @@ def _read_entry(results: Results, position: int) -> Mapping[str, np.ndarray]:
 
 
 def _image_of(results: Results, position: int) -> tuple[int, str] | None:
-    """Return the index and digest of the image that was inverted, or None without its file."""
-    if not _entry_file(results, position).exists():
+    """Return the index and digest of the image that was inverted; None if its file is no use."""
+    try:
+        entry = _read_entry(results, position)
+        return int(entry["index"]), str(entry["sha256"])
+    # A damaged file of NumPy's may raise any of these, or EOFError.
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
         return None
-    entry = _read_entry(results, position)
-    return int(entry["index"]), str(entry["sha256"])
 
 
 def _entry_file(results: Results, position: int) -> epath.Path:

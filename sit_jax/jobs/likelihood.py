@@ -230,7 +230,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
 
 def _unchanged(results: Results, digest_of: Mapping[int, str | None]) -> list[Row]:
     """Return the rows so far, and drop from the file those whose image has another digest now."""
-    rows = results.read_rows()
+    rows = results.read_rows(("index", "log_prob", "bits_per_dim"))
     kept = [
         row
         for row in rows

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,9 +75,10 @@ class Results:
         """Delete the image of an index, which is then missing. Only process 0 calls this."""
         self._images.remove(index)
 
-    def read_rows(self) -> list[Row]:
-        """Return the rows written so far."""
-        return hosts.broadcast_from_first(lambda: _read_rows(self.folder / _ROWS))
+    def read_rows(self, names: Iterable[str]) -> list[Row]:
+        """Return the rows written so far. A row without all these names is not one of the job's."""
+        rows = hosts.broadcast_from_first(lambda: _read_rows(self.folder / _ROWS))
+        return [row for row in rows if row.keys() >= set(names)]
 
     def add_rows(self, rows: Sequence[Row]) -> None:
         """Append rows to results.jsonl."""

@@ -163,7 +163,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     with open_results(
         flags, workdir, "sweeps", name, _results_settings(setup, weights, guide, real)
     ) as results:
-        rows = results.read_rows()
+        rows = results.read_rows(COLUMNS)
         measured = {_key(row) for row in rows}
         grid = sampler_grid(sweep, config.sample)
         missing = [options for options in grid if _key(row_key(options)) not in measured]

@@ -22,7 +22,13 @@ from sit_jax import hosts, optimizer, sharding, storage
 from sit_jax import train_step as step_lib
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError, check, require
-from sit_jax.jobs.data import check_same_classes, describe, open_batches, open_source
+from sit_jax.jobs.data import (
+    changed_label,
+    check_same_classes,
+    describe,
+    open_batches,
+    open_source,
+)
 from sit_jax.jobs.job import Flag, Job, Overrides
 from sit_jax.jobs.loop import Loop, stop_signal
 from sit_jax.jobs.setup import (
@@ -100,7 +106,7 @@ def restore_or_create(
     start = newest_step(checkpoints)
     if start is None:
         check(
-            not checkpoints.has_trained(),
+            not checkpoints.has_trained() and not _has_logged_checkpoints(workdir),
             f"{str(workdir)!r} has been trained, but none of its checkpoints can be used; restore "
             "its folder checkpoints/ from a copy, or give another --workdir to start from step 0",
         )
@@ -127,6 +133,25 @@ def restore_or_create(
     return start, TrainState(step=step, **items), note
 
 
+def _has_logged_checkpoints(workdir: epath.Path) -> bool:
+    """Return True if the log proves that the run had a complete checkpoint.
+
+    A run of an earlier version that has lost its checkpoints has no other record of them. Each save
+    waits for the one before, so a step after the second save was logged after the first was
+    complete.
+    """
+
+    def look() -> bool:
+        log, recorded = workdir / "metrics.jsonl", workdir / "config.json"
+        if not log.exists() or not recorded.exists():
+            return False
+        steps = (row.get("step") for _, row in storage.json_rows(log.read_bytes()))
+        last = max((step for step in steps if type(step) is int), default=0)
+        return last > 2 * config_lib.read_recorded(recorded).checkpoint.every
+
+    return hosts.broadcast_from_first(look)
+
+
 def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     """Create a new run in `workdir`, at step 0, from the newest weights and EMA in `source`.
 
@@ -142,7 +167,7 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
     )
     check(not target_exists, f"--fork {str(workdir)!r} holds a run already; give a new folder")
     check(source_exists, f"--workdir {str(source)!r} has no checkpoints to fork from")
-    hosts.run_on_all(lambda: open_source(setup))  # missing data must leave no folder behind
+    data = hosts.run_on_all(lambda: open_source(setup))  # missing data must leave no folder behind
     with open_checkpoints(config, source) as checkpoints:
         step = require(
             newest_step(checkpoints),
@@ -151,11 +176,14 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
         target = setup.abstract_state
         # Not the moments: the config may have a different optimizer.
         weights = restore_items(checkpoints, step, {"params": target.params, "ema": target.ema})
+        if other := changed_label(checkpoints.note(step), data):
+            print(f"the fork trains on other classes than the weights: {other}")
     fresh = setup.create_state()
     with open_for_writing(workdir), open_checkpoints(config, workdir) as checkpoints:
         note = {
             "forked_from": f"{source}, step {step}",
             "config": config_lib.flatten(config),
+            "data": describe(data),
         }
         checkpoints.save(0, fresh.items() | weights, note)
     print(f"forked step {step} of {source} into {workdir}")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from convert.torch_file import Tensor, read_torch_file
 from sit_jax import config as config_lib
 from sit_jax.errors import UserError
 from sit_jax.models.sizes import Size
+from sit_jax.settings import get
 from tests import checkpoints
 
 GVP = {"transport.path": "GVP"}
@@ -118,6 +120,29 @@ def test_the_files_own_values_win_and_are_named(tmp_path, made, capsys, case):
         assert words in printed
     else:
         assert "note" not in printed
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "was"),
+    [
+        ("transport.path", "GVP", "Linear"),
+        ("transport.prediction", "noise", "velocity"),
+        ("model.qk_norm", "True", "False"),
+        ("train.label_dropout", "0.2", "0.1"),
+    ],
+)
+def test_a_flag_that_contradicts_the_file_wins_and_is_named(
+    tmp_path, made, capsys, key, value, was
+):
+    content, *_ = made()
+    config, _ = back(tmp_path, content, overrides=[(key, value)])
+    assert str(get(config, key)) == value
+    words = f"note: --config.{key} is {value}, but the file's weights were trained with {was}"
+    assert words in capsys.readouterr().out
+    # The same value, and a setting that may change, are no contradictions.
+    shutil.rmtree(tmp_path / "again")
+    back(tmp_path, content, overrides=[(key, was), ("train.batch", "8")])
+    assert "--config." not in capsys.readouterr().out.replace("--config.data.path", "")
 
 
 def test_the_step_is_ahead_of_the_count_by_the_skipped_updates(tmp_path, made):

@@ -117,6 +117,9 @@ def test_links_that_are_no_loop_are_followed_each_time(tmp_path):
         (["test", "valid"], "valid"),
         (["train"], "train"),
         (["train", "val", ".cache", "__MACOSX"], "train"),
+        (["train2017", "val2017"], "train2017"),
+        (["TRAIN_0", "dev-1"], "TRAIN_0"),
+        (["train", "val", "annotations"], "train"),
     ],
 )
 def test_a_root_of_splits_is_refused(tmp_path, folders, first):
@@ -131,6 +134,9 @@ def test_a_root_of_splits_is_refused(tmp_path, folders, first):
     [
         ["train/0.png"],  # one class, perhaps of vehicles
         ["train/0.png", "bus/0.png"],
+        ["train/0.png", "test/0.png", "bus/0.png"],
+        ["train/a/0.png", "bus/0.png"],
+        ["train station/0.png", "test tube/0.png"],
         ["test/0.png", "other/a/0.png"],
     ],
 )

@@ -65,3 +65,16 @@ def test_a_mirror_swaps_left_and_right():
     image = np.arange(2 * 3 * 1, dtype=np.uint8).reshape(2, 3, 1)
     expected = [[2, 1, 0], [5, 4, 3]]
     np.testing.assert_array_equal(transforms.mirror(image)[..., 0], expected)
+
+
+@pytest.mark.parametrize(("shape", "size"), [((1, 2000), 256), ((2000, 1), 256), ((3, 9000), 512)])
+def test_an_image_that_would_be_scaled_to_gigabytes_is_refused(shape, size):
+    image = Image.new("RGB", shape)
+    with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} pixels are too long and thin"):
+        transforms.center_crop(image, size)
+    assert transforms.center_crop(image, 8).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("shape", [(10, 1000), (1000, 10)])
+def test_a_long_strip_is_cropped(shape):
+    assert transforms.center_crop(Image.new("RGB", shape), 256).shape == (256, 256, 3)
