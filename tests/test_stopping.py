@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from tests.benchmarks import kill_resume
-from tests.benchmarks.kill_resume import printed, reached, start_child, wait_for
+from tests.benchmarks import kill_training
+from tests.benchmarks.kill_training import printed, reached, start_child, wait_for
 
 STEPS = 60
 
@@ -24,22 +24,22 @@ def cache(tmp_path_factory):
 def straight(tmp_path_factory, cache):
     """The workdir of a run that is not interrupted."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    kill_resume.finish(workdir, cache, STEPS)
+    kill_training.finish(workdir, cache, STEPS)
     return workdir
 
 
 def same(workdir, straight):
-    assert kill_resume.differences(workdir, straight) == []
+    assert kill_training.differences(workdir, straight) == []
 
 
 @pytest.mark.slow
 def test_a_run_killed_three_times_ends_like_one_never_killed(tmp_path, cache, straight):
     workdir = tmp_path / "run"
-    lives = list(kill_resume.lives(workdir, cache, STEPS, kills=3))
+    lives = list(kill_training.lives(workdir, cache, STEPS, kills=3))
     assert len(lives) == 3 and any(life.unfinished for life in lives)
     assert lives[0].start == 0 < lives[1].start < lives[2].start  # each passed a checkpoint
-    kill_resume.finish(workdir, cache, STEPS)
-    assert kill_resume.start_step(workdir) > lives[2].start
+    kill_training.finish(workdir, cache, STEPS)
+    assert kill_training.start_step(workdir) > lives[2].start
     same(workdir, straight)
 
 
@@ -68,7 +68,7 @@ def test_signals_save_and_end_the_run_and_a_second_one_ends_it_at_once(tmp_path,
         assert printed(workdir).splitlines()[-1] == (
             f"stopped at step {step} of {STEPS}, saved; the same command continues"
         )
-        assert last + 7 <= step < STEPS and kill_resume.unfinished(workdir) == {}
+        assert last + 7 <= step < STEPS and kill_training.unfinished(workdir) == {}
         last = step
 
     child = start_child(workdir, cache, STEPS, ("-c", _SLOW_SAVE))
@@ -79,7 +79,7 @@ def test_signals_save_and_end_the_run_and_a_second_one_ends_it_at_once(tmp_path,
     assert child.wait(10) == -signal.SIGINT and "Traceback" not in printed(workdir, "err")
     assert last_saved(workdir) == last
 
-    kill_resume.finish(workdir, cache, STEPS)
+    kill_training.finish(workdir, cache, STEPS)
     same(workdir, straight)
 
 

@@ -1,272 +1,69 @@
-"""Check that a training run survives SIGKILL: after 50 kills it ends like a run never killed.
+"""Check that every job survives SIGKILL and a full disk: it ends like one that nothing disturbed.
 
-    python tests/benchmarks/kill_resume.py [--kills 50] [--workdir DIR]
+    python tests/benchmarks/kill_resume.py                       # 120 kills of training, 20 of each
+    python tests/benchmarks/kill_resume.py --only sample --kills 30
+    python tests/benchmarks/kill_resume.py --only train,lock,disk --workdir DIR
 
-Takes about 8 minutes on 2 cores. Trains a tiny model on digits in a child process. The child is
-killed at random times, every second time during a save, and started again with the same command
-until it finishes. Its parameters, EMA, moments and log rows are then compared bitwise with those of
-a run that was never killed. Exits with 1 at any difference.
+Takes about 50 minutes on 2 shared cores. Children run the command line on a tiny model of digits:
+
+- train: killed at random times, every second time during a save. Each child takes the lock of the
+  dead one over. Parameters, EMA, moments and log rows are compared with those of a run that was
+  never killed.
+- sample, sweep, invert, likelihood, quality, from_torch, to_torch and the two with --overwrite:
+  killed at random times after their first write. Their files are compared byte by byte, without
+  the seconds, and no other file is left.
+- lock: a second run in the workdir of one that trains is refused, and the first is not disturbed.
+- disk: on a file system that is full, each ends in one line; with room again it ends as if nothing
+  had happened. This mounts a tmpfs, which needs root, and is skipped otherwise.
+
+Exits with 1 at any difference.
 """
 
 import argparse
-import dataclasses
-import json
-import os
 import pathlib
-import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
 
-import jax
-import numpy as np
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from tests.benchmarks import children, full_disk, kill_jobs, kill_training
+from tests.benchmarks.kill_training import Life, finish, lives
 
-from sit_jax import config as config_lib
-from sit_jax.jobs.setup import set_up
-from sit_jax.jobs.workdir import open_checkpoints
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-STEPS_PER_LIFE = 20  # on average, so that a child saves several checkpoints before it is killed
-SETTINGS = {
-    "model.depth": 2,
-    "model.width": 32,
-    "model.heads": 2,
-    "train.batch": 16,
-    "train.ema_decay": 0.9,
-    "checkpoint.every": 5,
-    "log.every": 3,
-    "log.sheet_every": 0,
-    "log.tensorboard": False,
-    "data.flip": True,
-}
-_TIMEOUT_S = 180  # for each condition that wait_for waits for
+KILLS_OF_TRAINING = 120
+KILLS_OF_A_JOB = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Life:
-    """The record of a child that was killed."""
-
-    start: int  # step that it started from
-    reached: int  # last step in its log
-    warnings: list[str]
-    ready_s: float  # seconds from its start until it trained
-    unfinished: list[str]  # folders of the save that the kill interrupted
-
-
-def start_child(
-    workdir: pathlib.Path,
-    cache: pathlib.Path,
-    steps: int,
-    program: Sequence[str] = ("-m", "sit_jax.main"),
-) -> subprocess.Popen:
-    """Start or continue the run in a process that writes to WORKDIR.out and WORKDIR.err."""
-    flags = [
-        f"--config.{key}={value}" for key, value in (SETTINGS | {"train.steps": steps}).items()
-    ]
-    run_flags = ["--config", "configs/digits.py", "--workdir", str(workdir)]
-    command = [sys.executable, *program, *run_flags, *flags]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    with open(f"{workdir}.out", "wb") as out, open(f"{workdir}.err", "wb") as err:
-        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=err)
-
-
-def printed(workdir: pathlib.Path, stream: str = "out") -> str:
-    """Return the output of the last child so far."""
-    return pathlib.Path(f"{workdir}.{stream}").read_text()
-
-
-def wait_for(child: subprocess.Popen, condition: Callable[[], object]) -> bool:
-    """Wait for the condition; return False if the child ended first."""
-    end = time.monotonic() + _TIMEOUT_S
-    while not condition():
-        if child.poll() is not None:
-            return False
-        if time.monotonic() > end:
-            child.kill()
-            raise TimeoutError(f"{' '.join(child.args)} hangs")
-        time.sleep(0.001)
-    return True
-
-
-def rows(workdir: pathlib.Path) -> list[tuple]:
-    """Return the rows of the log without timings. A truncated last line is skipped."""
-    path = workdir / "metrics.jsonl"
-    names = ("step", "loss", "grad_norm", "learning_rate")
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [tuple(row[name] for name in names) for row in map(json.loads, lines)]
-
-
-def reached(workdir: pathlib.Path) -> int:
-    """Return the last logged step."""
-    return max((row[0] for row in rows(workdir)), default=0)
-
-
-def unfinished(workdir: pathlib.Path) -> dict[str, int]:
-    """Return {name: inode} of the folders of incomplete saves.
-
-    Such a folder has Orbax's temporary name or lacks a manifest.
-    """
-    inodes = {}
-    for path in (workdir / "checkpoints").glob("*"):
-        try:
-            if path.name.endswith("-tmp") or (
-                path.name.isdigit() and not (path / "manifest.json").exists()
-            ):
-                inodes[path.name] = path.stat().st_ino
-        except FileNotFoundError:
-            pass  # it has just been renamed or deleted
-    return inodes
-
-
-def start_step(workdir: pathlib.Path) -> int | None:
-    """Return the step from which the last child trains, or None if it has not printed it yet."""
-    _, words, after = printed(workdir).partition("training from step ")
-    return int(after.split()[0]) if words and "\n" in after else None
-
-
-def train_and_kill(
-    workdir: pathlib.Path,
-    cache: pathlib.Path,
-    steps: int,
-    ahead: float,
-    delay_s: float,
-    inside_save: bool,
-) -> Life | None:
-    """Start a child and kill it `delay_s` after it logged `ahead` further steps.
-
-    With `inside_save`, wait then until a save is under way. Return None if the child ended first.
-    """
-    before = unfinished(workdir)
-    started = time.monotonic()
-    child = start_child(workdir, cache, steps)
-    if not wait_for(child, lambda: start_step(workdir) is not None):
-        raise RuntimeError(
-            f"the child ended before it trained:\n{printed(workdir)}{printed(workdir, 'err')}"
-        )
-    ready = time.monotonic()
-    start = start_step(workdir)
-    # The rows that an earlier child logged after `start` are deleted by now: later ones are new.
-    if not wait_for(child, lambda: reached(workdir) >= min(start + ahead, steps)):
-        return None
-    time.sleep(delay_s)
-    if inside_save and not wait_for(child, lambda: unfinished(workdir).items() - before.items()):
-        return None
-    child.send_signal(signal.SIGKILL)
-    if child.wait() != -signal.SIGKILL:
-        return None
-    return Life(
-        start=start,
-        reached=reached(workdir),
-        warnings=printed(workdir, "err").splitlines(),
-        ready_s=ready - started,
-        unfinished=sorted(dict(unfinished(workdir).items() - before.items())),
-    )
-
-
-def lives(
-    workdir: pathlib.Path, cache: pathlib.Path, steps: int, kills: int, seed: int = 0
-) -> Iterator[Life]:
-    """Kill a run of `steps` steps `kills` times, unless it ends first; yield the killed children.
-
-    Each child is planned to get through an equal share of the steps that are left.
-    """
-    draw = random.Random(seed)
-    start = 0
-    for number in range(kills):
-        ahead = draw.uniform(0, 1.5) * (steps - start) / (kills - number + 1)
-        life = train_and_kill(
-            workdir, cache, steps, ahead, draw.uniform(0, 0.1), inside_save=number % 2 == 1
-        )
-        if life is None:
-            return
-        start = life.start
-        yield life
-
-
-def finish(workdir: pathlib.Path, cache: pathlib.Path, steps: int) -> None:
-    """Continue the run to its end."""
-    child = start_child(workdir, cache, steps)
-    wait_for(child, lambda: False)
-    if child.returncode:
-        raise RuntimeError(
-            f"the run ended with status {child.returncode}:\n{printed(workdir, 'err')}"
-        )
-
-
-def final_arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Return the parameters, EMA and moments at the end of a run, by name."""
-    config = config_lib.load(str(workdir / "config.json"))
-    with open_checkpoints(config, workdir) as checkpoints:
-        step, _ = checkpoints.newest_complete()
-        state = checkpoints.restore(config.train.steps, set_up(config).abstract_state.items())
-    assert step == config.train.steps
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in leaves
-    }
-
-
-def differences(killed: pathlib.Path, straight: pathlib.Path) -> list[str]:
-    """Return the bitwise differences between two finished runs, one sentence each."""
-    actual = final_arrays(killed)
-    expected = final_arrays(straight)
-    sentences = [
-        f"{name} differs" for name in expected if actual[name].tobytes() != expected[name].tobytes()
-    ]
-    if rows(killed) != rows(straight):
-        different = sorted(set(rows(killed)) ^ set(rows(straight)))[:6]
-        sentences.append(f"the logs differ in rows {different}, or in order or number")
-    logged = [row[0] for row in rows(straight)]
-    steps = logged[-1]
-    every = SETTINGS["log.every"]
-    if logged != sorted({*range(every, steps + 1, every), steps}):
-        sentences.append("the log of the run that was never killed lacks or repeats a row")
-    return sentences
-
-
-def run(workdir: pathlib.Path, kills: int) -> bool:
-    """Train both runs and print the comparison; return True if they are the same."""
-    cache, killed, straight = (workdir / name for name in ("cache", "killed", "straight"))
-    steps = STEPS_PER_LIFE * (kills + 1)
+def train(folder: pathlib.Path, cache: pathlib.Path, kills: int) -> list[str]:
+    """Train with and without kills; return the differences."""
+    killed, straight = folder / "killed", folder / "straight"
+    steps = kill_training.STEPS_PER_LIFE * (kills + 1)
     started = time.monotonic()
     finish(straight, cache, steps)
     print(f"{steps} steps without a kill: {time.monotonic() - started:.1f} s", flush=True)
-    children = []
+    dead: list[Life] = []
+    failures = []
     for life in lives(killed, cache, steps, kills):
-        children.append(life)
-        print_life(len(children), life, killed)
+        if dead and f"is taken over from process {dead[-1].pid} on" not in life.printed:
+            failures.append(f"child {len(dead) + 1} did not say that it takes the lock over")
+        dead.append(life)
+        print_life(len(dead), life, killed)
     finish(killed, cache, steps)
 
-    restarts = children[1:]
-    seconds = [life.ready_s for life in children]
+    restarts = dead[1:]
+    seconds = [life.ready_s for life in dead]
     print(
-        f"{len(children)} kills, {sum(bool(life.unfinished) for life in children)} during a save\n"
-        f"restarts from steps {', '.join(str(life.start) for life in restarts)} and "
-        f"{start_step(killed)}; {sum(bool(life.warnings) for life in restarts)} skipped an "
-        "unfinished save\n"
+        f"{len(dead)} kills, {sum(bool(life.unfinished) for life in dead)} during a save\n"
+        f"{sum(bool(life.warnings) for life in restarts)} restarts passed over an unfinished save\n"
         f"seconds from a start until it trains: median {statistics.median(seconds):.1f}, "
         f"longest {max(seconds):.1f}; {time.monotonic() - started:.0f} s in total"
     )
-    failures = differences(killed, straight)
-    if len(children) < kills:
-        failures.append(f"the run ended after {len(children)} of {kills} kills")
-    if failures:
-        print("DIFFERENT: " + "; ".join(failures))
-    else:
-        arrays = len(final_arrays(straight))
-        print(f"bitwise equal: {arrays} arrays and {len(rows(straight))} log rows")
-    return not failures
+    failures += kill_training.differences(killed, straight)
+    if len(dead) < kills:
+        failures.append(f"the run ended after {len(dead)} of {kills} kills")
+    arrays = len(kill_training.final_arrays(straight))
+    print(f"{arrays} arrays and {len(kill_training.rows(straight))} log rows compared")
+    return failures
 
 
 def print_life(number: int, life: Life, workdir: pathlib.Path) -> None:
@@ -275,19 +72,73 @@ def print_life(number: int, life: Life, workdir: pathlib.Path) -> None:
         f"during the save of {', '.join(life.unfinished)}" if life.unfinished else "not in a save"
     )
     print(
-        f"child {number:2}: from step {life.start:4}, killed after step {life.reached:4}, {where}",
+        f"child {number:3}: from step {life.start:4}, killed after step {life.reached:4}, {where}",
         flush=True,
     )
     for warning in life.warnings:
-        print(f"          it printed: {warning.replace(str(workdir), 'RUN')}", flush=True)
+        print(f"           it printed: {warning.replace(str(workdir), 'RUN')}", flush=True)
+
+
+def lock(folder: pathlib.Path, cache: pathlib.Path) -> list[str]:
+    """Start a second run beside one that trains; return what is wrong."""
+    steps = 600
+    straight, workdir, second = (folder / name for name in ("straight", "run", "second"))
+    finish(straight, cache, steps)
+    first = kill_training.start_child(workdir, cache, steps)
+    children.wait_for(first, lambda: kill_training.reached(workdir))
+    arguments = ["-m", "sit_jax.main", "--workdir", str(workdir)]
+    status = children.end(children.start(arguments, second, cache))
+    failures = []
+    line = children.printed(second, "err")
+    if status != 2 or line.count("\n") != 1 or f"in use by process {first.pid} on" not in line:
+        failures.append(f"the second run ended with status {status} and {line!r}")
+    if first.poll() is not None:
+        failures.append("the first run had ended, so this has shown nothing")
+    children.succeed(first, workdir)
+    print(f"the second run said: {line.replace(str(folder), 'DIR')}", end="")
+    return failures + kill_training.differences(workdir, straight)
+
+
+def run(only: list[str], kills: int | None, folder: pathlib.Path) -> bool:
+    """Run the parts; return True if nothing differs."""
+    cache = folder / "cache"
+    is_same = True
+    for name in only:
+        started = time.monotonic()
+        (folder / name).mkdir(parents=True)
+        print(f"== {name}", flush=True)
+        if name == "train":
+            failures = train(folder / name, cache, kills or KILLS_OF_TRAINING)
+        elif name == "lock":
+            failures = lock(folder / name, cache)
+        elif name == "disk":
+            failures = full_disk.check(folder / name, cache)
+        else:
+            count = kills or KILLS_OF_A_JOB
+            failures = kill_jobs.check(kill_jobs.JOBS[name], folder / name, cache, count)
+        is_same &= not failures
+        result = "; ".join(["DIFFERENT", *failures]) if failures else "equal"
+        print(f"{name}: {result}, {time.monotonic() - started:.0f} s", flush=True)
+    return is_same
 
 
 if __name__ == "__main__":
+    parts = ["train", *kill_jobs.JOBS, "lock", "disk"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--kills", type=int, default=50, help="how often the run is killed (default: 50)"
+        "--kills",
+        type=int,
+        help=f"kills of each job (default: {KILLS_OF_TRAINING} of training, {KILLS_OF_A_JOB} of "
+        "every other)",
+    )
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=parts,
+        metavar="JOB[,JOB]",
+        help=f"only these of {', '.join(parts)}",
     )
     parser.add_argument(
         "--workdir",
@@ -295,7 +146,9 @@ if __name__ == "__main__":
         help="new folder in which to keep the runs (default: a temporary one)",
     )
     flags = parser.parse_args()
+    if unknown := set(flags.only) - set(parts):
+        parser.error(f"unknown job {', '.join(sorted(unknown))}; known: {', '.join(parts)}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = flags.workdir or pathlib.Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        sys.exit(not run(folder.resolve(), flags.kills))
+        main_folder = flags.workdir or pathlib.Path(temporary)
+        main_folder.mkdir(parents=True, exist_ok=True)
+        sys.exit(not run(flags.only, flags.kills, main_folder.resolve()))

@@ -1,0 +1,500 @@
+"""The cases of fuzz.py: each part draws an input, runs the program in this process, and judges."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
+
+from convert import cli, from_torch, inception, to_torch
+from sit_jax import config as config_lib
+from sit_jax import main
+from sit_jax.data import folder as folder_source
+from sit_jax.data.source import UnreadableImage
+from sit_jax.data.transforms import Decoding
+from sit_jax.jobs.table import JOBS
+from sit_jax.settings import Config
+from tests import checkpoints
+from tests.commands import TINY, write_images
+
+Draw = random.Random
+_WORK_S = 15  # a case that works for so long is interrupted
+_WORKS = re.compile(
+    "training from step|^sampling |samplers at step|^inverting|^log p of|classifier reads|"
+    "^compiling|initialised",
+    re.MULTILINE,
+)
+_HARMLESS = ("warning: ", "note: ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a case ended. `failure` is None, or what is wrong."""
+
+    input: str
+    ending: str
+    failure: str | None = None
+    printed: str = ""
+
+
+def draw_of(seed: int, part: str, number: int) -> Draw:
+    """Return the random numbers of a case."""
+    return Draw(f"{seed} {part} {number}")
+
+
+# Random bytes -----------------------------------------------------------------------------------
+
+
+def damaged(draw: Draw, data: bytes) -> bytes:
+    """Return bytes with one to four random changes, mostly near the ends, where headers are."""
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        place = _place(draw, len(changed))
+        kind = draw.randrange(7)
+        if kind == 0:
+            del changed[place:]
+        elif kind == 1:
+            changed[place : place + 1] = bytes([draw.randrange(256)])
+        elif kind == 2:
+            changed[place : place + 4] = draw.choice((b"\xff" * 4, b"\x7f" * 4, bytes(4)))
+        elif kind == 3:
+            changed[place:place] = draw.randbytes(draw.choice((1, 8, 300)))
+        elif kind == 4:
+            del changed[place : place + draw.choice((1, 8, 300))]
+        elif kind == 5:
+            changed[place : place + 8] = draw.choice((0, 1, 2**31 - 1, 2**40)).to_bytes(8, "little")
+        else:
+            other = _place(draw, len(changed))
+            changed[place : place + 16] = changed[other : other + 16]
+    return bytes(changed)
+
+
+def _place(draw: Draw, size: int) -> int:
+    if not size:
+        return 0
+    near = min(size, draw.choice((16, 64, 1024, size)))
+    offset = draw.randrange(near)
+    return offset if draw.random() < 0.6 else size - 1 - offset
+
+
+JSON_TEXTS = (
+    "", "{", "null", "[]", "3", '"x"', "[" * 200_000, '{"a":' * 100_000, "9" * 5000, "NaN",
+    "\ufeff{}", '{"step": null}', '{"step": 1e400, "run": [], "files": 3}',
+)  # fmt: skip
+_JSON_VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 3, 2**63, 10**400, 1e308, float("nan"), float("inf"), "", "x", "é", "a\nb",
+    "x" * 5000, [], {}, [[]], [None], {"a": 1}, "../..", "/etc/passwd",
+)  # fmt: skip
+
+
+def damaged_json(draw: Draw, text: str) -> str:
+    """Return JSON with one value replaced, removed or added, or another text altogether."""
+    if draw.random() < 0.25:
+        return draw.choice(JSON_TEXTS)
+    try:
+        lines = [json.loads(line) for line in text.splitlines()] if "\n{" in text else []
+        content = draw.choice(lines) if lines else json.loads(text)
+    except ValueError:
+        return draw.choice(JSON_TEXTS)
+    node: Any = content
+    while isinstance(node, dict | list) and node:
+        key = draw.choice(list(node)) if isinstance(node, dict) else draw.randrange(len(node))
+        inner = node[key]
+        if not isinstance(inner, dict | list) or not inner or draw.random() < 0.2:
+            if isinstance(node, dict) and draw.random() < 0.3:
+                del node[key]
+            else:
+                node[key] = draw.choice(_JSON_VALUES)
+            break
+        node = inner
+    return json.dumps(content) if not lines else "".join(f"{json.dumps(row)}\n" for row in lines)
+
+
+# Calls of the program ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[list[bool]]:
+    """Interrupt the block after _WORK_S, as Ctrl-C would; yield a list that is then not empty."""
+    fired: list[bool] = []
+
+    def interrupt(*_: object) -> None:
+        fired.append(True)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(_WORK_S)
+    try:
+        yield fired
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def call(program: str, arguments: Sequence[str]) -> tuple[int, str, str, bool]:
+    """Return exit status, stdout, stderr, and whether the program was interrupted."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = sys.argv
+    sys.argv = [program, *arguments]
+    converters: dict[str, Callable] = {
+        "from_torch": from_torch.main, "to_torch": to_torch.main, "inception": inception.main,
+    }  # fmt: skip
+    try:
+        with (
+            _limited() as fired,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                if program == "main":
+                    status = main.main(list(arguments))
+                else:
+                    status = cli.run(converters[program])
+            except SystemExit as error:
+                status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            except KeyboardInterrupt:
+                status = 130
+    finally:
+        sys.argv = argv
+    return status, out.getvalue(), err.getvalue(), bool(fired)
+
+
+def judge(program: str, arguments: Sequence[str]) -> Outcome:
+    """Call the program, and say what is wrong with the way in which it ended."""
+    status, out, err, interrupted = call(program, arguments)
+    given = f"{program} {' '.join(map(_short, arguments))}"
+    errors = [line for line in err.splitlines() if line and not line.startswith(_HARMLESS)]
+    failure = None
+    if "Traceback" in err or status not in (0, 2, 130):
+        failure = f"status {status}: {err[-600:]}"
+    elif interrupted and not _WORKS.search(out):
+        failure = f"silent for {_WORK_S} s: {out[-300:]}{err[-300:]}"
+    elif status == 2 and (len(errors) != 1 or not errors[0].startswith("error: ")):
+        failure = f"not one line: {err[-600:]}"
+    elif status == 0 and errors:
+        failure = f"succeeds, but prints {err[-600:]}"
+    ending = "interrupted work" if interrupted else {0: "succeeds", 2: "refused"}.get(status, "?")
+    return Outcome(given, ending, failure, out + err)
+
+
+def _short(text: str) -> str:
+    quoted = repr(text)
+    return quoted if len(quoted) < 120 else f"{quoted[:80]}...({len(text)} characters)"
+
+
+@contextlib.contextmanager
+def _inside(folder: pathlib.Path) -> Iterator[None]:
+    before = pathlib.Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+class _WithRun:
+    """A folder with a trained run and whatever else a part needs; each case works in a copy."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.base = folder / "base"
+        self.copy = folder / "copy"
+        jax.config.update("jax_platforms", "cpu")
+        if not (folder / "is_made").exists():
+            shutil.rmtree(self.base, ignore_errors=True)
+            self.base.mkdir(parents=True)
+            with _inside(self.base):
+                self.make()
+            (folder / "is_made").touch()
+        self.warm_up()
+
+    def make(self) -> None:
+        """Fill the base folder, the current one."""
+        self.succeed("main", *TINY, "--workdir", "run")
+
+    def warm_up(self) -> None:
+        """Run intact cases, whose memory is the program's own."""
+        with self.in_copy():
+            self.succeed("main", "--workdir", "run", "--mode", "sample")
+            self.succeed("main", "--workdir", "run", "--config.train.steps=6")
+            self.succeed("main", "--workdir", "run", "--mode", "likelihood",
+                         "--config.likelihood.count=8")  # fmt: skip
+            self.succeed("to_torch", "run", "warm.pt")
+            self.succeed("from_torch", "warm.pt", "warm")
+
+    def succeed(self, program: str, *arguments: str) -> None:
+        """Raise RuntimeError unless the program succeeds."""
+        status, out, err, _ = call(program, arguments)
+        if status:
+            raise RuntimeError(f"an intact case fails: {program} {arguments}:\n{out}{err}")
+
+    @contextlib.contextmanager
+    def in_copy(self) -> Iterator[pathlib.Path]:
+        """Work in a new copy of the base folder."""
+        shutil.rmtree(self.copy, ignore_errors=True)
+        shutil.copytree(self.base, self.copy, symlinks=True)
+        with _inside(self.copy):
+            yield self.copy
+        shutil.rmtree(self.copy, ignore_errors=True)
+
+
+# The four parts ---------------------------------------------------------------------------------
+
+VALUES = (
+    "", " ", "0", "-1", "1", "2.5", "1e999", "-inf", "nan", "1e-999", "2147483648", "-2147483649",
+    "9223372036854775808", "9" * 5000, "1_0", "0x10", "none", "None", "null", "True", "false", "[]",
+    "{}", "[1,2", "(1,)", "1,2,3", ",", ",,1", "é", "日本", "\udcff", "\n", "a\nb",
+    "x" * 10_000, "--", "-", "~", "~nobody/x", "$HOME/x", "Linear", "linear", "VP", "velocity", "euler",
+    "dopri5", "sde", "bfloat16", "float32", "adamw", "folder", "digits", "all", "logit-normal",
+    "missing.png", "file.txt", "images", "images/", "run", "run/config.json", "/dev/null", "/dev/zero/x",
+    "new/deep/x", "configs/none.py", "bad.py", "exit.py", "empty.py", "digits.py", "digits.py:x", "foo://x",
+    "://", "s3://bucket/x", "run.pt", "a" * 300, "../x", "v5e:4x4", "nothing:0x0", "100:110", "2:3", "3:2",
+    "0.5", "0.5,2", "1" + "0" * 400,
+)  # fmt: skip
+_FLAGS = ("--config", "--workdir", "--mode", "--fork", "--profile", "--minimum", "--out",
+          "--help-config", "--topology", "--json", "--search", "--sampler", "--distributed",
+          "--no-distributed", "--help", "--overwrite", "--weights", "--num_heads", "--image_size",
+          "--num_classes", "--unknown", "-x", "stray")  # fmt: skip
+
+
+class Command(_WithRun):
+    """Random flags, settings, values and paths of every mode and converter."""
+
+    def make(self) -> None:
+        """Add files that flags may name."""
+        super().make()
+        self.succeed("to_torch", "run", "run.pt")
+        write_images(pathlib.Path("images"), "a/1.png", "b/1.png")
+        files = {"file.txt": "x", "bad.py": "def", "exit.py": "import sys; sys.exit(0)",
+                 "empty.py": ""}  # fmt: skip
+        for name, text in files.items():
+            pathlib.Path(name).write_text(text)
+        shutil.copy(TINY[1], "digits.py")
+
+    def run(self, draw: Draw) -> Outcome:
+        """Change a valid command one to four times, and call it."""
+        run = ["--workdir", "run"]
+        settings = list(config_lib.flatten(Config()))
+        program, arguments = draw.choice(
+            [("main", [*TINY, "--workdir", "new"]), ("from_torch", ["run.pt", "new"]),
+             ("to_torch", ["run", "new.pt"]), ("inception", ["run.pt", "new.safetensors"])]
+            + [("main", [*run, "--mode", mode]) for mode in JOBS]
+        )  # fmt: skip
+        arguments = list(arguments)
+        for _ in range(draw.choice((1, 1, 2, 4))):
+            kind = draw.randrange(8)
+            place = draw.randrange(len(arguments) + 1)
+            value = draw.choice(VALUES)
+            if kind <= 3:
+                key = draw.choice(settings) if draw.random() < 0.95 else value
+                arguments.append(f"--config.{key}={value}")
+            elif kind == 4:
+                arguments[place:place] = draw.choice(
+                    ([draw.choice(_FLAGS), value], [f"{draw.choice(_FLAGS)}={value}"])
+                )
+            elif kind == 5:
+                arguments[place : place + 1] = [value]
+            elif kind == 6:
+                del arguments[place : place + 1]
+            else:
+                arguments += arguments[place : place + 2]
+        with self.in_copy():
+            return judge(program, arguments)
+
+
+class Checkpoint(_WithRun):
+    """A run with damaged files, which is then trained on, sampled, evaluated or converted."""
+
+    images: ClassVar[dict[str, dict[str, bytes]]] = {}
+
+    def warm_up(self) -> None:
+        """Draw the samples of each checkpoint as well."""
+        super().warm_up()
+        for step in ("2", "4"):
+            with self.in_copy() as copy:
+                for other in {"2", "4"} - {step}:
+                    shutil.rmtree(copy / "run" / "checkpoints" / other)
+                self.succeed("main", "--workdir", "run", "--mode", "sample")
+                self.images[step] = self._samples(copy)
+
+    @staticmethod
+    def _samples(copy: pathlib.Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in copy.glob("run/samples/*/0*.png")}
+
+    def run(self, draw: Draw) -> Outcome:
+        """Damage one to three files and give a command."""
+        with self.in_copy() as copy:
+            files = sorted(path for path in (copy / "run").rglob("*") if path.is_file())
+            files = [path for path in files if not {"sheets", "tensorboard"} & set(path.parts)]
+            small = [path for path in files if path.suffix in (".json", ".jsonl")]
+            changed = []
+            for _ in range(draw.choice((1, 1, 2, 3))):
+                path = draw.choice(small if draw.random() < 0.6 else files)
+                if path.is_file():
+                    changed.append(f"{self._damage(draw, path)} {path.relative_to(copy)}")
+            program, arguments = draw.choice(
+                [("main", ["--workdir", "run", "--mode", "sample"]),
+                 ("main", ["--workdir", "run", "--config.train.steps=6"]),
+                 ("main", ["--workdir", "run", "--mode", "likelihood",
+                           "--config.likelihood.count=8"]),
+                 ("main", ["--workdir", "run", "--fork", "fork"]), ("to_torch", ["run", "new.pt"])]
+            )  # fmt: skip
+            outcome = judge(program, arguments)
+            failure = outcome.failure
+            drawn = self._samples(copy)
+            is_same_config = not any("config.json" in text for text in changed)
+            if drawn and is_same_config and drawn not in self.images.values():
+                failure = failure or "these are samples of no checkpoint"
+        given = f"{'; '.join(changed)}: {outcome.input}"
+        return dataclasses.replace(outcome, input=given, failure=failure)
+
+    @staticmethod
+    def _damage(draw: Draw, path: pathlib.Path) -> str:
+        kind = draw.choice(("bytes", "bytes", "json", "json", "json", "gone", "folder", "empty"))
+        data = path.read_bytes()
+        path.unlink()
+        if kind == "json" and path.suffix in (".json", ".jsonl"):
+            path.write_text(damaged_json(draw, data.decode()), encoding="utf-8")
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "empty":
+            path.touch()
+        elif kind != "gone":
+            path.write_bytes(damaged(draw, data))
+        return kind
+
+
+class Torch(_WithRun):
+    """Damaged .pt and .safetensors files for the converters."""
+
+    def make(self) -> None:
+        """Write one of each kind."""
+        super().make()
+        checkpoints.save("training.pt", checkpoints.training())
+        checkpoints.save("bare.pt", checkpoints.state_dict())
+        save_file(checkpoints.state_dict(), "bare.safetensors", {"format": "pt"})
+        self.succeed("to_torch", "run", "run.pt")
+        self.succeed("to_torch", "run", "run.safetensors")
+
+    def run(self, draw: Draw) -> Outcome:
+        """Damage a file, or the pickle inside it, and convert it."""
+        with self.in_copy() as copy:
+            path = draw.choice(sorted([*copy.glob("*.pt"), *copy.glob("*.safetensors")]))
+            is_inside = path.suffix == ".pt" and draw.random() < 0.6
+            if is_inside:
+                self._damage_inside(draw, path)
+            else:
+                path.write_bytes(damaged(draw, path.read_bytes()))
+            heads = [] if path.stem == "run" else ["--num_heads", "2"]
+            program, arguments = draw.choice(
+                [("from_torch", [path.name, "new", *heads])] * 4
+                + [("inception", [path.name, "new.safetensors"])]
+            )
+            outcome = judge(program, arguments)
+            # What says that it is refused has not left anything.
+            left = [name for name in ("new", "new.safetensors") if (copy / name).exists()]
+            failure = outcome.failure
+            if outcome.ending == "refused" and left:
+                failure = failure or f"refused, but leaves {left}"
+        where = "a member of" if is_inside else "bytes of"
+        return dataclasses.replace(outcome, input=f"{where} {outcome.input}", failure=failure)
+
+    @staticmethod
+    def _damage_inside(draw: Draw, path: pathlib.Path) -> None:
+        """Damage one member of a zip file, mostly the pickle, under a valid checksum."""
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        pickle = next(name for name in members if name.endswith("data.pkl"))
+        name = pickle if draw.random() < 0.8 else draw.choice(sorted(members))
+        members[name] = damaged(draw, members[name])
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, data in members.items():
+                archive.writestr(member, data)
+
+
+class Images:
+    """Damaged images of every format for the folder source."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.path = folder / "images" / "a"
+        self.path.mkdir(parents=True, exist_ok=True)
+        generator = np.random.default_rng(0)
+        pixels = generator.integers(0, 256, (20, 24, 4), dtype=np.uint8)
+        rgba = Image.fromarray(pixels)
+        rgb, grey = rgba.convert("RGB"), rgba.convert("L")
+        deep = Image.fromarray(generator.integers(0, 2**16, (20, 24), dtype=np.uint16))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # orientation
+        self.intact = [
+            self._encoded(image, kind, **options)
+            for image, kind, options in (
+                (rgb, "png", {}), (rgba, "png", {}), (grey, "png", {}), (deep, "png", {}),
+                (rgb.convert("P"), "png", {}), (rgb, "jpeg", {"exif": exif}), (grey, "jpeg", {}),
+                (rgb, "jpeg", {"progressive": True}), (rgb.convert("CMYK"), "jpeg", {}),
+                (rgb, "webp", {"exif": exif}), (rgba, "webp", {"lossless": True}), (rgb, "bmp", {}),
+                (grey, "bmp", {}), (rgb.convert("1"), "bmp", {}), (rgb, "ppm", {}),
+                (grey, "ppm", {}), (deep, "ppm", {}), (rgb, "tiff", {}), (deep, "tiff", {}),
+                (rgb, "tiff", {"compression": "tiff_lzw"}), (rgb, "tiff", {"compression": "jpeg"}),
+                (grey, "tiff", {"compression": "tiff_deflate"}),
+                (rgb.convert("1"), "tiff", {"compression": "group4"}),
+            )
+        ]  # fmt: skip
+        for kind, data in self.intact:
+            outcome = self._read(kind, data, is_turned=True)
+            if outcome.ending != "succeeds":
+                raise RuntimeError(f"an intact {kind} fails: {outcome}")
+
+    @staticmethod
+    def _encoded(image: Image.Image, kind: str, **options: Any) -> tuple[str, bytes]:
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        return kind, file.getvalue()
+
+    def run(self, draw: Draw) -> Outcome:
+        """Damage an image, and read it under its own or another extension."""
+        kind, data = draw.choice(self.intact)
+        name = kind if draw.random() < 0.9 else draw.choice(("png", "jpeg", "tiff", "bmp", "ppm"))
+        return self._read(name, damaged(draw, data), is_turned=draw.random() < 0.5)
+
+    def _read(self, kind: str, data: bytes, *, is_turned: bool) -> Outcome:
+        path = self.path / f"x.{kind}"
+        path.write_bytes(data)
+        decoding = Decoding(max_pixels=2**24, exif_orientation=is_turned)
+        given = f"{kind} of {len(data)} bytes, {data[:40]!r}"
+        try:
+            with warnings.catch_warnings(), _limited() as interrupted:
+                warnings.simplefilter("ignore")
+                source = folder_source.open_folder(
+                    str(self.path.parent), (8, 8, 3), "all", decoding
+                )
+                record = source[0]
+        except UnreadableImage as error:
+            failure = None if "\n" not in str(error) else f"more than a line: {error}"
+            return Outcome(given, "refused", failure, str(error))
+        finally:
+            path.unlink()
+        image = record["image"]
+        is_right = image.shape == (8, 8, 3) and image.dtype == np.uint8 and not interrupted
+        return Outcome(given, "succeeds", None if is_right else f"it is {image.shape}")
+
+
+PARTS: dict[str, Callable[[pathlib.Path], Any]] = {
+    "command": Command,
+    "checkpoints": Checkpoint,
+    "torch": Torch,
+    "images": Images,
+}
