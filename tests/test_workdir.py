@@ -140,16 +140,6 @@ def lose_all_of_an_earlier_version(workdir):
     (workdir / "run.json").unlink()
 
 
-def lose_checkpoints_of_an_earlier_version(workdir):
-    """Leave only the log, of four steps with a save after each."""
-    lose_checkpoints(workdir)
-    (workdir / "run.json").unlink()
-    path = workdir / "config.json"
-    config = json.loads(path.read_text())
-    config["checkpoint"]["every"] = 1
-    path.write_text(json.dumps(config))
-
-
 @pytest.mark.parametrize(
     "lose",
     [
@@ -157,7 +147,6 @@ def lose_checkpoints_of_an_earlier_version(workdir):
         lose_checkpoints,
         damage_all,
         lose_all_of_an_earlier_version,
-        lose_checkpoints_of_an_earlier_version,
     ],
 )
 def test_a_run_that_lost_its_checkpoints_does_not_start_over(run_copy, lose):

@@ -106,7 +106,7 @@ def restore_or_create(
     start = newest_step(checkpoints)
     if start is None:
         check(
-            not checkpoints.has_trained() and not _has_logged_checkpoints(workdir),
+            not checkpoints.has_trained(),
             f"{str(workdir)!r} has been trained, but none of its checkpoints can be used; restore "
             "its folder checkpoints/ from a copy, or give another --workdir to start from step 0",
         )
@@ -131,25 +131,6 @@ def restore_or_create(
         init = jax.jit(setup.optimizer.init, out_shardings=shardings)
         items["opt_state"] = init(items["params"])
     return start, TrainState(step=step, **items), note
-
-
-def _has_logged_checkpoints(workdir: epath.Path) -> bool:
-    """Return True if the log proves that the run had a complete checkpoint.
-
-    A run of an earlier version that has lost its checkpoints has no other record of them. Each save
-    waits for the one before, so a step after the second save was logged after the first was
-    complete.
-    """
-
-    def look() -> bool:
-        log, recorded = workdir / "metrics.jsonl", workdir / "config.json"
-        if not log.exists() or not recorded.exists():
-            return False
-        steps = (row.get("step") for _, row in storage.json_rows(log.read_bytes()))
-        last = max((step for step in steps if type(step) is int), default=0)
-        return last > 2 * config_lib.read_recorded(recorded).checkpoint.every
-
-    return hosts.broadcast_from_first(look)
 
 
 def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
