@@ -72,6 +72,21 @@ def test_frames_are_strips_that_end_in_the_sample(run_copy, solver):
         assert cells[0].std() > 40  # noise
 
 
+@pytest.mark.parametrize(
+    ("frames", "key", "differ"),
+    [(4, "scale", True), (None, "scale", False), (4, "columns", False), (4, "count", False)],
+)
+def test_settings_that_change_no_file_are_not_recorded(frames, key, differ):
+    weights = Weights(4, None, "digest", {})
+
+    def settings(value):
+        values = config_lib.default().to_dict()
+        values["sample"] |= {"frames": frames, key: value}
+        return sampler_settings(set_up(config_lib.from_values(values)), weights, None)
+
+    assert (settings(1) != settings(3)) == differ
+
+
 def test_a_custom_grid_changes_samples_unless_it_equals_the_uniform_one(run_copy):
     plain = pictures(sample(run_copy, sample__steps=2))
     same = pictures(sample(run_copy, sample__steps="none", sample__times="0,0.5,1"))

@@ -272,7 +272,8 @@ def sampler_settings(setup: Setup, weights: Weights, guide: Guide | None) -> dic
         "precision": {"compute": config.precision.compute, "matmul": config.precision.matmul},
     }
     for key in ("count", "batch", "columns", "scale"):  # these change no image
-        del settings["sample"][key]
+        if key != "scale" or not config.sample.frames:  # but strips of frames are enlarged
+            del settings["sample"][key]
     if guide:
         settings["guide"] = {"step": guide.weights.step, "checkpoint": guide.weights.digest}
     return settings | setup.codec_settings()
