@@ -33,7 +33,8 @@ from tests import checkpoints
 from tests.commands import TINY, write_images
 
 Draw = random.Random
-_WORK_S = 15  # a case that works for so long is interrupted
+_WORK_S = 20  # a case that works for so long is interrupted
+_INTACT_S = 200
 _WORKS = re.compile(
     "training from step|^sampling |samplers at step|^inverting|^log p of|classifier reads|"
     "^compiling|initialised",
@@ -129,8 +130,8 @@ def damaged_json(draw: Draw, text: str) -> str:
 
 
 @contextlib.contextmanager
-def _limited() -> Iterator[list[bool]]:
-    """Interrupt the block after _WORK_S, as Ctrl-C would; yield a list that is then not empty."""
+def _limited(seconds: int = _WORK_S) -> Iterator[list[bool]]:
+    """Interrupt the block after so long, as Ctrl-C would; yield a list that is then not empty."""
     fired: list[bool] = []
 
     def interrupt(*_: object) -> None:
@@ -138,7 +139,7 @@ def _limited() -> Iterator[list[bool]]:
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.alarm(_WORK_S)
+    signal.alarm(seconds)
     try:
         yield fired
     finally:
@@ -146,7 +147,9 @@ def _limited() -> Iterator[list[bool]]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def call(program: str, arguments: Sequence[str]) -> tuple[int, str, str, bool]:
+def call(
+    program: str, arguments: Sequence[str], seconds: int = _WORK_S
+) -> tuple[int, str, str, bool]:
     """Return exit status, stdout, stderr, and whether the program was interrupted."""
     out, err = io.StringIO(), io.StringIO()
     argv = sys.argv
@@ -156,7 +159,7 @@ def call(program: str, arguments: Sequence[str]) -> tuple[int, str, str, bool]:
     }  # fmt: skip
     try:
         with (
-            _limited() as fired,
+            _limited(seconds) as fired,
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -238,7 +241,7 @@ class _WithRun:
 
     def succeed(self, program: str, *arguments: str) -> None:
         """Raise RuntimeError unless the program succeeds."""
-        status, out, err, _ = call(program, arguments)
+        status, out, err, _ = call(program, arguments, _INTACT_S)
         if status:
             raise RuntimeError(f"an intact case fails: {program} {arguments}:\n{out}{err}")
 
@@ -255,15 +258,16 @@ class _WithRun:
 # The four parts ---------------------------------------------------------------------------------
 
 VALUES = (
-    "", " ", "0", "-1", "1", "2.5", "1e999", "-inf", "nan", "1e-999", "2147483648", "-2147483649",
-    "9223372036854775808", "9" * 5000, "1_0", "0x10", "none", "None", "null", "True", "false", "[]",
-    "{}", "[1,2", "(1,)", "1,2,3", ",", ",,1", "é", "日本", "\udcff", "\n", "a\nb",
-    "x" * 10_000, "--", "-", "~", "~nobody/x", "$HOME/x", "Linear", "linear", "VP", "velocity", "euler",
-    "dopri5", "sde", "bfloat16", "float32", "adamw", "folder", "digits", "all", "logit-normal",
-    "missing.png", "file.txt", "images", "images/", "run", "run/config.json", "/dev/null", "/dev/zero/x",
-    "new/deep/x", "configs/none.py", "bad.py", "exit.py", "empty.py", "digits.py", "digits.py:x", "foo://x",
-    "://", "s3://bucket/x", "run.pt", "a" * 300, "../x", "v5e:4x4", "nothing:0x0", "100:110", "2:3", "3:2",
-    "0.5", "0.5,2", "1" + "0" * 400,
+    "", " ", "0", "-1", "1", "2.5", "1e999", "-inf", "nan", "1e-999", "2147483648",
+    "-2147483649", "9223372036854775808", "9" * 5000, "1_0", "0x10", "none", "None", "null",
+    "True", "false", "[]", "{}", "[1,2", "(1,)", "1,2,3", ",", ",,1", "é", "日本", "\udcff", "\n",
+    "a\nb", "x" * 10_000, "--", "-", "~", "~nobody/x", "$HOME/x", "Linear", "linear", "VP",
+    "velocity", "euler", "dopri5", "sde", "bfloat16", "float32", "adamw", "folder", "digits",
+    "all", "logit-normal", "missing.png", "file.txt", "images", "images/", "run",
+    "run/config.json", "/dev/null", "/dev/zero/x", "new/deep/x", "configs/none.py", "bad.py",
+    "exit.py", "empty.py", "digits.py", "digits.py:x", "foo://x", "://", "s3://bucket/x",
+    "run.pt", "a" * 300, "../x", "v5e:4x4", "nothing:0x0", "100:110", "2:3", "3:2", "0.5",
+    "0.5,2", "1" + "0" * 400,
 )  # fmt: skip
 _FLAGS = ("--config", "--workdir", "--mode", "--fork", "--profile", "--minimum", "--out",
           "--help-config", "--topology", "--json", "--search", "--sampler", "--distributed",
