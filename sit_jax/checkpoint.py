@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,17 @@ _DAMAGED = ".damaged"  # our suffix for the old folder of a step that is saved a
 # Errors are reported here, once and in one line. Orbax also logs them, as pages of tracebacks, and
 # logs its own cleanup.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+# When one of Orbax's writers has failed, the others end after their event loop: more tracebacks.
+logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+_report_unraisable = sys.unraisablehook
+
+
+def _report_other_unraisable(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _report_unraisable(unraisable)
+
+
+sys.unraisablehook = _report_other_unraisable
 
 
 class Checkpoints:

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import logging
 import pathlib
 import re
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sit_jax import manifest, storage
+from sit_jax import checkpoint, manifest, storage
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.errors import UserError
 
@@ -410,6 +412,19 @@ def test_a_disk_that_fills_up_during_a_save_fails_it_and_leaves_the_others(tmp_p
         assert "File too large" in line and "the checkpoints before it are untouched" in line
         assert len(line) < 500
     assert names(tmp_path / "c") == ["16"]
+
+
+def test_what_orbax_leaves_behind_after_a_failed_save_is_not_printed(monkeypatch, caplog):
+    printed = []
+    monkeypatch.setattr(checkpoint, "_report_unraisable", printed.append)
+    texts = ("Event loop is closed", "Event loop is stopped", "x", "")
+    for text in texts:
+        unraisable = types.SimpleNamespace(exc_value=RuntimeError(text))
+        checkpoint._report_other_unraisable(unraisable)
+    assert [str(unraisable.exc_value) for unraisable in printed] == list(texts[1:])
+    for text in ("Future exception was never retrieved", "Task exception was never retrieved", "x"):
+        logging.getLogger("asyncio").error("%s", text)
+    assert caplog.messages == ["x"]
 
 
 def test_a_manifest_that_cannot_be_written_is_reported_once(tmp_path, monkeypatch):
