@@ -75,10 +75,11 @@ def _held_file(path: epath.Path, file: IO[str]) -> Iterator[None]:
     with file:
         if owner := _owner(file):
             _say_taken_over(path, owner)
-        file.truncate(0)
-        file.write(json.dumps(_self()))
-        file.flush()
         try:
+            with storage.writing(path):
+                file.truncate(0)
+                file.write(json.dumps(_self()))
+                file.flush()
             yield
         finally:
             path.unlink(missing_ok=True)

@@ -189,7 +189,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: epath.PathLike) -> Iterator[None]:
+def writing(path: epath.PathLike) -> Iterator[None]:
     """Raise `UserError` that names the file for an error of the file system."""
     try:
         yield
@@ -203,7 +203,7 @@ def _writing(path: epath.PathLike) -> Iterator[None]:
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Write `data` to a file atomically. Raises `UserError` if it cannot be written."""
     path = epath.Path(path)
-    with _writing(path):
+    with writing(path):
         if is_remote(path):
             path.write_bytes(data)
             return
@@ -224,7 +224,7 @@ def append_text(path: epath.PathLike, text: str) -> None:
     In an object store this writes the entire object again. Raises `UserError` if it cannot be
     written.
     """
-    with _writing(path):
+    with writing(path):
         if is_remote(path):
             path = epath.Path(path)
             path.write_text((path.read_text() if path.exists() else "") + text)

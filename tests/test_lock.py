@@ -1,8 +1,10 @@
 """lock: one job at a time writes in a folder; a lock whose owner is dead is taken over."""
 
+import errno
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -69,6 +71,17 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path, holder, how,
 def test_a_damaged_lock_file_is_no_obstacle(tmp_path, text):
     (tmp_path / lock.NAME).write_text(text)
     with lock.hold(epath.Path(tmp_path)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cannot_be_written_is_named_and_left_nowhere(tmp_path, monkeypatch):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock, "_self", fail)
+    words = re.escape(f"{tmp_path / lock.NAME} cannot be written (No space left on device)")
+    with pytest.raises(UserError, match=words), lock.hold(epath.Path(tmp_path)):
         pass
     assert not list(tmp_path.iterdir())
 
