@@ -57,7 +57,7 @@ def unused_accelerator_warning() -> str | None:
 def failure_line(error: Exception) -> str | None:
     """Return an error in one line if the user or the machine caused it; None if it is a bug."""
     if isinstance(error, UserError):
-        return str(error)
+        return r"\n".join(str(error).splitlines())  # a value that was given may hold line breaks
     if not isinstance(error, OSError):
         return None
     place = f"{os.fsdecode(error.filename)!r}: " if error.filename else ""

@@ -168,6 +168,14 @@ def test_a_file_in_place_of_a_folder_is_one_line(tmp_path, mode):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("value", ["a\nb", "a\r\nb", "\n", "a\u2028b", "a\nerror: b\n"])
+def test_a_value_with_line_breaks_is_refused_in_one_line(tmp_path, value):
+    for arguments in (("--mode", value), ("--config", value), ("--workdir", tmp_path, value)):
+        message = refusal(*TINY, *arguments)
+        assert len(message.splitlines()) == 1
+    assert report.failure_line(UserError(value)) == r"\n".join(value.splitlines())
+
+
 def run_job_that_raises(monkeypatch, tmp_path, error):
     """Return main's status and stderr for a job that raises this error."""
 
