@@ -32,6 +32,7 @@ from tests.benchmarks.kill_training import Life, finish, lives
 
 KILLS_OF_TRAINING = 120
 KILLS_OF_A_JOB = 20
+_LISTED = 8  # differences
 
 
 def train(folder: pathlib.Path, cache: pathlib.Path, kills: int) -> list[str]:
@@ -117,7 +118,8 @@ def run(only: list[str], kills: int | None, folder: pathlib.Path) -> bool:
             count = kills or KILLS_OF_A_JOB
             failures = kill_jobs.check(kill_jobs.JOBS[name], folder / name, cache, count)
         is_same &= not failures
-        result = "; ".join(["DIFFERENT", *failures]) if failures else "equal"
+        more = [f"and {len(failures) - _LISTED} more"] if len(failures) > _LISTED else []
+        result = "; ".join(["DIFFERENT", *failures[:_LISTED], *more]) if failures else "equal"
         print(f"{name}: {result}, {time.monotonic() - started:.0f} s", flush=True)
     return is_same
 
