@@ -78,8 +78,8 @@ def _held_file(path: epath.Path, file: IO[str]) -> Iterator[None]:
         try:
             with storage.writing(path):
                 file.truncate(0)
-                file.write(json.dumps(_self()))
-                file.flush()
+                # Not buffered: closing the file would try again, and raise another error.
+                os.write(file.fileno(), json.dumps(_self()).encode())
             yield
         finally:
             path.unlink(missing_ok=True)

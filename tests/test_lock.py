@@ -1,10 +1,10 @@
 """lock: one job at a time writes in a folder; a lock whose owner is dead is taken over."""
 
-import errno
 import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -75,14 +75,16 @@ def test_a_damaged_lock_file_is_no_obstacle(tmp_path, text):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_that_cannot_be_written_is_named_and_left_nowhere(tmp_path, monkeypatch):
-    def fail():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(lock, "_self", fail)
-    words = re.escape(f"{tmp_path / lock.NAME} cannot be written (No space left on device)")
-    with pytest.raises(UserError, match=words), lock.hold(epath.Path(tmp_path)):
-        pass
+def test_a_lock_that_cannot_be_written_is_named_and_left_nowhere(tmp_path):
+    """The limit on the size of a process's files fails a write as a full disk does."""
+    words = re.escape(f"{tmp_path / lock.NAME} cannot be written (File too large)")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(UserError, match=words), lock.hold(epath.Path(tmp_path)):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
 
 
