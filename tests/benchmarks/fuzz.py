@@ -37,7 +37,7 @@ from tests.benchmarks.children import ROOT
 _LIMIT_S = 60  # for a case
 _START_S = 240  # for a child until its first case
 _GIB = 2**30
-_GROWN = _GIB // 2  # a child that has grown by so much is replaced
+_GROWN = 2 * _GIB  # a child that has grown by so much is replaced
 _CASES_OF_A_CHILD = 5000
 
 
