@@ -14,6 +14,7 @@ from convert import cli, from_torch
 from convert.names import params_from_torch, params_to_torch
 from sit_jax import config as config_lib
 from sit_jax import main, train_step
+from sit_jax.data.source import ArraySource
 from sit_jax.jobs import train
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.jobs.workdir import open_checkpoints, restore_weights
@@ -208,8 +209,10 @@ def test_fork_starts_from_a_single_set_of_weights(tmp_path, monkeypatch):
     from_torch.convert(
         checkpoints.save(tmp_path / "x.pt", weights), str(tmp_path / "run"), num_heads=2
     )
-    monkeypatch.setattr(train, "open_source", lambda setup: None)
     config = config_lib.load(str(tmp_path / "run" / "config.json"), [("transport.path", "VP")])
+    names = tuple(map(str, range(config.data.classes)))
+    source = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int32), names)
+    monkeypatch.setattr(train, "open_source", lambda setup: source)
     train.fork(config, epath.Path(tmp_path / "run"), epath.Path(tmp_path / "fork"))
     (tmp_path / "fork" / "config.json").write_text(config_lib.to_json(config))
     setup, step, state = opened(tmp_path / "fork")
