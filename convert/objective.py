@@ -1,4 +1,4 @@
-"""What a file's args say of its objective: a SiT's is kept, REPA's converted, others refused.
+"""The objective that a file's args name: SiT's is kept, REPA's is converted, others are refused.
 
 The tensors of such files look alike, so only the args can tell.
 

@@ -168,8 +168,8 @@ def _run_file(path: str, variant: str | None) -> dict[str, Any]:
         return config.to_dict()
     except UserError:
         raise
-    # A config file runs any code, so it may raise any error, and may try to exit: but with 0 a job
-    # that never ran would count as done. Ctrl-C is left alone.
+    # A config file runs any code. It may raise any error, and it may call sys.exit(0): a script
+    # would then take a job that never ran for a success. Ctrl-C still ends the program.
     except (Exception, SystemExit, GeneratorExit) as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -13,7 +13,7 @@ from sit_jax.errors import brief, check, unknown_name
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """The value is a number from `low` to `high`, both included, so neither infinite nor NaN."""
+    """A number from `low` to `high`, both included, so neither infinite nor NaN."""
 
     low: float
     high: float
@@ -47,13 +47,13 @@ class Anything:
         """Accept the value."""
 
     def describe(self) -> str:
-        """Return nothing: the name of the type says it all."""
+        """Return an empty text, since the type says everything."""
         return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The value is one of these names."""
+    """One of these names."""
 
     names: tuple[str, ...]
 
@@ -70,19 +70,18 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class UserPath:
-    """The value is the path of a file or folder; `config` expands a leading ~."""
+    """The path of a file or folder. `config` expands a leading ~."""
 
     def check(self, key: str, value: Any) -> None:
         """Accept the value: whether it exists is known where it is opened."""
 
     def describe(self) -> str:
-        """Return what is special about a path."""
+        """Return that it is a path, and the meaning of ~."""
         return "a path; a leading ~ is the home folder"
 
 
 anything = Anything()
 user_path = UserPath()
-between = Between
 Law = Between | Choice | UserPath | Anything
 
 

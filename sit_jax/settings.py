@@ -11,7 +11,7 @@ from sit_jax.data import sources
 from sit_jax.data.transforms import PIXEL_LIMIT, Decoding
 from sit_jax.latents import CODECS, dequantise
 from sit_jax.latents.sd_vae import VaeOptions
-from sit_jax.laws import anything, between, choice, setting, user_path
+from sit_jax.laws import Between, anything, choice, setting, user_path
 from sit_jax.models.sit import REMAT_POLICIES
 from sit_jax.models.sizes import SIZES
 from sit_jax.optimizer import SCHEDULES
@@ -24,20 +24,20 @@ WEIGHTS = {"ema": "ema", "raw": "params"}  # a name in a config -> the item of a
 DTYPES = ("float32", "bfloat16")
 MATMUL_PRECISIONS = ("default", "high", "highest")
 
-# Both ends of every number are far outside what is of use, but inside what the devices' int32 and
-# float32 hold: below 1e-30 a float32 soon is 0, and above 0.999999 soon 1.
-_count = between(1, 2**31 - 1)
-_count_or_0 = between(0, 2**31 - 1)
-_batch = between(1, 2**20)  # examples at a time
-_fixed_steps = between(1, 1_000_000)
-_tolerance = between(1e-30, 1e3)
-_decay = between(0.0, 0.999999)
-_seed = between(0, 2**32 - 1)
-_time = between(0.0, 1.0)
-_time_margin = between(1e-6, 0.499)  # nearer to an end, 1 - margin soon is 1
-_cfg_scale = between(1.0, 1e3)
-_axis = between(-1, 2**16)  # validation refuses 0
-_pixels = between(1, PIXEL_LIMIT)
+# The ends of each range lie far outside the useful values, but within the devices' int32 and
+# float32: a float32 much below 1e-30 becomes 0, and one much nearer to 1 than 0.999999 becomes 1.
+_count = Between(1, 2**31 - 1)
+_count_or_0 = Between(0, 2**31 - 1)
+_batch = Between(1, 2**20)  # examples at a time
+_fixed_steps = Between(1, 1_000_000)
+_tolerance = Between(1e-30, 1e3)
+_decay = Between(0.0, 0.999999)
+_seed = Between(0, 2**32 - 1)
+_time = Between(0.0, 1.0)
+_time_margin = Between(1e-6, 0.499)  # with a smaller one, 1 - margin is 1
+_cfg_scale = Between(1.0, 1e3)
+_axis = Between(-1, 2**16)  # validation refuses 0
+_pixels = Between(1, PIXEL_LIMIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Model:
         "SiT-S/2", SIZES, "published size; depth, width, heads and patch override parts of it"
     )
     depth: int | None = setting(
-        None, between(1, 1_000), "transformer blocks; none: those of model.name, here and below"
+        None, Between(1, 1_000), "transformer blocks; none: those of model.name, here and below"
     )
-    width: int | None = setting(None, between(4, 2**16), "channels of the residual stream")
-    heads: int | None = setting(None, between(1, 2**12), "attention heads")
+    width: int | None = setting(None, Between(4, 2**16), "channels of the residual stream")
+    heads: int | None = setting(None, Between(1, 2**12), "attention heads")
     patch: int | None = setting(
-        None, between(1, 2**10), "side of a patch (one token), in pixels or latent cells"
+        None, Between(1, 2**10), "side of a patch (one token), in pixels or latent cells"
     )
     qk_norm: bool = setting(
         False,
@@ -112,9 +112,9 @@ class Transport:
         "distribution of training times; logit-normal: sigmoid of a normal",
     )
     times_mean: float = setting(
-        0.0, between(-100.0, 100.0), "mean of that normal; above 0: more times near data"
+        0.0, Between(-100.0, 100.0), "mean of that normal; above 0: more times near data"
     )
-    times_std: float = setting(1.0, between(1e-6, 100.0), "standard deviation of that normal")
+    times_std: float = setting(1.0, Between(1e-6, 100.0), "standard deviation of that normal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +127,10 @@ class Data:
     )
     split: str = setting("all", anything, "digits: train, test or all; folder: only all")
     image_size: int = setting(
-        8, between(1, 2**13), "side of the images in pixels; source folder scales and crops to it"
+        8, Between(1, 2**13), "side of the images in pixels; source folder scales and crops to it"
     )
-    channels: int = setting(1, between(1, 2**10), "image channels: 1 for digits, 3 for folder")
-    classes: int = setting(10, between(1, 1_000_000), "number of classes")
+    channels: int = setting(1, Between(1, 2**10), "image channels: 1 for digits, 3 for folder")
+    classes: int = setting(10, Between(1, 1_000_000), "number of classes")
     flip: bool = setting(
         False, anything, "mirror images left to right with probability 1/2; not for digits or text"
     )
@@ -156,7 +156,7 @@ class Data:
     )
     workers: int = setting(
         0,
-        between(0, 1_024),  # the processors of the largest hosts
+        Between(0, 1_024),  # the processors of the largest hosts
         "processes that read images; 0: threads of the main process, for small data sets",
     )
 
@@ -195,7 +195,7 @@ class Latents:
         "commit of latents.repo; none: the pinned one, for the two repositories above only",
     )
     dtype: str = choice("float32", DTYPES, "dtype of the autoencoder's activations and matmuls")
-    scale: float = setting(0.18215, between(1e-6, 1e6), "factor applied to the encoder's output")
+    scale: float = setting(0.18215, Between(1e-6, 1e6), "factor applied to the encoder's output")
     batch: int = setting(8, _batch, "images that a device encodes or decodes at a time, at most")
 
     @property
@@ -212,7 +212,7 @@ class Train:
     batch: int = setting(256, _batch, "images per step, over all devices and microbatches")
     accumulation: int = setting(1, _batch, "microbatches per step, run in turn to save memory")
     label_dropout: float = setting(
-        0.1, between(0.0, 0.99), "share of labels replaced by the null label, which guidance needs"
+        0.1, Between(0.0, 0.99), "share of labels replaced by the null label, which guidance needs"
     )
     skip_nonfinite: int = setting(
         0,
@@ -220,7 +220,7 @@ class Train:
         "updates with a NaN or infinite loss or gradient that may be skipped before the run stops",
     )
     ema_decay: float = setting(
-        0.9999, between(0.0, 1.0), "decay of the exponential moving average of the parameters"
+        0.9999, Between(0.0, 1.0), "decay of the exponential moving average of the parameters"
     )
 
 
@@ -228,17 +228,17 @@ class Train:
 class Optimizer:
     """AdamW and its learning rate."""
 
-    learning_rate: float = setting(1e-4, between(1e-30, 1e3), "peak learning rate")
+    learning_rate: float = setting(1e-4, Between(1e-30, 1e3), "peak learning rate")
     schedule: str = choice(
         "constant", SCHEDULES, "learning rate after the warm-up; cosine: falls to 0 at train.steps"
     )
     warmup_steps: int = setting(0, _count_or_0, "steps of linear warm-up from 0")
     b1: float = setting(0.9, _decay, "decay of the first moment")
     b2: float = setting(0.999, _decay, "decay of the second moment")
-    eps: float = setting(1e-8, between(1e-30, 1e3), "added to the root of the second moment")
-    weight_decay: float = setting(0.0, between(0.0, 1e3), "decoupled weight decay")
+    eps: float = setting(1e-8, Between(1e-30, 1e3), "added to the root of the second moment")
+    weight_decay: float = setting(0.0, Between(0.0, 1e3), "decoupled weight decay")
     clip_norm: float | None = setting(
-        None, between(1e-12, 1e12), "largest global gradient norm; none: no clipping"
+        None, Between(1e-12, 1e12), "largest global gradient norm; none: no clipping"
     )
 
 
@@ -266,7 +266,7 @@ class Sample:
     )
     time_shift: float = setting(
         1.0,
-        between(1e-3, 1e3),
+        Between(1e-3, 1e3),
         "s of t' = s t / (1 + (s - 1) t), which moves fixed steps; above 1: more near data",
     )
     atol: float = setting(1e-6, _tolerance, "absolute tolerance of adaptive steps")
@@ -278,18 +278,18 @@ class Sample:
         "torchdiffeq",
     )
     diffusion_form: str = choice("SBDM", diffusion.FORMS, "SDE: diffusion coefficient over time")
-    diffusion_norm: float = setting(1.0, between(1e-6, 1e3), "SDE: scale of that coefficient")
+    diffusion_norm: float = setting(1.0, Between(1e-6, 1e3), "SDE: scale of that coefficient")
     last_step: str = choice(
         "mean",
         sde.LAST_STEPS,
         "SDE: last step to t=1, without noise. mean: along the SDE's drift; euler: along the "
         "ODE's; tweedie: to the expected data",
     )
-    last_step_size: float = setting(0.04, between(1e-6, 0.999), "SDE: length of that step in t")
+    last_step_size: float = setting(0.04, Between(1e-6, 0.999), "SDE: length of that step in t")
     cfg_scale: float = setting(1.0, _cfg_scale, "scale of classifier-free guidance; 1: no guidance")
     cfg_channels: int | None = setting(
         3,
-        between(1, 2**10),
+        Between(1, 2**10),
         "number of channels to guide, from the first; none: all (published results: 3 of 4)",
     )
     cfg_interval: tuple[float, ...] = setting(
@@ -300,21 +300,21 @@ class Sample:
         user_path,
         "workdir of a weaker run to guide away from; none: guide away from the null label",
     )
-    count: int = setting(64, between(1, 10_000_000), "number of samples")
+    count: int = setting(64, Between(1, 10_000_000), "number of samples")
     batch: int = setting(64, _batch, "samples drawn at a time, over all devices")
     labels: tuple[int, ...] = setting(
         (),
-        between(0, 999_999),
+        Between(0, 999_999),
         "class labels, repeated in turn up to count; (): all classes in turn",
     )
     seed: int = setting(0, _seed, "seed of the samples")
     frames: int | None = setting(
         None,
-        between(2, 10_000),
+        Between(2, 10_000),
         "also write this many images along each sample's trajectory, as one strip; none: do not",
     )
-    columns: int = setting(10, between(1, 1_000), "columns of sheet.png, the grid of images")
-    scale: int = setting(1, between(1, 64), "whole-number enlargement of sheet.png")
+    columns: int = setting(10, Between(1, 1_000), "columns of sheet.png, the grid of images")
+    scale: int = setting(1, Between(1, 64), "whole-number enlargement of sheet.png")
 
     @property
     def grid(self) -> int | tuple[float, ...] | None:
@@ -379,7 +379,7 @@ class Likelihood:
         "rademacher", density.PROBES, "distribution of the random probes of hutchinson"
     )
     probes: int = setting(
-        1, between(1, 10_000), "probes per image, over which the estimate is averaged"
+        1, Between(1, 10_000), "probes per image, over which the estimate is averaged"
     )
     dequantisation: str | None = choice(
         None,
@@ -413,12 +413,12 @@ class Sweep:
         ("SBDM",), diffusion.FORMS, "values of sample.diffusion_form, for SDE solvers"
     )
     cfg_scales: tuple[float, ...] = setting((1.0,), _cfg_scale, "values of sample.cfg_scale")
-    count: int = setting(1000, between(2, 10_000_000), "number of samples that each sampler draws")
+    count: int = setting(1000, Between(2, 10_000_000), "number of samples that each sampler draws")
     reference_count: int = setting(
         10_000, _count, "real images to draw and compare with, at most; in --mode quality too"
     )
     components: int = setting(
-        64, between(1, 100_000), "principal components of the pixels that the Frechet distance uses"
+        64, Between(1, 100_000), "principal components of the pixels that the Frechet distance uses"
     )
 
 
@@ -441,7 +441,7 @@ class Log:
     sheet_every: int = setting(
         10_000, _count_or_0, "steps between sheets, grids of samples from the EMA; 0: never"
     )
-    sheet_count: int = setting(64, between(1, 10_000), "number of samples on a sheet")
+    sheet_count: int = setting(64, Between(1, 10_000), "number of samples on a sheet")
     tensorboard: bool = setting(True, anything, "write TensorBoard event files")
     wandb_project: str | None = setting(
         None, anything, "log to this project of Weights & Biases; none: do not"

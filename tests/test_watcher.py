@@ -1,7 +1,10 @@
-"""The log line of an interval has every scalar of its steps by name, including new ones."""
+"""The log line of an interval: every scalar of its steps by name, and the speed of the steps."""
 
 import pytest
 
+from sit_jax import config as config_lib
+from sit_jax.jobs import watcher
+from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.watcher import summarise_interval
 
 
@@ -36,3 +39,76 @@ def test_steps_that_are_not_finite_are_counted_and_left_out_of_the_means():
 
 def test_a_step_carried_over_from_an_older_checkpoint_may_lack_a_scalar():
     assert summarise_interval([step(), step(align_loss=4.0)])["align_loss"] == 4.0
+
+
+class Clock:
+    """A stand-in for time, and for the arrays of a step, which take 2 s on the device."""
+
+    def __init__(self, waits):
+        self.now = 0.0
+        self.waits = waits  # whether a dispatch waits for its step, as on the CPU
+        self.busy_until = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def dispatch(self):
+        self.busy_until = max(self.now, self.busy_until) + 2.0
+        if self.waits:
+            self.now = self.busy_until
+        return self.busy_until
+
+    def wait(self, end):
+        self.now = max(self.now, end)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize(("every", "steps"), [(3, 9), (4, 9), (9, 9), (1, 4)])
+def test_the_speed_counts_the_steps_whose_time_it_counts(monkeypatch, waits, every, steps):
+    """Every line but one that comes with no time behind it says 8 images in 2 s."""
+    clock = Clock(waits)
+
+    class Array:
+        def __init__(self, end):
+            self.end = end
+
+        def is_ready(self):
+            return self.end <= clock.now
+
+        def item(self):
+            return 1.0
+
+    class Log:
+        speeds = []
+
+        def scalars(self, step, values):
+            self.speeds.append(values.get("images_per_s"))
+
+        def write(self, line):
+            pass
+
+        def update(self, step):
+            pass
+
+    def read(pairs):
+        for _, scalars in pairs:
+            clock.wait(scalars["loss"].end)
+        return pairs
+
+    monkeypatch.setattr(watcher.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(watcher.jax, "device_get", read)
+    monkeypatch.setattr(
+        watcher.jax, "block_until_ready", lambda scalars: clock.wait(scalars["loss"].end)
+    )
+    overrides = [("train.batch", "8"), ("log.every", str(every)), ("train.steps", str(steps))]
+    setup = set_up(config_lib.load("configs/digits.py", overrides))
+    log = Log()
+    watch = watcher.Watcher(setup, log, log, {})
+    names = ("loss", "grad_norm", "learning_rate", "finite")
+    for step in range(1, steps + 1):
+        array = Array(clock.dispatch())
+        watch.add(step, dict.fromkeys(names, array))
+    watch.write_due_line()
+    speeds = [speed for speed in log.speeds if speed is not None]
+    assert speeds and speeds == pytest.approx([4.0] * len(speeds))
+    assert len(log.speeds) == -(-steps // every)

@@ -1,19 +1,18 @@
 """A workdir is what its checkpoints say: not what its folders, config.json or the data claim."""
 
 import json
-import os
 import shutil
 import subprocess
 
 import jax
 import numpy as np
 import pytest
-from etils import epath
 
 from sit_jax import config as config_lib
-from sit_jax import lock, storage
+from sit_jax import storage
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.jobs import train, watcher
+from sit_jax.jobs import train
+from sit_jax.jobs.data import open_source
 from sit_jax.jobs.loop import Loop
 from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.workdir import open_checkpoints
@@ -334,9 +333,10 @@ def test_these_may_change_too(run_copy, settings):
 def test_an_average_of_random_weights_is_said(decay, share):
     overrides = [("train.steps", "4"), ("train.ema_decay", str(decay)), ("model.width", "16")]
     setup = set_up(config_lib.load("configs/digits.py", overrides))
-    state = setup.create_state()
-    assert not list(train.describe_start(setup, state, 0, {}, is_fresh=False))  # a fork's start
-    lines = list(train.describe_start(setup, state, 0, {}, is_fresh=True))
+    source, state = open_source(setup), setup.create_state()
+    note = {"forked_from": "another run"}
+    assert not list(train.describe_start(setup, source, state, 0, note, {}))
+    lines = list(train.describe_start(setup, source, state, 0, {}, {}))
     if share is None:
         assert not lines
     else:
@@ -344,109 +344,7 @@ def test_an_average_of_random_weights_is_said(decay, share):
         assert len(lines) == 1 and words in lines[0]
 
 
-class Clock:
-    """A stand-in for time, and for the arrays of a step, which take 2 s on the device."""
-
-    def __init__(self, waits):
-        self.now = 0.0
-        self.waits = waits  # whether a dispatch waits for its step, as on the CPU
-        self.busy_until = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    def dispatch(self):
-        self.busy_until = max(self.now, self.busy_until) + 2.0
-        if self.waits:
-            self.now = self.busy_until
-        return self.busy_until
-
-    def wait(self, end):
-        self.now = max(self.now, end)
-
-
-@pytest.mark.parametrize("waits", [True, False])
-@pytest.mark.parametrize(("every", "steps"), [(3, 9), (4, 9), (9, 9), (1, 4)])
-def test_the_speed_counts_the_steps_whose_time_it_counts(monkeypatch, waits, every, steps):
-    """Every line but one that comes with no time behind it says 8 images in 2 s."""
-    clock = Clock(waits)
-
-    class Array:
-        def __init__(self, end):
-            self.end = end
-
-        def is_ready(self):
-            return self.end <= clock.now
-
-        def item(self):
-            return 1.0
-
-    class Log:
-        speeds = []
-
-        def scalars(self, step, values):
-            self.speeds.append(values.get("images_per_s"))
-
-        def write(self, line):
-            pass
-
-        def update(self, step):
-            pass
-
-    def read(pairs):
-        for _, scalars in pairs:
-            clock.wait(scalars["loss"].end)
-        return pairs
-
-    monkeypatch.setattr(watcher.time, "perf_counter", clock.perf_counter)
-    monkeypatch.setattr(watcher.jax, "device_get", read)
-    monkeypatch.setattr(
-        watcher.jax, "block_until_ready", lambda scalars: clock.wait(scalars["loss"].end)
-    )
-    overrides = [("train.batch", "8"), ("log.every", str(every)), ("train.steps", str(steps))]
-    setup = set_up(config_lib.load("configs/digits.py", overrides))
-    log = Log()
-    watch = watcher.Watcher(setup, log, log, {})
-    names = ("loss", "grad_norm", "learning_rate", "finite")
-    for step in range(1, steps + 1):
-        array = Array(clock.dispatch())
-        watch.add(step, dict.fromkeys(names, array))
-    watch.write_due_line()
-    speeds = [speed for speed in log.speeds if speed is not None]
-    assert speeds and speeds == pytest.approx([4.0] * len(speeds))
-    assert len(log.speeds) == -(-steps // every)
-
-
-# Results may lie elsewhere, and one job at a time fills a folder of them.
-
-
-def test_results_may_lie_outside_of_a_workdir_that_stays_as_it_is(run_copy, tmp_path):
-    before = snapshot(run_copy)
-    out = succeed("--workdir", run_copy, "--mode", "sample", "--out", tmp_path / "out")
-    (folder,) = (tmp_path / "out" / "samples").iterdir()
-    assert str(folder) in out and len(pictures(folder)) == 8
-    assert snapshot(run_copy) == before
-    message = refusal("--workdir", run_copy, "--out", tmp_path / "out")
-    assert "--out is for --mode sample, sweep, invert, likelihood, quality, not train" in message
-    assert "--out is empty" in refusal("--workdir", run_copy, "--mode", "sample", "--out=")
-
-
-def test_one_job_at_a_time_fills_a_folder_of_results(run_copy):
-    likelihood = ["--workdir", run_copy, "--mode", "likelihood"]
-    likelihood += flags(likelihood__solver="heun", likelihood__steps=1, likelihood__count=4)
-    succeed(*likelihood)
-    (folder,) = (run_copy / "likelihood").iterdir()
-    (folder / "results.jsonl").unlink()
-    (folder / ".000004.png.f8e3ce9e.tmp").write_bytes(b"")
-    os.utime(folder / ".000004.png.f8e3ce9e.tmp", (1, 1))
-    with lock.hold(epath.Path(folder)):
-        assert f"{str(folder)!r} is in use by process {os.getpid()}" in refusal(*likelihood)
-    succeed(*likelihood)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "results.jsonl",
-        "settings.json",
-        "summary.json",
-    ]
+# What a run leaves.
 
 
 def test_training_removes_what_a_killed_run_left(run_copy):

@@ -1,4 +1,4 @@
-"""What a data source is: a data set with a length, labels, a record spec and random access.
+"""Data sources: data sets with a length, labels, a record spec and random access.
 
 Record `i` never changes. `pipeline` handles order, mirroring and batches. Sources are
 picklable, because each reader process gets a copy.
@@ -37,7 +37,7 @@ class Source(Protocol):
 
     @property
     def passed_over(self) -> str:
-        """What lies beside the records and is not read, in a few words; empty if nothing."""
+        """The files beside the records that are not read, in a few words, or an empty text."""
 
     def __len__(self) -> int: ...
 

@@ -81,13 +81,9 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
                 )
                 for row in results.own_rows(size):
                     position = position_of[int(batch["index"][row])]
-                    entry = {
-                        "noise": noise_bhwc[row],
-                        "label": batch["label"][row],
-                        "error": error_b[row],
-                        "index": batch["index"][row],
-                        "sha256": stored[position],
-                    }
+                    entry = {name: batch[name][row] for name in ("label", "index")}
+                    entry |= {"noise": noise_bhwc[row], "error": error_b[row]}
+                    entry["sha256"] = stored[position]
                     pair = np.stack([batch["image"][row], to_uint8(images_bhwc[row])])
                     _write(results, position, entry, pair)
                 bar.update(size)
@@ -147,7 +143,7 @@ def _read_entry(results: Results, position: int) -> Mapping[str, np.ndarray]:
 
 
 def _image_of(results: Results, position: int) -> tuple[int, str] | None:
-    """Return the index and digest of the image that was inverted; None if its file is no use."""
+    """Return the index and digest of the image that was inverted; None if its file is damaged."""
     try:
         entry = _read_entry(results, position)
         return int(entry["index"]), str(entry["sha256"])

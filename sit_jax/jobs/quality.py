@@ -88,14 +88,12 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
                 results.write_bytes("sheet.png", encode_png(sheet))
         results.write_summary(summary)
         print(f"sheet: {results.folder / 'sheet.png'}")
-        for minimum, scale in zip(minimums, scales, strict=False):
-            scale_name = f"cfg {scale:g}"
-            agreement = summary["agreement"][scale_name]
-            check(
-                agreement >= minimum,
-                f"{scale_name}: {agreement:.1%} of the samples are read as their label, below "
-                f"--minimum {minimum:g}; train longer, or check the log for divergence",
-            )
+    for minimum, (scale, agreement) in zip(minimums, summary["agreement"].items(), strict=False):
+        check(
+            agreement >= minimum,
+            f"{scale}: {agreement:.1%} of the samples are read as their label, below --minimum "
+            f"{minimum:g}; train longer, or check the log for divergence",
+        )
 
 
 def _results_settings(

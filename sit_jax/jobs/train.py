@@ -21,6 +21,7 @@ from sit_jax import config as config_lib
 from sit_jax import hosts, optimizer, sharding, storage
 from sit_jax import train_step as step_lib
 from sit_jax.checkpoint import Checkpoints
+from sit_jax.data.source import Source
 from sit_jax.errors import UserError, check, require
 from sit_jax.jobs.data import (
     changed_label,
@@ -192,15 +193,15 @@ def record_config(
 
 def describe_start(
     setup: Setup,
+    source: Source,
     state: TrainState,
     start: int,
+    note: Mapping[str, Any],
     changes: Mapping[str, tuple[Any, Any]],
-    *,
-    is_fresh: bool,
 ) -> Iterator[str]:
-    """Yield a line for each change of settings, and for each effect that may surprise.
+    """Yield a line for each change since the checkpoint, and for each effect that may surprise.
 
-    `is_fresh` says that the weights are random, and not those of a checkpoint.
+    `note` is the checkpoint's; without one, the weights are fresh.
     """
     for key, (old, new) in changes.items():
         yield f"{key} changes from {old!r} to {new!r} at step {start}"
@@ -223,11 +224,17 @@ def describe_start(
             f"{config.optimizer.schedule} schedule over {config.train.steps} steps"
         )
     share = config.train.ema_decay**config.train.steps
-    if is_fresh and share > _LARGEST_INITIAL_SHARE:
+    if not note and share > _LARGEST_INITIAL_SHARE:
         yield (
             f"after {config.train.steps} steps the EMA still holds {share:.0%} of the initial, "
             f"random weights, so samples of it are noisy: train.ema_decay is "
             f"{config.train.ema_decay:g}; set a smaller one, or sample.weights=raw"
+        )
+    images = note.get("data", {}).get("images", len(source))
+    if images != len(source):
+        yield (
+            f"the data set had {images:,} images and has {len(source):,} now: from step {start} "
+            "on, images come in another order"
         )
 
 
@@ -263,14 +270,8 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         log = stack.enter_context(hosts.run_on_all(lambda: _open_log(config, workdir, start)))
         recorded = recorded_settings(note, workdir)
         changes = {} if recorded is None else config_lib.changes_since(recorded, config)
-        for line in describe_start(setup, state, start, changes, is_fresh=not note):
+        for line in describe_start(setup, source, state, start, note, changes):
             print(line)
-        images = note.get("data", {}).get("images", len(source))
-        if images != len(source):
-            print(
-                f"the data set had {images:,} images and has {len(source):,} now: from step "
-                f"{start} on, images come in another order"
-            )
         hosts.broadcast_from_first(lambda: record_config(config, workdir, start, changes))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)

@@ -47,8 +47,8 @@ def _fill(disk: pathlib.Path, room: int) -> pathlib.Path:
     return path
 
 
-def _ended_well(log: pathlib.Path, status: int, seconds: float) -> list[str]:
-    """Return what is wrong with the end of a job on a full disk."""
+def _faults_of_end(log: pathlib.Path, status: int, seconds: float) -> list[str]:
+    """Return the faults in how a job ended on a full disk, one phrase each."""
     lines = children.printed(log, "err").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     others = [line for line in lines if not line.startswith(("error: ", "warning: "))]
@@ -64,7 +64,7 @@ def _ended_well(log: pathlib.Path, status: int, seconds: float) -> list[str]:
 def _check_job(
     job: kill_jobs.KilledJob, base: pathlib.Path, quiet: pathlib.Path, cache: pathlib.Path
 ) -> list[str]:
-    """Run a job in copies of the base on full disks, then with room; return what is wrong."""
+    """Run a job in copies of the base on full disks, then with room; return the faults."""
     failures = []
     for room in _ROOM:
         with _mounted(quiet.parent / "disk") as disk:
@@ -74,7 +74,7 @@ def _check_job(
             fill = _fill(disk, room)
             started = time.monotonic()
             child = children.start([text.format(copy) for text in job.command], log, cache)
-            failures += _ended_well(log, children.end(child), time.monotonic() - started)
+            failures += _faults_of_end(log, children.end(child), time.monotonic() - started)
             fill.unlink()
             child = children.start([text.format(copy) for text in job.command], log, cache)
             children.succeed(child, log)
@@ -96,7 +96,7 @@ def _check_training(folder: pathlib.Path, cache: pathlib.Path, after: int | None
         if after is not None:
             children.wait_for(child, lambda: kill_training.reached(workdir) >= after)
             _fill(disk, 0)
-        failures += _ended_well(log, children.end(child), time.monotonic() - started)
+        failures += _faults_of_end(log, children.end(child), time.monotonic() - started)
         (disk / "fill").unlink()
         children.succeed(kill_training.start_child(workdir, cache, _STEPS, log=log), log)
         failures += kill_training.differences(workdir, folder / "straight")
@@ -105,7 +105,7 @@ def _check_training(folder: pathlib.Path, cache: pathlib.Path, after: int | None
 
 
 def check(folder: pathlib.Path, cache: pathlib.Path) -> list[str]:
-    """Run training and four other jobs on full disks; return what is wrong."""
+    """Run training and four other jobs on full disks; return the faults."""
     with _mounted(folder / "probe") as disk:
         if disk is None:
             print("skipped: only root may mount a small file system")

@@ -81,7 +81,7 @@ def print_life(number: int, life: Life, workdir: pathlib.Path) -> None:
 
 
 def lock(folder: pathlib.Path, cache: pathlib.Path) -> list[str]:
-    """Start a second run beside one that trains; return what is wrong."""
+    """Start a second run beside one that trains; return the faults."""
     steps = 600
     straight, workdir, second = (folder / name for name in ("straight", "run", "second"))
     finish(straight, cache, steps)
