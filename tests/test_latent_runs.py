@@ -112,21 +112,41 @@ def draw_samples(workdir, *arguments):
     return images.astype(int), json.loads((folder / "settings.json").read_text())
 
 
+def brighten(vae):
+    """Change the weights in a folder so that every decoded pixel is brighter by 0.2."""
+    file = vae / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["decoder.conv_out.bias"] += 0.2
+    safetensors.numpy.save_file(tensors, file)
+
+
 def test_samples_may_be_decoded_by_another_autoencoder(run, tmp_path):
     workdir = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
     other = pathlib.Path(shutil.copytree(LEGACY, tmp_path / "vae"))
     images, settings = draw_samples(workdir)
     assert images.shape == (4, 16, 16, 3) and settings["latents"]["path"] == str(LEGACY)
-    file = other / "diffusion_pytorch_model.safetensors"
-    tensors = safetensors.numpy.load_file(file)
-    tensors["decoder.conv_out.bias"] += 0.2
-    safetensors.numpy.save_file(tensors, file)
+    brighten(other)
     brighter, settings = draw_samples(workdir, f"--config.latents.path={other}")
     inside = (images > 0) & (brighter < 255)
     # The latents are the same, so every pixel is brighter by 0.2, which is 25.5 grey levels.
     assert inside.mean() > 0.2 and set((brighter - images)[inside]) <= {25, 26}
     assert settings["latents"]["path"] == str(other)
     assert len(list((workdir / "samples").iterdir())) == 2
+
+
+def test_other_weights_at_the_same_path_are_another_autoencoder(tmp_path):
+    folder = pathlib.Path(shutil.copytree(LEGACY, tmp_path / "vae"))
+    overrides = [("latents.path", str(folder)), ("data.image_size", "16"), ("latents.batch", "2")]
+    overrides += [("latents.codec", "sd-vae"), ("data.channels", "3"), ("model.patch", "2")]
+
+    def recorded():
+        return set_up(config_lib.load("configs/digits.py", overrides)).codec_settings()["latents"]
+
+    before = recorded()
+    assert recorded() == before and before["path"] == str(folder)
+    brighten(folder)
+    after = recorded()
+    assert after.pop("weights") != before.pop("weights") and after == before
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sit_jax import config as config_lib
 from sit_jax import storage
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.jobs import train
-from sit_jax.jobs.data import open_source
+from sit_jax.jobs.data import open_batches, open_source
 from sit_jax.jobs.loop import Loop
 from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.workdir import open_checkpoints
@@ -300,6 +300,17 @@ def test_another_schedule_is_allowed_and_says_the_rate(run_copy, settings, rate)
     out = succeed("--workdir", run_copy, *ON, *flags(**settings))
     assert f"the learning rate at step 4 changes from 0 to {rate:.3g}" in out
     assert rows(run_copy)[4]["learning_rate"] == pytest.approx(rate, rel=1e-5)
+
+
+def test_the_logged_rate_is_the_one_that_the_optimizer_applies(quiet_machine):
+    """After skipped updates the optimizer's count is behind the step."""
+    overrides = [("optimizer.warmup_steps", "10"), ("model.width", "16"), ("train.batch", "8")]
+    setup = set_up(config_lib.load("configs/digits.py", overrides))
+    state = setup.create_state()
+    state = state.replace(step=state.step + 5)
+    with open_batches(setup, open_source(setup), 0) as batches:
+        _, scalars = train.make_train_step(setup)(state, next(batches), setup.codec_params)
+    assert float(scalars["learning_rate"]) == float(setup.schedule(0)) != float(setup.schedule(5))
 
 
 def test_clipping_may_be_set_and_unset_and_keeps_the_moments(run_copy, tmp_path):
