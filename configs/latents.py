@@ -1,8 +1,9 @@
 """SiT on cached latents of 256 px images: 32x32x4, 1,000 classes, bfloat16, fsdp.
 
-No command stores latents yet, so this recipe only compiles; configs/imagenet.py trains, and encodes
-each image in the step.
+Latents are stored once, by --mode encode from images or by convert.latents from another project's
+cache, and then cost nothing in training; configs/imagenet.py encodes each image in the step.
 
+    python -m sit_jax.main --config configs/latents.py --workdir runs/xl2 --config.data.path=LATENTS
     python -m sit_jax.main --config configs/latents.py --mode preflight --topology v5e:4x4
     python -m sit_jax.main --config configs/latents.py:512 --mode preflight --topology v5e:4x4
     python -m sit_jax.main --config configs/latents.py:3B --mode preflight --topology v5p:4x4x4
@@ -30,7 +31,8 @@ def get_config(variant="256"):
     side, batch, shape = variants[variant]
     config = default()
     config.model.update(name="SiT-XL/2", **shape)
-    config.data.update(source="folder", image_size=side, channels=4, classes=1000, flip=True)
+    config.data.update(source="latents", image_size=side, channels=4, classes=1000, flip=True)
+    config.latents.update(codec="sd-vae")
     config.train.update(steps=400_000, batch=batch)
     config.sample.update(steps=50, solver="heun", cfg_scale=1.5, count=256, batch=256)
     config.precision.update(compute="bfloat16")

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from sit_jax.data import sources
+from sit_jax.data.source import SourceOptions
 from sit_jax.data.transforms import PIXEL_LIMIT, Decoding
 from sit_jax.latents import CODECS, dequantise
 from sit_jax.latents.sd_vae import VaeOptions
@@ -121,15 +122,36 @@ class Transport:
 class Data:
     """The images and their labels."""
 
-    source: str = choice("digits", sources.SOURCES, "digits: of scikit-learn; folder: image files")
+    source: str = choice(
+        "digits",
+        sources.SOURCES,
+        "digits: of scikit-learn; folder: image files; "
+        "latents: stored by --mode encode or convert.latents",
+    )
     path: str | None = setting(
-        None, user_path, "folder with a sub-folder of images per class, for source folder"
+        None,
+        user_path,
+        "folder: a folder with a sub-folder of images per class; latents: a folder of stored "
+        "latents",
     )
-    split: str = setting("all", anything, "digits: train, test or all; folder: only all")
+    name: str | None = setting(
+        None, anything, "tfds: the data set, such as imagenet2012 or imagenet2012:5.1.0"
+    )
+    split: str = setting(
+        "all",
+        anything,
+        "digits: train, test or all; folder and latents: only all; tfds: such as train or "
+        "validation[:10%]",
+    )
     image_size: int = setting(
-        8, Between(1, 2**13), "side of the images in pixels; source folder scales and crops to it"
+        8,
+        Between(1, 2**13),
+        "side of the images in pixels, to which source folder scales and crops them; latents: side "
+        "of a latent in cells",
     )
-    channels: int = setting(1, Between(1, 2**10), "image channels: 1 for digits, 3 for folder")
+    channels: int = setting(
+        1, Between(1, 2**10), "channels: 1 for digits, 3 for folder, 4 for latents of the SD-VAE"
+    )
     classes: int = setting(10, Between(1, 1_000_000), "number of classes")
     flip: bool = setting(
         False, anything, "mirror images left to right with probability 1/2; not for digits or text"
@@ -166,9 +188,12 @@ class Data:
         return self.image_size, self.image_size, self.channels
 
     @property
-    def decoding(self) -> Decoding:
-        """How image files are decoded."""
-        return Decoding(self.max_pixels, self.exif_orientation)
+    def options(self) -> SourceOptions:
+        """What a source needs to know."""
+        decoding = Decoding(self.max_pixels, self.exif_orientation)
+        return SourceOptions(
+            self.path, self.name, self.split, self.image_size, self.channels, decoding
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +201,10 @@ class Latents:
     """The network's input: pixels or latents. All settings but `codec` apply to sd-vae only."""
 
     codec: str = choice(
-        "pixels", CODECS, "pixels; sd-vae: latents of Stable Diffusion's autoencoder"
+        "pixels",
+        CODECS,
+        "pixels; sd-vae: latents of Stable Diffusion's autoencoder; stored: those of any "
+        "autoencoder, without a decoder: samples are .npz files",
     )
     path: str | None = setting(
         None,

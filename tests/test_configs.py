@@ -18,7 +18,7 @@ from sit_jax.jobs import train
 from sit_jax.jobs.data import abstract_batch
 from sit_jax.jobs.setup import set_up
 from sit_jax.models.sizes import SIZES
-from tests import goldens
+from tests import caches, goldens
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FILES = [path for path in sorted(CONFIGS.glob("*.py")) if path.name != "__init__.py"]
@@ -42,6 +42,8 @@ TINY = ONE_DEVICE | {
 }
 # Overrides of a config that reads a folder: 8 images in 2 classes.
 TINY_FOLDER = {"data.image_size": "16", "data.classes": "2"}
+# Overrides of a config that reads stored latents: 23 of 8x8x4 in 2 classes.
+TINY_CACHE = {"data.image_size": "8", "data.classes": "2"}
 # Overrides of a config in latent space: a tiny autoencoder.
 TINY_LATENTS = {"latents.path": str(goldens.FOLDER / "vae_legacy"), "latents.repo": "none"}
 
@@ -69,6 +71,15 @@ def make_images(folder):
     return folder
 
 
+def make_latents(folder):
+    """Write latents of noise in two classes, scaled as those of the SD-VAE; return the folder."""
+    plan = caches.make_plan(
+        shape=(8, 8, 4), scale=(0.18215,) * 4, shift=(0.0,) * 4, autoencoder={"name": "sd-vae"}
+    )
+    caches.write(folder, plan)
+    return folder
+
+
 @each_file
 def test_its_model_and_state_have_shapes(path):
     """At full size, with abstract arrays that take no memory."""
@@ -85,28 +96,15 @@ def test_its_model_and_state_have_shapes(path):
     assert metrics["loss"].shape == ()
 
 
-@pytest.mark.parametrize("with_images", [True, False])
-def test_cached_latents_are_refused_because_they_cannot_be_read_yet(tmp_path, capsys, with_images):
-    flags = [f"--config.{key}={text}" for key, text in ONE_DEVICE.items()]
-    if with_images:
-        flags.append(f"--config.data.path={make_images(tmp_path / 'images')}")
-    command = ["--config", str(CONFIGS / "latents.py"), "--workdir", str(tmp_path / "run")]
-    assert main.main([*command, *flags]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "data.channels=4" in message
-    assert "Stored latents cannot be read yet" in message and "configs/imagenet.py" in message
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if path.stem != "latents"], ids=lambda path: path.stem
-)
+@each_file
 def test_two_steps_of_it_train(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     config = config_lib.load(str(path))
     tiny = dict(TINY)
     if config.data.source == "folder":
         tiny |= TINY_FOLDER | {"data.path": str(make_images(tmp_path / "images"))}
+    if config.data.source == "latents":
+        tiny |= TINY_CACHE | {"data.path": str(make_latents(tmp_path / "latents"))}
     if config.latents.codec == "sd-vae":
         tiny |= TINY_LATENTS
     flags = [f"--config.{key}={text}" for key, text in tiny.items()]

@@ -78,7 +78,7 @@ def test_every_image_has_its_row_and_the_summary_their_mean(evaluated):
     drawn = subset.draw_order(source.labels, seed=0)[:10].tolist()
     assert column(folder, "index").tolist() == drawn
     assert sorted(column(folder, "label").tolist()) == list(range(10))  # one of each class
-    assert column(folder, "label").tolist() == [int(source[i]["label"]) for i in drawn]
+    assert column(folder, "label").tolist() == [int(source.read(i)["label"]) for i in drawn]
     assert column(folder, "sha256").tolist() == [source.digest(i) for i in drawn]
     assert "they are a stratified draw of 898" in out
     bits = column(folder, "bits_per_dim")
@@ -179,8 +179,8 @@ def log_prob_of_fresh_weights(**settings):
     setup = set_up(config)
     source = open_source(setup)
     indices = np.arange(8)
-    images = np.stack([source[i]["image"] for i in indices])
-    labels = np.stack([source[i]["label"] for i in indices])
+    images = np.stack([source.read(i)["image"] for i in indices])
+    labels = np.stack([source.read(i)["label"] for i in indices])
     log_prob, _ = likelihood.make_log_prob(setup)(
         setup.init_params(), indices, {"image": images}, labels
     )

@@ -15,7 +15,7 @@ import numpy as np
 from sit_jax.data import transforms
 from sit_jax.data.source import (
     ImageRecords,
-    Shape,
+    SourceOptions,
     UnreadableImage,
     first_names,
     image_spec,
@@ -23,7 +23,7 @@ from sit_jax.data.source import (
 )
 from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError, check
-from sit_jax.record import Record, RecordSpec
+from sit_jax.record import RecordSpec
 from sit_jax.storage import is_remote
 
 # Those of torchvision.
@@ -64,19 +64,19 @@ class FolderSource(ImageRecords):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Record:
+    def image(self, index: int) -> np.ndarray:
+        """Return the image of a file, cropped. Raises `UnreadableImage`."""
         path = self.files[index]
         try:
             data = _read_file(path, self.decoding.max_bytes)
             image = transforms.open_image(data, self.decoding)
             is_large = image.width * image.height > _LARGE
             with _large_image if is_large else contextlib.nullcontext():
-                crop = transforms.center_crop(
+                return transforms.center_crop(
                     transforms.to_rgb(image, self.decoding), self.image_size
                 )
         except Exception as error:  # Pillow's decoders raise a dozen types for broken data
             raise _unreadable(path, error) from error
-        return {"image": crop, "label": self.labels[index]}
 
     def digest(self, index: int) -> str:
         """Return 16 hex digits that change with the bytes of the file or its class."""
@@ -106,20 +106,17 @@ def _read_file(path: str, max_bytes: int) -> bytes:
     return data
 
 
-def open_folder(
-    path: str | None, image_shape: Shape, split: str, decoding: Decoding
-) -> FolderSource:
+def open_folder(options: SourceOptions) -> FolderSource:
     """Open a folder with one sub-folder of image files for each class.
 
     Classes and files are ordered as in torchvision's ImageFolder. The folder is one split, "all".
     Hidden and system folders are not classes.
     """
-    image_size, _, channels = image_shape
+    path = options.path
     check(
-        channels == 3,
-        f"data.channels={channels}, but the folder source reads RGB images; set it to 3. Stored "
-        "latents cannot be read yet, as no command makes them: configs/imagenet.py encodes images "
-        "in the training step instead",
+        options.channels == 3,
+        f"data.channels={options.channels}, but the folder source reads RGB images; set it to 3, "
+        "or data.source=latents to read stored latents",
     )
     if not path:
         raise UserError(
@@ -130,13 +127,9 @@ def open_folder(
         f"data.path={path!r} is not on a local disk; copy it to one, or mount the bucket",
     )
     check(
-        image_size > 0,
-        f"data.image_size={image_size}, but it must be positive; set it to the side in pixels",
-    )
-    check(
-        split == "all",
-        f"data.split={split!r}, but a folder is one split; set it to 'all', and data.path to that "
-        "split's folder",
+        options.split == "all",
+        f"data.split={options.split!r}, but a folder is one split; set it to 'all', and data.path "
+        "to that split's folder",
     )
     check(
         os.path.isdir(path),
@@ -159,7 +152,12 @@ def open_folder(
     labels = np.repeat(np.arange(len(class_names), dtype=np.int32), counts)
     files = tuple(file for files in files_by_class for file in files)
     return FolderSource(
-        files, labels, tuple(class_names), image_size, decoding, _listed(passed_over)
+        files,
+        labels,
+        tuple(class_names),
+        options.image_size,
+        options.decoding,
+        _listed(passed_over),
     )
 
 

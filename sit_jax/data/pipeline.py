@@ -45,14 +45,20 @@ def batches(
     """
     check(seed >= 0, f"seed={seed}, but it must not be negative; set it to 0 or more")
     check(batch_size > 0, f"train.batch={batch_size}, but it must be positive; set it to 1 or more")
-    read = _read_or_skip if skip_unreadable else _read
+    check(
+        source.can_mirror or not flip,
+        "data.flip=True, but the latents were stored without those of the mirror images; set "
+        "data.flip=False, or encode them again",
+    )
     numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    order = numbers.map(functools.partial(read, source))
+    # grain seeds a random_map by the number of steps before it, so `map` must stay one of them.
+    order = numbers.map(_not_mirrored)
     if flip:
         # Before rows are chosen, so that the draw depends on a row's place in the global order.
-        order = order.random_map(functools.partial(_flip, source))
+        order = order.random_map(_maybe_mirrored)
     rows = range(batch_size) if rows is None else rows
-    return _ProcessRows(order, batch_size, rows).batch(len(rows))
+    read = functools.partial(_read_or_skip if skip_unreadable else _read, source)
+    return _ProcessRows(order, batch_size, rows).map(read).batch(len(rows))
 
 
 def batch_spec(spec: RecordSpec) -> RecordSpec:
@@ -121,15 +127,24 @@ class _ProcessRows(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._rows[row]]
 
 
-def _flip(source: Source, record: Record, rng: np.random.Generator) -> Record:
-    """Mirror a record with probability 1/2."""
-    return source.mirror(record) if rng.random() < 0.5 else record
+Example = tuple[int, bool]  # the index of a record, and whether to mirror it
 
 
-def _read(source: Source, index: int) -> Record:
-    """Read record `index`. Raises `UserError` with the remedy if it cannot be read."""
+def _not_mirrored(index: int) -> Example:
+    return index, False
+
+
+def _maybe_mirrored(example: Example, rng: np.random.Generator) -> Example:
+    """Mirror an example with probability 1/2."""
+    index, _ = example
+    return index, rng.random() < 0.5
+
+
+def _read(source: Source, example: Example) -> Record:
+    """Read a record. Raises `UserError` with the remedy if it cannot be read."""
+    index, mirrored = example
     try:
-        return {**source[index], "skipped": np.int32(0)}
+        return {**source.read(index, mirrored), "skipped": np.int32(0)}
     except UnreadableImage as error:
         raise with_remedy(error) from error
 
@@ -139,28 +154,30 @@ def with_remedy(error: UnreadableImage) -> UserError:
     return UserError(f"{error}; remove it, or set data.skip_unreadable=True to skip such images")
 
 
-def _read_or_skip(source: Source, index: int) -> Record:
-    """Read the first readable record at or after `index`, wrapping around at the end."""
+def _read_or_skip(source: Source, example: Example) -> Record:
+    """Read the first readable record at or after an index, wrapping around at the end."""
+    first, mirrored = example
     for skipped in range(len(source)):
+        index = (first + skipped) % len(source)
         try:
-            return {**source[(index + skipped) % len(source)], "skipped": np.int32(skipped)}
+            return {**source.read(index, mirrored), "skipped": np.int32(skipped)}
         except UnreadableImage as error:
             _warn_once(str(error))
     raise UserError(f"none of the {len(source)} images can be read; check data.path")
 
 
-def _read_or_blank(source: Source, index: int) -> Record:
-    """Read record `index`, or return zeros marked as skipped."""
+def _read_or_blank(source: Source, example: Example) -> Record:
+    """Read a record, or return zeros marked as skipped."""
     try:
-        return _read(source, index)
+        return _read(source, example)
     except UserError as error:
         _warn_once(str(error.__cause__))
         blank = {name: np.zeros(array.shape, array.dtype) for name, array in source.spec.items()}
         return {**blank, "skipped": np.int32(1)}
 
 
-def _with_index(read: Callable[[int], Record], index: int) -> Record:
-    return {"index": np.int32(index), **read(index)}
+def _with_index(read: Callable[[Example], Record], index: int) -> Record:
+    return {"index": np.int32(index), **read((index, False))}
 
 
 @functools.cache

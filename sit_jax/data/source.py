@@ -17,6 +17,24 @@ from sit_jax.record import ArraySpec, Record, RecordSpec
 
 Shape = tuple[int, int, int]
 
+
+@dataclasses.dataclass(frozen=True)
+class SourceOptions:
+    """What to open: the settings of the data that a source may need."""
+
+    path: str | None
+    name: str | None  # of the data set, where the path may hold several
+    split: str
+    image_size: int
+    channels: int
+    decoding: transforms.Decoding
+
+    @property
+    def shape(self) -> Shape:
+        """Height, width and channels of an image, or of a latent."""
+        return self.image_size, self.image_size, self.channels
+
+
 _LISTED_CLASSES = 5
 
 
@@ -39,19 +57,23 @@ class Source(Protocol):
     def passed_over(self) -> str:
         """The files beside the records that are not read, in a few words, or an empty text."""
 
+    @property
+    def can_mirror(self) -> bool:
+        """Whether `read` can return mirrored records."""
+
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record:
-        """Return record 0 <= index < len. Raises `UnreadableImage` if it is broken."""
+    def read(self, index: int, mirrored: bool = False) -> Record:
+        """Return record 0 <= index < len, or that of its example mirrored left to right.
+
+        Raises `UnreadableImage` if it is broken.
+        """
 
     def digest(self, index: int) -> str:
         """Return 16 hex digits that change with the stored bytes of a record.
 
         Raises `UnreadableImage` if they cannot be read.
         """
-
-    def mirror(self, record: Record) -> Record:
-        """Return the record of the same example mirrored left to right."""
 
 
 class UnreadableImage(UserError):
@@ -62,10 +84,20 @@ class ImageRecords:
     """Base of sources whose records are {"image": uint8 [h, w, c], "label": int32 scalar}."""
 
     passed_over = ""
+    can_mirror = True
+    labels: np.ndarray
 
-    def mirror(self, record: Record) -> Record:
-        """Return the record with its image mirrored."""
-        return {**record, "image": transforms.mirror(record["image"])}
+    def image(self, index: int) -> np.ndarray:
+        """Return the image of a record, uint8 [h, w, c]. Raises `UnreadableImage`."""
+        raise NotImplementedError
+
+    def read(self, index: int, mirrored: bool = False) -> Record:
+        """Return record 0 <= index < len, or the same with its image mirrored."""
+        image = self.image(index)
+        return {
+            "image": transforms.mirror(image) if mirrored else image,
+            "label": self.labels[index],
+        }
 
 
 def image_spec(image_shape: Shape) -> RecordSpec:
@@ -101,8 +133,9 @@ class ArraySource(ImageRecords):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Record:
-        return {"image": self.images[index], "label": self.labels[index]}
+    def image(self, index: int) -> np.ndarray:
+        """Return the image of a record, uint8 [h, w, c]."""
+        return self.images[index]
 
     def digest(self, index: int) -> str:
         """Return 16 hex digits that change with the pixels or the label of a record."""

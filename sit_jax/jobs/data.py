@@ -30,9 +30,7 @@ def open_source(setup: Setup) -> Source:
     Raises `UserError` if it is missing or data.classes is wrong.
     """
     data = setup.config.data
-    source = sources.SOURCES[data.source].open(
-        data.path, data.image_shape, data.split, data.decoding
-    )
+    source = sources.SOURCES[data.source].open(data.options)
     names = source.class_names
     classes = f"{len(names)} class{'es' * (len(names) != 1)} ({first_names(names)})"
     check(
@@ -90,6 +88,8 @@ def record_settings(data: Data) -> dict[str, Any]:
     settings = dataclasses.asdict(data)
     for key in ("workers", "flip", "skip_unreadable", "max_pixels"):
         del settings[key]
+    if data.name is None:  # as in results of earlier versions, which had no such setting
+        del settings["name"]
     return settings
 
 

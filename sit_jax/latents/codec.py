@@ -27,3 +27,9 @@ class Codec:
     load: Callable[[], Any]  # reads params as NumPy arrays; raises UserError if it cannot
     quantised: bool  # x takes the 256 levels of an 8-bit image, so its density needs dequantisation
     scale: float = 1.0  # x is in units of the encoder's output times this
+    # (params, records of images) -> moments_bhwm of the posteriors, for codecs that have them.
+    moments: Callable[[Any, Records], jax.Array] | None = None
+    # The part of the params that the moments depend on.
+    encoder: Callable[[Any], Any] = dict
+    # Whether `decode` gives images; otherwise they are x in false colours.
+    has_decoder: bool = True

@@ -5,6 +5,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from sit_jax.errors import check
 from sit_jax.latents.codec import Codec, Shape
 from sit_jax.record import RecordSpec
 
@@ -38,5 +39,10 @@ def open_pixels() -> Codec:
 
 
 def _shape(spec: RecordSpec) -> Shape:
+    check(
+        "image" in spec,
+        "latents.codec is 'pixels', but data.source gives latents; set latents.codec=sd-vae, or "
+        "stored for those of another autoencoder",
+    )
     height, width, channels = spec["image"].shape
     return height, width, channels

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from sit_jax.errors import check
-from sit_jax.latents import files
-from sit_jax.latents.autoencoder import AutoencoderKL, abstract_params
+from sit_jax.latents import files, posterior
+from sit_jax.latents.autoencoder import AutoencoderKL, VaeArchitecture, abstract_params
 from sit_jax.latents.codec import Codec, Records, Shape
 from sit_jax.latents.pixels import normalise
 from sit_jax.record import RecordSpec
@@ -55,12 +55,17 @@ def open_sd_vae(options: VaeOptions, per_device: PerDevice = lambda apply: apply
     moments_of = applied(AutoencoderKL.encode)
     images_of = applied(AutoencoderKL.decode)
 
+    def moments(params: Any, records: Records) -> jax.Array:
+        return moments_of(params, normalise(records["image"]))
+
     def encode(params: Any, keys_b: jax.Array, records: Records) -> jax.Array:
-        mean, logvar = jnp.split(moments_of(params, normalise(records["image"])), 2, axis=-1)
-        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys_b)
-        return scale * (mean + jnp.exp(logvar / 2) * noise)
+        if "moments" in records:
+            return posterior.draw_stored(keys_b, records)
+        return scale * posterior.draw(keys_b, moments(params, records))
 
     def shape(spec: RecordSpec) -> Shape:
+        if "moments" in spec:
+            return _stored_shape(spec, architecture)
         height, width, channels = spec["image"].shape
         factor = architecture.factor
         image_channels = architecture.image_channels
@@ -85,7 +90,21 @@ def open_sd_vae(options: VaeOptions, per_device: PerDevice = lambda apply: apply
         load=lambda: files.read_params(source, abstract),
         quantised=False,
         scale=scale,
+        moments=moments,
+        encoder=lambda params: {name: params[name] for name in ("encoder", "quant_conv")},
     )
+
+
+def _stored_shape(spec: RecordSpec, architecture: VaeArchitecture) -> Shape:
+    height, width, moments = spec["moments"].shape
+    channels = moments // 2
+    expected = architecture.latent_channels
+    check(
+        channels == expected,
+        f"data.channels is {channels}, but the latents of this VAE have {expected}; set it to "
+        f"{expected}, or latents.codec=stored for those of another autoencoder",
+    )
+    return height, width, channels
 
 
 def _in_batches(apply: Apply, size: int) -> Apply:

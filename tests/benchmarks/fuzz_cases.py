@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from sit_jax import config as config_lib
 from sit_jax.data import folder as folder_source
-from sit_jax.data.source import UnreadableImage
+from sit_jax.data.source import SourceOptions, UnreadableImage
 from sit_jax.data.transforms import Decoding
 from sit_jax.jobs.table import JOBS
 from sit_jax.settings import Config
@@ -309,10 +309,8 @@ class Images:
         try:
             with warnings.catch_warnings(), limited() as interrupted:
                 warnings.simplefilter("ignore")
-                source = folder_source.open_folder(
-                    str(self.path.parent), (8, 8, 3), "all", decoding
-                )
-                record = source[0]
+                options = SourceOptions(str(self.path.parent), None, "all", 8, 3, decoding)
+                record = folder_source.open_folder(options).read(0)
         except UnreadableImage as error:
             failure = None if "\n" not in str(error) else f"more than a line: {error}"
             return Outcome(given, "refused", failure, str(error))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sit_jax.data import folder, transforms
 from sit_jax.data.folder import IMAGE_EXTENSIONS, open_folder
-from sit_jax.data.source import UnreadableImage
+from sit_jax.data.source import SourceOptions, UnreadableImage
 from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError
 from tests.commands import FOLDER, TINY, flags, refusal, succeed, write_images
@@ -18,7 +18,7 @@ DECODING = Decoding(max_pixels=2**16, exif_orientation=False)
 
 
 def open_source(root, decoding=DECODING):
-    return open_folder(str(root), (8, 8, 3), "all", decoding)
+    return open_folder(SourceOptions(str(root), None, "all", 8, 3, decoding))
 
 
 def refused(root):
@@ -37,7 +37,7 @@ def test_the_extensions_of_torchvision_are_read(tmp_path):
     write_images(tmp_path, *files)
     source = open_source(tmp_path)
     assert names(source, tmp_path) == files and source.passed_over == ""
-    assert all(source[index]["image"].shape == (8, 8, 3) for index in range(len(files)))
+    assert all(source.read(index)["image"].shape == (8, 8, 3) for index in range(len(files)))
     assert set(IMAGE_EXTENSIONS) == {
         ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"
     }  # fmt: skip
@@ -202,7 +202,7 @@ def test_only_regular_files_are_read(tmp_path, kind):
     # One that takes the place of an image after the folder was listed neither hangs nor is read.
     (tmp_path / "a" / "1.png").unlink()
     special_file(tmp_path / "a" / "1.png", kind)
-    for read in (source.__getitem__, source.digest):
+    for read in (source.read, source.digest):
         errors = []
 
         def attempt(read=read, errors=errors):
@@ -222,12 +222,12 @@ def test_files_are_bounded_in_bytes_and_pixels(tmp_path):
         file.truncate(2**40)  # sparse: a TB, of which nothing is stored
     Image.new("RGB", (257, 256)).save(tmp_path / "a" / "1.png")
     source = open_source(tmp_path)
-    for read in (source.__getitem__, source.digest):
+    for read in (source.read, source.digest):
         with pytest.raises(UnreadableImage, match=r"more than 1,572,864 bytes, .*; raise it"):
             read(0)
     with pytest.raises(UnreadableImage, match="257 x 256 pixels, more than data.max_pixels=65536"):
-        source[1]
-    assert open_source(tmp_path, Decoding(257 * 256, False))[1]["image"].shape == (8, 8, 3)
+        source.read(1)
+    assert open_source(tmp_path, Decoding(257 * 256, False)).read(1)["image"].shape == (8, 8, 3)
 
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
@@ -242,9 +242,9 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transforms, "to_rgb", slow_decode)
     source = open_source(tmp_path)
-    assert source[0]["image"].shape == (8, 8, 3)
+    assert source.read(0)["image"].shape == (8, 8, 3)
     monkeypatch.setattr(folder, "_LARGE", 2**24)
-    assert source[1]["image"].shape == (8, 8, 3)
+    assert source.read(1)["image"].shape == (8, 8, 3)
     assert at_once == [True, False]
 
 
@@ -258,8 +258,8 @@ def test_another_format_under_an_image_name_is_unreadable(tmp_path):
     source = open_source(tmp_path)
     for index in range(4):
         with pytest.raises(UnreadableImage, match="not an image of JPEG, PNG"):
-            source[index]
-    assert source[4]["image"].shape == (8, 8, 3)
+            source.read(index)
+    assert source.read(4)["image"].shape == (8, 8, 3)
 
 
 def test_training_says_what_the_folder_holds(tmp_path):

@@ -15,7 +15,7 @@ from absl import flags
 
 from sit_jax.data import pipeline, readers
 from sit_jax.data.digits import open_digits
-from sit_jax.data.source import image_spec
+from sit_jax.data.source import SourceOptions, image_spec
 from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError
 from tests.commands import TINY, refusal, snapshot
@@ -24,7 +24,7 @@ from tests.commands import flags as flags_of
 
 def open_batches(workers):
     flags.FLAGS.mark_as_parsed()
-    digits = open_digits(None, (8, 8, 1), "test", Decoding(64, False))
+    digits = open_digits(SourceOptions(None, None, "test", 8, 1, Decoding(64, False)))
     dataset = pipeline.batches(digits, seed=0, batch_size=8, flip=False, skip_unreadable=False)
     size = pipeline.batch_bytes(digits.spec, 8)
     return dataset, readers.iterate(dataset, 0, workers=workers, batch_bytes=size)
@@ -34,9 +34,10 @@ _READERS = """
 import multiprocessing, sys
 from absl import flags
 from sit_jax.data import pipeline, readers, sources
+from sit_jax.data.source import SourceOptions
 
 flags.FLAGS.mark_as_parsed()
-source = sources.SOURCES["digits"].open(None, (8, 8, 1), "test", None)
+source = sources.SOURCES["digits"].open(SourceOptions(None, None, "test", 8, 1, None))
 dataset = pipeline.batches(source, seed=0, batch_size=8, flip=False, skip_unreadable=False)
 batches = readers.iterate(dataset, 0, workers=2, batch_bytes=512)
 next(batches), next(batches)
@@ -129,9 +130,10 @@ import numpy as np
 from absl import flags
 from sit_jax.data import pipeline, readers
 from sit_jax.data.digits import open_digits
+from sit_jax.data.source import SourceOptions
 
 flags.FLAGS.mark_as_parsed()
-source = open_digits(None, (8, 8, 1), "test", None)
+source = open_digits(SourceOptions(None, None, "test", 8, 1, None))
 dataset = pipeline.batches(source, seed=0, batch_size=64, flip=False, skip_unreadable=False)
 
 

@@ -1,0 +1,208 @@
+"""Stored latents as a source: an autoencoder's posteriors, read from ArrayRecord shards."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+
+import numpy as np
+from array_record.python import array_record_module
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from sit_jax import storage
+from sit_jax.data import latent_cache
+from sit_jax.data.latent_cache import DTYPES, Manifest, Shard
+from sit_jax.data.source import Shape, SourceOptions, UnreadableImage, short_digest
+from sit_jax.errors import UserError, check
+from sit_jax.record import ArraySpec, Record, RecordSpec
+
+_OPENING_THREADS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """A file and its records, as ArrayRecordDataSource takes them."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentSource:
+    """Records {"moments": [h, w, 2c], "scale", "shift": float32 [c], "label": int32 scalar}.
+
+    The moments are the mean and the log variance of the posterior of an image, or of its mirror
+    image, in the storage dtype. A log variance that was not stored is -inf.
+    """
+
+    folder: str
+    manifest: Manifest
+    labels: np.ndarray
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label."""
+        return self.manifest.plan.class_names
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and type of each array of a record."""
+        moments = self.manifest.plan.moments
+        return latent_spec(moments.shape, DTYPES[moments.dtype])
+
+    @property
+    def passed_over(self) -> str:
+        """The images that could not be read when the latents were stored."""
+        count = len(self.manifest.left_out)
+        return f"{count:,} images that could not be read" if count else ""
+
+    @property
+    def can_mirror(self) -> bool:
+        """Whether the latents of the mirror images are stored."""
+        return self.manifest.plan.moments.mirrored
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def _records(self) -> ArrayRecordDataSource:
+        # Instructions, since it would open every file to count the records.
+        return ArrayRecordDataSource(
+            [
+                _Instruction(_path(self.folder, shard), 0, shard.records, shard.records)
+                for shard in self.manifest.shards
+            ]
+        )
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        """The index of the first record of each shard."""
+        counts = [shard.records for shard in self.manifest.shards]
+        return np.cumsum([0, *counts[:-1]])
+
+    @functools.cached_property
+    def _normalisation(self) -> Record:
+        plan = self.manifest.plan
+        return {
+            "scale": np.array(plan.scale, np.float32),
+            "shift": np.array(plan.shift, np.float32),
+        }
+
+    def _shard(self, index: int) -> Shard:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.manifest.shards[number]
+
+    def _bytes(self, index: int) -> bytes:
+        try:
+            return self._records[index]
+        except RuntimeError as error:
+            path = _path(self.folder, self._shard(index))
+            raise UnreadableImage(
+                f"latent {index} in {path} cannot be read ({storage.reason(error)})"
+            ) from error
+
+    def read(self, index: int, mirrored: bool = False) -> Record:
+        """Return record 0 <= index < len, of the image or of its mirror image."""
+        moments = self.manifest.plan.moments
+        try:
+            number, label, stored_vhwm = latent_cache.unpack(self._bytes(index), moments)
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            path = _path(self.folder, self._shard(index))
+            raise UserError(f"{path} is not of this cache: record {index} has {error}") from error
+        shard = self._shard(index)
+        check(
+            shard.first <= number < shard.stop and label == self.labels[index],
+            f"{_path(self.folder, shard)} is another shard: it holds example {number} with label "
+            f"{label}, where its manifest has examples {shard.first} to {shard.stop - 1} and "
+            f"label {self.labels[index]}; copy it again",
+        )
+        moments_hwm = stored_vhwm[1 if mirrored else 0]
+        if not moments.variance:
+            none = np.full(moments.shape, -np.inf, moments_hwm.dtype)
+            moments_hwm = np.concatenate([moments_hwm, none], axis=-1)
+        return {"moments": moments_hwm, "label": self.labels[index], **self._normalisation}
+
+    def digest(self, index: int) -> str:
+        """Return 16 hex digits that change with the stored bytes of a record."""
+        return short_digest(self._bytes(index))
+
+
+def latent_spec(shape: Shape, dtype: type[np.generic] = np.float16) -> RecordSpec:
+    """Return the spec of a record of latents of this height, width and number of channels."""
+    height, width, channels = shape
+    return {
+        "moments": ArraySpec((height, width, 2 * channels), dtype),
+        "scale": ArraySpec((channels,), np.float32),
+        "shift": ArraySpec((channels,), np.float32),
+        "label": ArraySpec((), np.int32),
+    }
+
+
+def open_latents(options: SourceOptions) -> LatentSource:
+    """Open a folder of stored latents: one split, "all". All shards must be there, and complete."""
+    if not options.path:
+        raise UserError(
+            "data.path is empty, but data.source='latents' needs a folder of stored latents, made "
+            "by --mode encode or python -m convert.latents; set it"
+        )
+    storage.check_reachable("data.path", options.path)
+    check(
+        options.split == "all",
+        f"data.split={options.split!r}, but stored latents are one split; set it to 'all', and "
+        "data.path to that split's folder",
+    )
+    manifest = latent_cache.read_manifest(options.path)
+    plan = manifest.plan
+    height, width, channels = plan.moments.shape
+    check(
+        (height, width) == (options.image_size,) * 2,
+        f"data.image_size={options.image_size}, but the latents in {options.path!r} are {height}x"
+        f"{width}{_of_images(plan.image_size)}; set it to {height}, or give other latents",
+    )
+    check(
+        channels == options.channels,
+        f"data.channels={options.channels}, but the latents in {options.path!r} have {channels}; "
+        f"set it to {channels}, or give other latents",
+    )
+    latent_cache.check_files(options.path, manifest)
+    labels = latent_cache.read_labels(options.path, manifest)
+    check(
+        labels.shape == (manifest.records,)
+        and labels.min() >= 0
+        and labels.max() < len(plan.class_names),
+        f"{options.path!r} has labels that do not belong to its {manifest.records} records of "
+        f"{len(plan.class_names)} classes; store the latents again",
+    )
+    with concurrent.futures.ThreadPoolExecutor(_OPENING_THREADS) as threads:
+        list(threads.map(lambda shard: _check_shard(options.path, shard), manifest.shards))
+    return LatentSource(options.path, manifest, labels)
+
+
+def _of_images(image_size: int | None) -> str:
+    return f" (of images of {image_size} pixels)" if image_size else ""
+
+
+def _path(folder: str, shard: Shard) -> str:
+    return os.path.join(folder, shard.name)
+
+
+def _check_shard(folder: str | None, shard: Shard) -> None:
+    """Raise `UserError` unless a shard can be opened and has its number of records."""
+    assert folder
+    path = _path(folder, shard)
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        records = reader.num_records()
+        reader.close()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} cannot be read ({storage.reason(error)}); copy it again"
+        ) from error
+    check(
+        records == shard.records,
+        f"{path} has {records} records instead of {shard.records}; copy it again",
+    )
