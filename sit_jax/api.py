@@ -24,7 +24,7 @@ from sit_jax.data import pipeline
 from sit_jax.errors import UserError, brief, check, unknown_name
 from sit_jax.jobs import likelihood, sampler
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches
-from sit_jax.jobs.workdir import restore_weights
+from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.laws import in_group
 from sit_jax.settings import WEIGHTS, Config, Likelihood, Sample
 from sit_jax.transport.prediction import velocity_field
@@ -65,16 +65,17 @@ def load(workdir: epath.PathLike, weights: str = "ema") -> "Run":
     # Data-parallel over the devices here, however the run was trained.
     setup = Setup(config, sharding.make_mesh(-1, 1, 1))
     restored = restore_weights(setup, folder, weights)
-    return Run(setup, restored.step, restored.params)
+    return Run(setup, restored)
 
 
 class Run:
     """A trained run: its config, its step and parameters, and what can be computed with them."""
 
-    def __init__(self, setup: Setup, step: int, params: Any):
+    def __init__(self, setup: Setup, weights: Weights):
         self.config: Config = setup.config
-        self.step = step
-        self.params = params
+        self.step = weights.step
+        self.params = weights.params
+        self._note = weights.note
         self._setup = setup
         self._samplers: dict[tuple[Sample, bool], Callable] = {}
         self._log_probs: dict[Likelihood, Callable] = {}
@@ -88,6 +89,7 @@ class Run:
     ) -> np.ndarray:
         """Return samples, uint8 [n, h, w, c], or [n, frames, h, w, c] with `frames`.
 
+        With latents.codec "stored" they are float32 latents, in the units of the autoencoder.
         `options` are settings of the section `sample`, such as cfg_scale=4, solver="heun", steps=25
         or seed=1; others are as in the run's config. n is the number of `labels`, or of rows in
         `noise`, or `count`. Sample i is the image that `--mode sample` writes for index i and this
@@ -127,8 +129,12 @@ class Run:
 
         indices = np.arange(setup.config.sample.count)
         batches = sampler.sample_images(setup, draw_batch, self.params, indices)
-        images_nfhwc = np.concatenate([images for _, images, _ in batches])
-        return images_nfhwc if setup.config.sample.frames else images_nfhwc[:, 0]
+        if setup.codec.has_decoder:
+            samples_nfhwc = np.concatenate([batch.images_bfhwc for batch in batches])
+        else:
+            x_nfhwc = np.concatenate([batch.x_bfhwc for batch in batches])
+            samples_nfhwc = sampler.to_latents(self._note, x_nfhwc)
+        return samples_nfhwc if setup.config.sample.frames else samples_nfhwc[:, 0]
 
     def velocity(self, x: np.ndarray, t: np.ndarray | float, labels: Labels = None) -> np.ndarray:
         """Return the drift of the probability-flow ODE at x [n, h, w, c] and time t, like x.
@@ -178,6 +184,11 @@ class Run:
         dimension are -log_prob / (dimensions * log 2).
         """
         images = _array("images", images)
+        check(
+            self._setup.encodes_images,
+            "this run was trained on stored latents, which log_prob cannot take; --mode likelihood "
+            "evaluates them",
+        )
         check(
             images.dtype == np.uint8,
             f"images are {images.dtype}; expected uint8, as sample() returns them",

@@ -4,7 +4,10 @@ Shapes: b images, h height, w width, c channels (1 or 3). All arrays are NumPy a
 """
 
 import io
+import itertools
 import os
+import zipfile
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -47,6 +50,37 @@ def sheet(images_bhwc: np.ndarray, columns: int, *, scale: int = 1, pad: int = 2
     grid = cells.reshape(rows, columns, h + pad, w + pad, c).swapaxes(1, 2)
     grid = grid.reshape(rows * (h + pad), columns * (w + pad), c)
     return np.pad(grid, ((pad, 0), (pad, 0), (0, 0)), constant_values=255)
+
+
+def write_npz(
+    path: epath.PathLike, count: int, arrays: Iterable[np.ndarray], **others: np.ndarray
+) -> None:
+    """Write `count` arrays of one shape and type as `arr_0` [count, ...] of an .npz file.
+
+    Only one of them is in memory at a time. `others` are further arrays by name. The file is as
+    that of np.savez. Raises `UserError` if it cannot be written.
+    """
+    with storage.writing(path), storage.large_file(path) as new, zipfile.ZipFile(new, "w") as file:
+        arrays = iter(arrays)
+        first = next(arrays)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(first.dtype),
+            "fortran_order": False,
+            "shape": (count, *first.shape),
+        }
+        with file.open(_zip_entry("arr_0"), "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for array in itertools.chain([first], arrays):
+                assert (array.shape, array.dtype) == (first.shape, first.dtype)
+                entry.write(np.ascontiguousarray(array).tobytes())
+        for name, array in others.items():
+            with file.open(_zip_entry(name), "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+
+
+def _zip_entry(name: str) -> zipfile.ZipInfo:
+    """Return an entry with a fixed date, so that equal arrays give equal files."""
+    return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
 
 
 class ImageWriter:

@@ -7,7 +7,7 @@
 import dataclasses
 from typing import Any
 
-from sit_jax.data import sources
+from sit_jax.data import latent_cache, sources
 from sit_jax.data.source import SourceOptions
 from sit_jax.data.transforms import PIXEL_LIMIT, Decoding
 from sit_jax.latents import CODECS, dequantise
@@ -230,6 +230,16 @@ class Latents:
     def vae(self) -> VaeOptions:
         """The options of the autoencoder."""
         return VaeOptions(self.path, self.repo, self.revision, self.dtype, self.scale, self.batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """--mode encode: how latents are stored."""
+
+    dtype: str = choice("float16", latent_cache.DTYPES, "dtype of the stored moments")
+    shard: int = setting(
+        4096, Between(1, 2**24), "images per file; a job that was stopped redoes at most one file"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -523,6 +533,7 @@ class Config:
     transport: Transport = Transport()
     data: Data = Data()
     latents: Latents = Latents()
+    encode: Encode = Encode()
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     sample: Sample = Sample()

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -85,6 +86,23 @@ def beside(path: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException:
         _remove(new)
         raise
+
+
+@contextlib.contextmanager
+def large_file(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yield a local path for a new file that is written in pieces, and becomes `path` at the end.
+
+    For an object store it is in a temporary folder, from where it is copied.
+    """
+    path = epath.Path(path)
+    if not is_remote(path):
+        with beside(path) as new:
+            yield new
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        new = epath.Path(folder) / path.name
+        yield new
+        new.copy(path, overwrite=True)
 
 
 def _replace_folder(path: epath.Path, new: epath.Path) -> None:

@@ -37,7 +37,7 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
         for rows, _ in likelihood.evaluate(setup, open_source(setup), state.params, range(6))
         for row in rows
     ]
-    (_, images, _), *_ = sampler.sample_images(
+    samples, *_ = sampler.sample_images(
         setup, sampler.make_sampler(setup), state.params, np.arange(16)
     )
     return {
@@ -45,7 +45,7 @@ def run(data: int, fsdp: int, tensor: int, accumulation: int = 1) -> dict:
         "shard": list(kernel.addressable_shards[0].data.shape),
         "global": list(kernel.shape),
         "log_prob": [row["log_prob"] for row in rows],
-        "images": images.astype(int).ravel().tolist(),
+        "images": samples.images_bfhwc.astype(int).ravel().tolist(),
     }
 
 

@@ -12,7 +12,6 @@ autoencoder's posterior for the image, then for its mirror image. Shape suffixes
 image, its mirror image), h height, w width, m moments (mean and log variance of each channel).
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -20,8 +19,7 @@ import json
 import math
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -263,6 +261,8 @@ class CacheWriter:
         Raises `UserError` if the folder belongs to another plan, or the disk is too small.
         """
         self._check_same_plan()
+        if self.is_complete():
+            return
         left = sum(len(numbers) for _, numbers in self.missing())
         needed = left * (self.plan.moments.record_bytes + _RECORD_OVERHEAD)
         if not storage.is_remote(self.folder):
@@ -318,7 +318,7 @@ class CacheWriter:
         path = self.folder / name
         labels = []
         written = []
-        with storage.writing(path), _new_file(path) as new:
+        with storage.writing(path), storage.large_file(path) as new:
             writer = array_record_module.ArrayRecordWriter(str(new), _WRITER_OPTIONS)
             try:
                 for example in examples:
@@ -341,9 +341,14 @@ class CacheWriter:
 
     def finish(self) -> Manifest:
         """Write labels and manifest once all shards are complete. Only one process calls this."""
-        if self.is_complete():
-            return read_manifest(self.folder)
         notes = [self.folder / f"{name}.json" for name, _ in self.plan.shards]
+        if not self.is_complete():
+            self._write_manifest(notes)
+        for path in (*notes, self.folder / _PLAN):
+            path.unlink(missing_ok=True)
+        return read_manifest(self.folder)
+
+    def _write_manifest(self, notes: Sequence[epath.Path]) -> None:
         contents = [_read_json(note) for note in notes]
         labels = np.array([label for content in contents for label in content["labels"]], np.int32)
         file = io.BytesIO()
@@ -357,22 +362,6 @@ class CacheWriter:
         )
         check(manifest.records, "none of the examples could be read")
         storage.write_text(self.folder / MANIFEST, json.dumps(_to_json(manifest), indent=1))
-        for path in (*notes, self.folder / _PLAN):
-            path.unlink(missing_ok=True)
-        return manifest
-
-
-@contextlib.contextmanager
-def _new_file(path: epath.Path) -> Iterator[epath.Path]:
-    """Yield a local path for a new file, which becomes `path` at the end."""
-    if not storage.is_remote(path):
-        with storage.beside(path) as new:
-            yield new
-        return
-    with tempfile.TemporaryDirectory() as folder:  # ArrayRecord writes only local files
-        new = epath.Path(folder) / path.name
-        yield new
-        storage.write_bytes(path, new.read_bytes())
 
 
 def check_sha256(path: epath.Path, expected: str) -> None:

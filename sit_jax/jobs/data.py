@@ -13,12 +13,13 @@ import numpy as np
 
 from sit_jax import hosts, sharding
 from sit_jax.data import pipeline, readers, sources, subset
+from sit_jax.data.latents import LatentSource
 from sit_jax.data.source import Source, UnreadableImage, first_names, short_digest
 from sit_jax.errors import check
 from sit_jax.jobs.results import progress_bar
 from sit_jax.jobs.setup import Setup
 from sit_jax.record import Record
-from sit_jax.settings import Data
+from sit_jax.settings import Data, Latents
 
 _DIGEST_THREADS = 8
 _DIGEST_CHUNK = 1024  # files that wait for these threads at a time
@@ -38,15 +39,76 @@ def open_source(setup: Setup) -> Source:
         f"data.classes is {data.classes}, but the {data.source} source has {classes}; set "
         f"data.classes={len(names)}",
     )
+    if isinstance(source, LatentSource):
+        _check_autoencoder(setup.config.latents, source)
     place = f"{data.path!r}" if data.path else f"split {data.split!r}"
     beside = f"; passed over: {source.passed_over}" if source.passed_over else ""
-    print(f"data: {len(source):,} images in {classes} of {place}{beside}", flush=True)
+    kind = "latents" if isinstance(source, LatentSource) else "images"
+    print(f"data: {len(source):,} {kind} in {classes} of {place}{beside}", flush=True)
     return source
 
 
+def _check_autoencoder(latents: Latents, source: LatentSource) -> None:
+    """Raise `UserError` unless stored latents are those of the codec, in its scale."""
+    plan = source.manifest.plan
+    name = plan.autoencoder.get("name")
+    if latents.codec == "stored":
+        return
+    check(
+        name == latents.codec,
+        f"the latents in {source.folder!r} are of the autoencoder {name!r}, but latents.codec is "
+        f"{latents.codec!r}; set latents.codec=stored, or give other latents",
+    )
+    check(
+        set(plan.scale) == {latents.scale} and not any(plan.shift),
+        f"the latents in {source.folder!r} have the scale {_short(plan.scale)} and the shift "
+        f"{_short(plan.shift)}, but latents.scale is {latents.scale:g}; set it to that scale, or "
+        "latents.codec=stored",
+    )
+
+
+def _short(numbers: Sequence[float]) -> str:
+    """Return the numbers as text, or only one if they are all equal."""
+    return ", ".join(f"{number:g}" for number in dict.fromkeys(numbers))
+
+
+def check_encoder(setup: Setup, source: Source) -> None:
+    """Raise `UserError` if stored latents were encoded with other weights than the codec's.
+
+    It reads the codec's weights. Latents of another project do not say which weights made them.
+    """
+    if not isinstance(source, LatentSource) or not setup.codec.has_decoder:
+        return
+    stored = source.manifest.plan.autoencoder.get("encoder")
+    check(
+        stored in (None, setup.encoder_digest),
+        f"the latents in {source.folder!r} were encoded with other weights than those of the VAE "
+        "that latents.path and latents.repo give; give the VAE that made them, or encode again",
+    )
+
+
 def describe(source: Source) -> dict[str, Any]:
-    """Return what a checkpoint records of the data: the class names and the number of images."""
-    return {"class_names": list(source.class_names), "images": len(source)}
+    """Return what a checkpoint records of the data: class names, number of images, latents."""
+    description: dict[str, Any] = {
+        "class_names": list(source.class_names),
+        "images": len(source),
+    }
+    if isinstance(source, LatentSource):
+        plan = source.manifest.plan
+        description["latents"] = {"scale": list(plan.scale), "shift": list(plan.shift)}
+    return description
+
+
+def check_same_latents(note: Mapping[str, Any], source: Source) -> None:
+    """Raise `UserError` if stored latents have another scale or shift than those trained on."""
+    trained = note.get("data", {}).get("latents")
+    now = describe(source).get("latents")
+    check(
+        trained in (None, now),
+        f"these latents are scaled by {_short(now['scale']) if now else 'nothing'}, and those that "
+        f"the run was trained on by {_short(trained['scale']) if trained else 'nothing'} (or their "
+        "shifts differ); give the latents that it was trained on, or start a new run",
+    )
 
 
 def changed_label(note: Mapping[str, Any], source: Source) -> str | None:
@@ -122,6 +184,15 @@ def digests(source: Source, indices: Sequence[int], *, skip_unreadable: bool) ->
     return hosts.broadcast_from_first(all_digests)
 
 
+def check_images(setup: Setup) -> None:
+    """Raise `UserError` unless the records of the data source hold images."""
+    check(
+        "image" in setup.record_spec,
+        f"data.source is {setup.config.data.source!r}, which holds no images to compare with; this "
+        "mode works on runs that were trained on images",
+    )
+
+
 class RealImages(NamedTuple):
     """Images of the data set to compare samples with."""
 
@@ -134,8 +205,10 @@ class RealImages(NamedTuple):
 def read_real_images(setup: Setup, source: Source, count: int) -> RealImages:
     """Return those of `count` images, a stratified draw of the source, that can be read.
 
-    They are in the order of the source. Raises `UserError` if none can be read.
+    They are in the order of the source. Raises `UserError` if none can be read, or if the source
+    holds no images.
     """
+    check_images(setup)
     indices = sorted(draw(setup, source, count))
     stored = digests(source, indices, skip_unreadable=True)
     batches = []

@@ -14,6 +14,7 @@ from sit_jax.data import pipeline
 from sit_jax.errors import check
 from sit_jax.image_io import sheet, to_uint8
 from sit_jax.jobs.data import (
+    check_images,
     check_same_classes,
     digests,
     draw,
@@ -41,6 +42,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     settings.json and summary.json. Images that already exist are kept, unless they have changed.
     """
     setup = set_up(config)
+    check_images(setup)
     check_sample_batch(setup)
     options = config.sample
     check(

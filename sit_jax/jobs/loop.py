@@ -65,7 +65,7 @@ class Loop:
         Returns the step reached; its state is being saved.
         """
         config = self._setup.config
-        codec_params = self._setup.codec_params
+        codec_params = self._setup.codec_params if self._setup.encodes_images else {}
         self._saved = start
         for step in range(start + 1, config.train.steps + 1):
             # Dispatch the step. Nothing here waits for the devices.
@@ -118,7 +118,7 @@ class Loop:
         indices = np.arange(config.log.sheet_count)
         try:
             batches = sampler.sample_images(self._setup, self._sampler, ema, indices)
-            images = np.concatenate([images[:, -1] for _, images, _ in batches])
+            images = np.concatenate([batch.images_bfhwc[:, -1] for batch in batches])
         except UserError as error:
             # Early in training, samples with strong guidance may not be finite. That need not end
             # the run.

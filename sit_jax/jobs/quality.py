@@ -118,8 +118,9 @@ def _draw(
     sampler = make_sampler(setup, guide if cfg_scale > 1 else None)
     indices = np.arange(options.count)
     began = time.perf_counter()
-    batches = [images[:, -1] for _, images, _ in sample_images(setup, sampler, params, indices)]
-    return np.concatenate(batches), labels_of(setup, indices), time.perf_counter() - began
+    batches = sample_images(setup, sampler, params, indices)
+    images = np.concatenate([batch.images_bfhwc[:, -1] for batch in batches])
+    return images, labels_of(setup, indices), time.perf_counter() - began
 
 
 def _minimums(flags: argparse.Namespace) -> list[float]:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from etils import epath
 from tqdm import tqdm
 
 from sit_jax import hosts, storage
-from sit_jax.image_io import ImageWriter, encode_png, sheet
+from sit_jax.errors import UserError
+from sit_jax.image_io import ImageWriter, encode_png, sheet, write_npz
 from sit_jax.jobs.job import Flag
 from sit_jax.jobs.workdir import open_for_writing
 from sit_jax.settings import Config
@@ -58,6 +60,7 @@ class Results:
     def __init__(self, folder: epath.Path):
         self.folder = folder
         self._images = ImageWriter(folder)
+        self._arrays = folder / "latents"
 
     def missing_images(self, count: int) -> list[int]:
         """Return the indices below `count` that have no image yet."""
@@ -70,6 +73,33 @@ class Results:
     def write_image(self, index: int, image_hwc: np.ndarray) -> None:
         """Write the image of an index. Call it last: the image marks the index as complete."""
         self._images.write(index, image_hwc)
+
+    def write_array(self, index: int, array: np.ndarray) -> None:
+        """Write an array of an index, before its image."""
+        file = io.BytesIO()
+        np.save(file, array)
+        self._arrays.mkdir(exist_ok=True)
+        storage.write_bytes(self._arrays / _array_name(index), file.getvalue())
+
+    def write_arrays(self, name: str, count: int, labels: np.ndarray) -> None:
+        """Write the arrays of all indices below `count`, of equal shapes, into one .npz file.
+
+        They are `arr_0` [count, ...], beside `labels` [count].
+        """
+        if not hosts.is_first():
+            return
+        arrays = (self._read_array(index) for index in range(count))
+        write_npz(self.folder / name, count, arrays, labels=labels)
+
+    def _read_array(self, index: int) -> np.ndarray:
+        path = self._arrays / _array_name(index)
+        try:
+            return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{path} cannot be read ({storage.reason(error)}); delete {index:06d}.png in "
+                f"{str(self.folder)!r}, and give the same command again"
+            ) from error
 
     def remove_image(self, index: int) -> None:
         """Delete the image of an index, which is then missing. Only process 0 calls this."""
@@ -119,6 +149,10 @@ def make_sheet(config: Config, images_bhwc: np.ndarray) -> np.ndarray:
 def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
     """Return a progress bar with an ETA, shown by process 0 if stderr is a terminal."""
     return tqdm(total=total, unit=unit, disable=hosts.tqdm_disabled(), **options)
+
+
+def _array_name(index: int) -> str:
+    return f"{index:06d}.npy"
 
 
 def _lines(rows: Sequence[Row]) -> str:

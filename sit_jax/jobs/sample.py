@@ -10,11 +10,13 @@ from sit_jax.image_io import ImageWriter, sheet
 from sit_jax.jobs.job import NETWORK, Job
 from sit_jax.jobs.results import OUT, open_results, progress_bar
 from sit_jax.jobs.sampler import (
+    labels_of,
     make_sampler,
     open_guide,
     sample_images,
     sampler_name,
     sampler_settings,
+    to_latents,
 )
 from sit_jax.jobs.setup import check_sample_batch, set_up
 from sit_jax.jobs.workdir import restore_weights
@@ -25,7 +27,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     """Write workdir/samples/NAME/{000000.png, ..., sheet.png, settings.json}.
 
     Images that already exist are kept. With sample.frames, NAME/frames/000000.png, ... show each
-    sample's trajectory from noise, left to right.
+    sample's trajectory from noise, left to right. A codec without a decoder gives images in false
+    colours, and NAME/latents.npz with the latents `arr_0` [n, h, w, c] and their `labels`.
     """
     setup = set_up(config)
     check_sample_batch(setup)
@@ -49,20 +52,28 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         sampler = make_sampler(setup, guide)
         batches = sample_images(setup, sampler, weights.params, missing)
         with progress_bar(len(missing), "image") as bar:
-            for indices, images_bfhwc, evaluations in batches:
-                for row in results.own_rows(len(indices)):
-                    index = int(indices[row])
-                    strip_fhwc = images_bfhwc[row]
-                    if frames:  # before the sample's own image, which marks it as complete
+            for batch in batches:
+                for row in results.own_rows(len(batch.indices)):
+                    index = int(batch.indices[row])
+                    strip_fhwc = batch.images_bfhwc[row]
+                    # Both before the sample's own image, which marks it as complete.
+                    if frames:
                         frames.write(index, sheet(strip_fhwc, len(strip_fhwc), scale=options.scale))
+                    if batch.x_bfhwc is not None:
+                        latent_hwc = to_latents(weights.note, batch.x_bfhwc[row, -1])
+                        results.write_array(index, latent_hwc)
                     results.write_image(index, strip_fhwc[-1])
-                bar.update(len(indices))
-                bar.set_postfix(evaluations=evaluations)
+                bar.update(len(batch.indices))
+                bar.set_postfix(evaluations=batch.evaluations)
         results.finish_images(options.count, config)
         if len(missing):
             networks = ", two networks each" if options.cfg_scale > 1 else ""
-            print(f"{evaluations} evaluations of the velocity{networks}")
+            print(f"{batch.evaluations} evaluations of the velocity{networks}")
         print(f"sheet: {results.folder / 'sheet.png'}")
+        if not setup.codec.has_decoder:
+            labels = labels_of(setup, np.arange(options.count))
+            results.write_arrays("latents.npz", options.count, labels)
+            print(f"latents: {results.folder / 'latents.npz'}; the sheet shows false colours")
 
 
 JOB = Job(

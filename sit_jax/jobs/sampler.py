@@ -1,8 +1,8 @@
 """Compiles the sampler of a setup, and draws images with it a batch at a time."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from etils import epath
 
 from sit_jax import config as config_lib
 from sit_jax import hosts, rng, sharding
-from sit_jax.errors import check
+from sit_jax.errors import check, require
 from sit_jax.image_io import to_uint8
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches, set_up
 from sit_jax.jobs.workdir import Weights, restore_weights
@@ -23,8 +23,18 @@ from sit_jax.settings import Config, Sample
 from sit_jax.transport.interval import Interval, ode_interval, sde_interval
 from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
 
-# (params, indices_b, condition) -> (images_bfhwc in [-1, 1], evaluations)
-Sampler = Callable[[Any, np.ndarray, Any], tuple[jax.Array, jax.Array]]
+# (params, indices_b, condition) -> (images_bfhwc in [-1, 1], x_bfhwc, evaluations). x is what the
+# codec decoded to images; None for a codec with a decoder.
+Sampler = Callable[[Any, np.ndarray, Any], tuple[jax.Array, jax.Array | None, jax.Array]]
+
+
+class Samples(NamedTuple):
+    """A batch of samples."""
+
+    indices: np.ndarray
+    images_bfhwc: np.ndarray  # uint8; of a codec without a decoder, false colours
+    x_bfhwc: np.ndarray | None  # of a codec without a decoder
+    evaluations: int  # of the network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Guide:
 
 
 def make_sampler(setup: Setup, guide: Guide | None = None) -> Sampler:
-    """Return `(params, indices_b, condition) -> (images_bfhwc in [-1, 1], evaluations)`.
+    """Return a `Sampler`.
 
     It is compiled once, with the entire trajectory on the devices. Image i depends only on
     (sample.seed, i, its condition), not on the batch or the devices. f is sample.frames,
@@ -76,7 +86,8 @@ def make_sampler_from_noise(setup: Setup, guide: Guide | None = None) -> Callabl
 
 
 def _sampler_shardings(setup: Setup) -> Any:
-    return sharding.batch_sharding(setup.mesh), sharding.replicated(setup.mesh)
+    batch = sharding.batch_sharding(setup.mesh)
+    return batch, None if setup.codec.has_decoder else batch, sharding.replicated(setup.mesh)
 
 
 def _sample_from_noise(
@@ -87,7 +98,7 @@ def _sample_from_noise(
     noise_bhwc: jax.Array,
     indices_b: jax.Array,
     condition: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     options = setup.config.sample
     guided = _guided(setup, guide, params, condition)
     x_bhwc = jax.lax.with_sharding_constraint(noise_bhwc, sharding.batch_sharding(setup.mesh))
@@ -98,7 +109,8 @@ def _sample_from_noise(
     x_bfhwc = x if options.frames else x[:, None]
     # The codec decodes all frames as one batch: [b, f, h, w, c] -> [b*f, h, w, c] and back.
     images = setup.codec.decode(codec_params, x_bfhwc.reshape(-1, *setup.input_shape))
-    return images.reshape(*x_bfhwc.shape[:2], *images.shape[1:]), evaluations
+    images_bfhwc = images.reshape(*x_bfhwc.shape[:2], *images.shape[1:])
+    return images_bfhwc, None if setup.codec.has_decoder else x_bfhwc, evaluations
 
 
 def make_inverter(setup: Setup, guide: Guide | None = None) -> Callable:
@@ -198,8 +210,8 @@ def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
 
 def sample_images(
     setup: Setup, sampler: Sampler, params: Any, indices: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Yield (indices, uint8 images [b, f, h, w, c], network evaluations) a batch at a time.
+) -> Iterator[Samples]:
+    """Yield samples a batch at a time.
 
     The last batch is padded to the size of the others, and its padding dropped. Raises
     `UserError` if a sample is not finite.
@@ -209,10 +221,25 @@ def sample_images(
         chunk = indices[start : start + size]
         padded = np.pad(chunk, (0, size - len(chunk)), mode="edge").astype(np.int32)
         condition = setup.conditioning.from_records({"label": labels_of(setup, padded)})
-        images, evaluations = hosts.to_host(sampler(params, padded, condition))
+        images, x, evaluations = hosts.to_host(sampler(params, padded, condition))
         images = images[: len(chunk)]
+        x = None if x is None else x[: len(chunk)]
         check_finite(images[:, -1], chunk)
-        yield chunk, to_uint8(images), int(evaluations)
+        yield Samples(chunk, to_uint8(images), x, int(evaluations))
+
+
+def to_latents(note: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
+    """Return latents in the units of their autoencoder: z = x / scale + shift, float32.
+
+    x is [..., c]. `note` is the checkpoint's. Raises `UserError` if the run was not trained on
+    stored latents.
+    """
+    latents = require(
+        note.get("data", {}).get("latents"),
+        "the checkpoint does not record the scale of its latents, since it was not trained on "
+        "stored ones; set latents.codec to the autoencoder of the run",
+    )
+    return x / np.float32(latents["scale"]) + np.float32(latents["shift"])
 
 
 def check_finite(images_bhwc: np.ndarray, indices: np.ndarray) -> None:

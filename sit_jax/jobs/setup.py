@@ -59,20 +59,27 @@ class Setup:
         latents = self.config.latents
         return CODECS[latents.codec].open(latents.vae, sharding.per_device(self.mesh))
 
+    @property
+    def encodes_images(self) -> bool:
+        """Whether the training step applies the codec's weights; not to stored latents."""
+        return "image" in self.record_spec
+
     @functools.cached_property
     def codec_params(self) -> Any:
         """The codec's weights, read at the first access; a complete copy on every device."""
         return sharding.put_replicated(self.mesh, hosts.run_on_all(self.codec.load))
 
+    @property
+    def encoder_digest(self) -> str:
+        """A name for the weights that the moments of latents depend on: 16 hexadecimal digits."""
+        return _digest(self.codec.encoder(self.codec_params))
+
     def codec_settings(self) -> dict[str, Any]:
         """Return what images depend on besides the network: {} for a codec without weights."""
         if not self.codec.abstract_params:
             return {}
-        weights = hashlib.sha256()
-        for leaf in jax.tree.leaves(hosts.to_host(self.codec_params)):
-            weights.update(np.asarray(leaf).tobytes())
         settings = dataclasses.asdict(self.config.latents) | {"batch": None}
-        return {"latents": settings | {"weights": weights.hexdigest()[:16]}}
+        return {"latents": settings | {"weights": _digest(self.codec_params)}}
 
     @functools.cached_property
     def input_shape(self) -> tuple[int, int, int]:
@@ -188,6 +195,13 @@ class Setup:
         """Model FLOPs of one image in a training step: forward, and twice that backward."""
         height, _, channels = self.input_shape
         return 3 * forward_flops(self.size, height, channels, self.config.model.learn_sigma)
+
+
+def _digest(weights: Any) -> str:
+    result = hashlib.sha256()
+    for leaf in jax.tree.leaves(hosts.to_host(weights)):
+        result.update(np.asarray(leaf).tobytes())
+    return result.hexdigest()[:16]
 
 
 def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup:

@@ -134,8 +134,8 @@ def measure(
     began = time.perf_counter()
     batches = list(sample_images(setup, sampler, params, indices))
     seconds = time.perf_counter() - began
-    images = np.concatenate([images_bfhwc[:, -1] for _, images_bfhwc, _ in batches])
-    evaluations = float(np.mean([evaluations for _, _, evaluations in batches]))
+    images = np.concatenate([batch.images_bfhwc[:, -1] for batch in batches])
+    evaluations = float(np.mean([batch.evaluations for batch in batches]))
     return {
         **row_key(options),
         "evaluations": evaluations,

@@ -1,6 +1,6 @@
 """Every job by its --mode."""
 
-from sit_jax.jobs import invert, likelihood, quality, sample, sweep, train
+from sit_jax.jobs import encode, invert, likelihood, quality, sample, sweep, train
 from sit_jax.jobs.preflight import job as preflight
 
 JOBS = {
@@ -10,5 +10,6 @@ JOBS = {
     "invert": invert.JOB,
     "likelihood": likelihood.JOB,
     "quality": quality.JOB,
+    "encode": encode.JOB,
     "preflight": preflight.JOB,
 }

@@ -25,7 +25,9 @@ from sit_jax.data.source import Source
 from sit_jax.errors import UserError, check, require
 from sit_jax.jobs.data import (
     changed_label,
+    check_encoder,
     check_same_classes,
+    check_same_latents,
     describe,
     open_batches,
     open_source,
@@ -247,13 +249,16 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
     setup = _set_up(config)
     steps = config.train.steps
     source = hosts.run_on_all(lambda: open_source(setup))
-    _ = setup.codec_params  # read now, so that an error leaves no folder behind
+    if setup.encodes_images or config.log.sheet_every:
+        _ = setup.codec_params  # read now, so that an error leaves no folder behind
+        check_encoder(setup, source)
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_for_writing(workdir))
         stop = stack.enter_context(stop_signal())
         checkpoints = stack.enter_context(open_checkpoints(config, workdir))
         start, state, note = restore_or_create(setup, workdir, checkpoints)
         check_same_classes(note, source)
+        check_same_latents(note, source)
         if start >= steps:
             print(f"{workdir} is already at step {start} of {steps}; raise train.steps to train on")
             return
