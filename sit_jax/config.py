@@ -52,6 +52,7 @@ CHANGEABLE = (
     "likelihood.",
     "sweep.",
     "checkpoint.",
+    "encode.",
     "log.",
     "precision.",
     "mesh.",

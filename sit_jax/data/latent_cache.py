@@ -13,6 +13,7 @@ image, its mirror image), h height, w width, m moments (mean and log variance of
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -55,13 +56,13 @@ class Moments:
     mirrored: bool  # with those of the mirror image
     variance: bool  # with the log variance; otherwise only the mean
 
-    @property
+    @functools.cached_property
     def shape_vhwm(self) -> tuple[int, int, int, int]:
         """The shape of a record's moments."""
         height, width, channels = self.shape
         return 1 + self.mirrored, height, width, channels * (1 + self.variance)
 
-    @property
+    @functools.cached_property
     def record_bytes(self) -> int:
         """The size of a record."""
         return _HEADER.size + math.prod(self.shape_vhwm) * np.dtype(DTYPES[self.dtype]).itemsize
@@ -224,12 +225,7 @@ def pack(number: int, label: int, moments_vhwm: np.ndarray, moments: Moments) ->
 
 
 def unpack(record: bytes, moments: Moments) -> tuple[int, int, np.ndarray]:
-    """Return (number in the source, label, moments [v, h, w, m]) of a record, without a copy.
-
-    Raises ValueError if it is of another size.
-    """
-    if len(record) != moments.record_bytes:
-        raise ValueError(f"{len(record)} bytes instead of {moments.record_bytes}")
+    """Return (number in the source, label, moments [v, h, w, m]) of a record, without a copy."""
     number, label = _HEADER.unpack_from(record)
     stored = np.frombuffer(record, DTYPES[moments.dtype], offset=_HEADER.size)
     return number, label, stored.reshape(moments.shape_vhwm)

@@ -106,20 +106,21 @@ class LatentSource:
     def read(self, index: int, mirrored: bool = False) -> Record:
         """Return record 0 <= index < len, of the image or of its mirror image."""
         moments = self.manifest.plan.moments
-        try:
-            number, label, stored_vhwm = latent_cache.unpack(self._bytes(index), moments)
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            path = _path(self.folder, self._shard(index))
-            raise UserError(f"{path} is not of this cache: record {index} has {error}") from error
+        record = self._bytes(index)
         shard = self._shard(index)
-        check(
-            shard.first <= number < shard.stop and label == self.labels[index],
-            f"{_path(self.folder, shard)} is another shard: it holds example {number} with label "
-            f"{label}, where its manifest has examples {shard.first} to {shard.stop - 1} and "
-            f"label {self.labels[index]}; copy it again",
-        )
+        # Not `check`, which would format the message for every record.
+        if len(record) != moments.record_bytes:
+            raise UserError(
+                f"{_path(self.folder, shard)} is another shard: it holds records of {len(record)} "
+                f"bytes instead of {moments.record_bytes}; copy it again"
+            )
+        number, label, stored_vhwm = latent_cache.unpack(record, moments)
+        if not shard.first <= number < shard.stop or label != self.labels[index]:
+            raise UserError(
+                f"{_path(self.folder, shard)} is another shard: it holds example {number} with "
+                f"label {label}, where its manifest has examples {shard.first} to "
+                f"{shard.stop - 1} and label {self.labels[index]}; copy it again"
+            )
         moments_hwm = stored_vhwm[1 if mirrored else 0]
         if not moments.variance:
             none = np.full(moments.shape, -np.inf, moments_hwm.dtype)

@@ -20,6 +20,8 @@ from sit_jax.data.source import Source, UnreadableImage
 from sit_jax.errors import UserError, check
 from sit_jax.record import ArraySpec, Record, RecordSpec
 
+Example = tuple[int, bool]  # the index of a record, and whether to mirror it
+
 
 def batches(
     source: Source,
@@ -58,7 +60,7 @@ def batches(
         order = order.random_map(_maybe_mirrored)
     rows = range(batch_size) if rows is None else rows
     read = functools.partial(_read_or_skip if skip_unreadable else _read, source)
-    return _ProcessRows(order, batch_size, rows).map(read).batch(len(rows))
+    return _ProcessRows(order, batch_size, rows).map(functools.partial(_read_batch, read))
 
 
 def batch_spec(spec: RecordSpec) -> RecordSpec:
@@ -112,7 +114,7 @@ def prefetch_to_device(
 
 
 class _ProcessRows(grain.MapDataset):
-    """The rows of the global order that one process reads: b of each B."""
+    """Lists of what the global order has at the rows that one process reads: b of each B."""
 
     def __init__(self, order: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         super().__init__(order)
@@ -120,14 +122,27 @@ class _ProcessRows(grain.MapDataset):
         self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * len(self._rows)
+        return len(self._parent) // self._batch_size
 
-    def __getitem__(self, index: int) -> Record:
-        batch, row = divmod(index, len(self._rows))
-        return self._parent[batch * self._batch_size + self._rows[row]]
+    def __getitem__(self, index: int) -> list[Example]:
+        first = index * self._batch_size
+        return [self._parent[first + row] for row in self._rows]
 
 
-Example = tuple[int, bool]  # the index of a record, and whether to mirror it
+def _read_batch(read: Callable[[Example], Record], examples: Sequence[Example]) -> Record:
+    """Read the records of a batch into arrays with a leading axis b.
+
+    Not by grain's own `map` and `batch`, which cost as much for each record as reading a latent.
+    Each record is copied as it is read: its memory serves the next one.
+    """
+    batch: Record = {}
+    for row, example in enumerate(examples):
+        record = read(example)
+        for name, value in record.items():
+            if row == 0:
+                batch[name] = np.empty((len(examples), *value.shape), value.dtype)
+            batch[name][row] = value
+    return batch
 
 
 def _not_mirrored(index: int) -> Example:

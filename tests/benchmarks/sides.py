@@ -11,10 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-Calls = Mapping[str, Callable[[], object]]
+
+class Turn(NamedTuple):
+    """A call with something to do before its time starts."""
+
+    prepare: Callable[[], object]
+    work: Callable[[], object]
+
+
+Calls = Mapping[str, Callable[[], object] | Turn]
 Sides = Mapping[str, Callable[[argparse.Namespace], Calls]]
 
 
@@ -49,14 +58,19 @@ def _work(side: Callable[[argparse.Namespace], Calls], options: argparse.Namespa
         # Before the frameworks are imported, since they create one thread per core.
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     clock = time.process_time if options.one_core else time.perf_counter
-    calls = side(options)
-    for call in calls.values():
+    turns = {
+        name: call if isinstance(call, Turn) else Turn(lambda: None, call)
+        for name, call in side(options).items()
+    }
+    for turn in turns.values():
         for _ in range(3):
-            call()
+            turn.work()
     print("ready", flush=True)
     for line in sys.stdin:
+        turn = turns[line.strip()]
+        turn.prepare()
         start = clock()
-        calls[line.strip()]()
+        turn.work()
         print(clock() - start, flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
