@@ -21,6 +21,7 @@ from sit_jax.jobs.data import open_source
 from sit_jax.jobs.setup import set_up
 from sit_jax.latents.pixels import normalise
 from tests import goldens
+from tests.processes import Processes
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 IMAGES = 11
@@ -293,3 +294,22 @@ def test_the_encoder_runs_on_all_devices_of_this_process(images):
     expected = setup.codec.moments(setup.codec_params, {"image": jnp.asarray(batch[:, :, ::-1])})
     np.testing.assert_allclose(moments[:, 1], expected, rtol=2e-5, atol=2e-5)
     assert normalise(batch).shape == batch.shape and jax.device_count() >= 1
+
+
+def test_two_processes_write_the_latents_of_one(images, tmp_path):
+    """Real processes, which divide the shards."""
+    settings = IMAGE_SETTINGS | {"data.path": images, "encode.shard": 2, "latents.batch": 1}
+    # The same rows at a time as a device of the two processes.
+    assert run("encode", tmp_path / "one", settings)[0] == 0
+    arguments = [
+        "--mode", "encode", "--config", CONFIGS / "imagenet.py", "--workdir", tmp_path / "two",
+        *flags(settings),
+    ]  # fmt: skip
+    processes = Processes(tmp_path / "log", arguments, devices=1)
+    out = processes.succeed()
+    assert "6 shards, 0 of them complete" in out and "11 records of 2 classes" in out
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two and len(one) == 8

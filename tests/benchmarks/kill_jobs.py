@@ -16,10 +16,14 @@ import subprocess
 import time
 from collections.abc import Iterable
 
+import numpy as np
+from PIL import Image
+
 from tests.benchmarks import children, kill_training
 
 _MAIN = ("-m", "sit_jax.main", "--workdir", "{}/run")
 _STEPS = 20  # of the trained run
+_IMAGES = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,16 @@ def _mode(mode: str, folder: str, **settings: object) -> KilledJob:
     return KilledJob((*_MAIN, "--mode", mode, *flags), f"run/{folder}")
 
 
+def _encode() -> KilledJob:
+    settings = {
+        "data.path": "{}/images", "data.image_size": 32, "data.classes": 2, "data.workers": 0,
+        "latents.path": "tests/golden/vae_legacy", "latents.batch": 2, "encode.shard": 20,
+    }  # fmt: skip
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = ("-m", "sit_jax.main", "--mode", "encode", "--config", "configs/imagenet.py")
+    return KilledJob((*command, "--workdir", "{}/latents", *flags), "latents")
+
+
 _FROM = ("-m", "convert.from_torch", "{}/run.pt")
 _TO = ("-m", "convert.to_torch", "{}/run")
 JOBS = {
@@ -54,6 +68,7 @@ JOBS = {
     "invert": _mode("invert", "inversions", sample__count=120, sample__batch=8, sample__steps=4),
     "likelihood": _mode("likelihood", "likelihood", likelihood__count=120, likelihood__batch=8),
     "quality": _mode("quality", "quality", sample__count=40, sample__steps=4),
+    "encode": _encode(),
     "from_torch": KilledJob((*_FROM, "{}/new"), "new", is_once=True, is_workdir=True),
     "from_torch --overwrite": KilledJob(
         (*_FROM, "{}/old", "--overwrite"), "old", is_workdir=True
@@ -64,9 +79,17 @@ JOBS = {
 
 
 def make_base(folder: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
-    """Return a folder with a trained workdir "run", its checkpoint run.pt, and a workdir "old"."""
+    """Return a folder with a trained workdir "run", its checkpoint run.pt, a workdir "old", images.
+
+    The images are of noise, in two classes.
+    """
     base = folder / "base"
     base.mkdir()
+    for number in range(_IMAGES):
+        path = base / "images" / str(number % 2) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 36, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
     # The second is an older one, for --overwrite to replace.
     for name, steps in (("run", _STEPS), ("old", _STEPS // 2)):
         kill_training.finish(base / name, cache, steps)
@@ -107,6 +130,10 @@ def _content(path: pathlib.Path) -> object:
         table = list(csv.reader(path.read_text().splitlines(), delimiter=mark))
         seconds = [name.strip() for name in table[0]].index("seconds")
         return [row[:seconds] + row[seconds + 1 :] for row in table]
+    if path.name == "manifest.json" and path.parent.name == "latents":
+        manifest = json.loads(path.read_text())
+        del manifest["source"]["path"]  # of this copy of the images
+        return manifest
     return path.read_bytes()
 
 
