@@ -182,6 +182,11 @@ def _check_consistent(manifest: Manifest) -> None:
         raise ValueError("scale and shift are not finite, or a scale is not positive")
 
 
+def holds_latents(folder: epath.PathLike) -> bool:
+    """Return True if a folder holds stored latents, complete or not."""
+    return any((epath.Path(folder) / name).exists() for name in (MANIFEST, _PLAN))
+
+
 def read_labels(folder: epath.PathLike, manifest: Manifest) -> np.ndarray:
     """Return the label of each record, int32 [n]. Raises `UserError` if the file is damaged."""
     path = epath.Path(folder) / LABELS
@@ -258,11 +263,13 @@ class CacheWriter:
         self.plan = plan
 
     def begin(self) -> None:
-        """Write the plan, unless the folder has it already. Only one process calls this.
+        """Write the plan, unless all is written already. Only one process calls this.
 
         Raises `UserError` if the folder belongs to another plan, or the disk is too small.
         """
         self._check_same_plan()
+        if self.is_complete():
+            return
         left = sum(len(numbers) for _, numbers in self.missing())
         needed = left * (self.plan.moments.record_bytes + _RECORD_OVERHEAD)
         if not storage.is_remote(self.folder):

@@ -94,6 +94,8 @@ def test_writing_continues_with_the_missing_shards(tmp_path):
     files = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert len(files) == 7  # five shards, labels and manifest
+    again.begin()  # of a complete folder changes nothing
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 @pytest.mark.parametrize(
