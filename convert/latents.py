@@ -131,8 +131,8 @@ def main(argv: Sequence[str]) -> None:
 def convert(src: str, dst: str, options: Options) -> Manifest:
     """Fill `dst` with the latents of `src`, shard by shard, and return its manifest.
 
-    Raises UserError if the cache cannot be used. What is complete then stays, so that the same
-    command continues once the file is repaired.
+    Raises UserError if the cache cannot be used. Shards that are complete then stay, so that the
+    same command continues once the file is repaired.
     """
     _check_folders(src, dst)
     cache = open_cache(src, options)
@@ -144,7 +144,11 @@ def convert(src: str, dst: str, options: Options) -> Manifest:
         writer.begin()
         if writer.is_complete():
             print(f"{dst} is already complete")
-        _write(writer, cache, labels)
+        try:
+            _write(writer, cache, labels)
+        except UserError:
+            writer.withdraw()  # flags may have been wrong: the next ones may be others
+            raise
         manifest = writer.finish()
     print(f"{manifest.records:,} records of {len(plan.class_names):,} classes -> {dst}")
     print(f"train from it: {training_command(dst, plan)}")

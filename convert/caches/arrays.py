@@ -17,7 +17,7 @@ import numpy as np
 from sit_jax import storage
 from sit_jax.errors import UserError
 
-_LARGEST = 2**28  # bytes of an array
+_LARGEST = 2**26  # bytes of a file of moments, and of each of its arrays
 _LARGEST_HEADER = 10_000  # bytes; np.load's own limit
 _MAGIC = b"\x93NUMPY"
 _LENGTH_BYTES = {1: 2, 2: 4}  # of the header's length, by version
@@ -30,16 +30,16 @@ _DAMAGED = (
 )
 
 
-def read_arrays(path: str) -> dict[str, np.ndarray]:
+def read_arrays(path: str, at_most: int = _LARGEST) -> dict[str, np.ndarray]:
     """Return the arrays of a .npz file by name, or that of a .npy file under the name "".
 
-    Raises UserError that names the file if it is damaged, holds Python objects, or claims more than
-    it holds.
+    Raises UserError that names the file if it is damaged, holds Python objects, claims more than it
+    holds, or has more than this many bytes.
     """
     try:
-        data = read_file(path, _LARGEST)
+        data = read_file(path, at_most)
         if path.lower().endswith(".npz"):
-            return _npz(data)
+            return _npz(data, at_most)
         return {"": _npy(data)}
     except _DAMAGED as error:
         raise UserError(
@@ -59,7 +59,7 @@ def read_file(path: str, at_most: int) -> bytes:
     return data
 
 
-def _npz(data: bytes) -> dict[str, np.ndarray]:
+def _npz(data: bytes, at_most: int) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         if len(entries) > _NPZ_MEMBERS:
@@ -67,7 +67,7 @@ def _npz(data: bytes) -> dict[str, np.ndarray]:
         arrays = {}
         for entry in entries:
             with archive.open(entry) as file:
-                expanded = file.read(_LARGEST + 1)  # whatever its size claims to be
+                expanded = file.read(at_most + 1)  # whatever its size claims to be
             arrays[entry.filename.removesuffix(".npy")] = _npy(expanded)
     return arrays
 

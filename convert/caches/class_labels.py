@@ -85,10 +85,10 @@ def _pairs_of_csv(text: str) -> list[tuple[str, Any]]:
     if all(numbers):
         return [(file, int(label)) for file, label in rows]
     for label in labels:
-        if _NUMBER.fullmatch(label) and (any(numbers) or not _WHOLE.fullmatch(label)):
-            is_whole = _WHOLE.fullmatch(label)
-            kind = "a number beside names" if is_whole else "not a whole number"
-            raise ValueError(f"the label {brief(label)} is {kind}")
+        if _NUMBER.fullmatch(label) and not _WHOLE.fullmatch(label):
+            raise ValueError(f"the label {brief(label)} is not a whole number")
+    if any(numbers):
+        raise ValueError(f"the label {brief(labels[numbers.index(True)])} is a number beside names")
     return [(file, label) for (file, _), label in zip(rows, labels, strict=True)]
 
 
@@ -112,12 +112,12 @@ def _matched(path: str, pairs: Sequence[tuple[str, Any]], files: Sequence[str]) 
     return [labels[file] for file in files]
 
 
-def _first(names: Sequence[str]) -> str:
-    return brief(names[0]) if names else ""
+def _first(values: Sequence[Any]) -> str:
+    return brief(values[0]) if values else ""
 
 
 def _from_npy(path: str, files: Sequence[str]) -> list[Any]:
-    (labels,) = arrays.read_arrays(path).values()
+    (labels,) = arrays.read_arrays(path, _LARGEST).values()
     check(
         labels.ndim == 1 and labels.dtype.kind in "iuU",
         f"{path} has shape {list(labels.shape)} and type {labels.dtype}; expected whole numbers "
@@ -187,10 +187,10 @@ def to_classes(
     kinds = {type(label) for label in labels}
     if kinds == {str}:
         return _from_names(source, labels, names)
-    wrong = next((label for label in labels if type(label) is not int), None)
+    wrong = [label for label in labels if type(label) is not int][:1]
     check(
-        wrong is None,
-        f"{source} has the label {brief(wrong)}; expected whole numbers from 0, or names only",
+        not wrong,
+        f"{source} has the label {_first(wrong)}; expected whole numbers from 0, or names only",
     )
     low = min(labels)
     high = max(labels)

@@ -35,6 +35,7 @@ from sit_jax.errors import UserError, check
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
 _PLAN = "plan.json"
+_SHARD_SUFFIX = ".array_record"
 _FORMAT = "sit_jax latents 1"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
@@ -102,7 +103,7 @@ class Plan:
         count = -(-self.examples // self.shard_records)
         return [
             (
-                f"latents-{number:05d}-of-{count:05d}.array_record",
+                f"latents-{number:05d}-of-{count:05d}{_SHARD_SUFFIX}",
                 range(first, min(first + self.shard_records, self.examples)),
             )
             for number, first in enumerate(range(0, self.examples, self.shard_records))
@@ -304,6 +305,11 @@ class CacheWriter:
                 f"{str(self.folder)!r} holds other latents: {'; '.join(changed)[:400]}; give "
                 "another folder",
             )
+
+    def withdraw(self) -> None:
+        """Remove the plan if there are no shards yet, so that the folder may get another one."""
+        if not any(path.name.endswith(_SHARD_SUFFIX) for path in self.folder.iterdir()):
+            (self.folder / _PLAN).unlink(missing_ok=True)
 
     def is_complete(self) -> bool:
         """Return True if the manifest has been written."""
