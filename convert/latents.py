@@ -73,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
     parser = cli.parser("latents", _DESCRIPTION, _EPILOG, overwrites=False)
     parser.add_argument("src", help="the folder of the other project's cache")
     parser.add_argument("dst", help="the folder to fill")
-    parser.add_argument("--layout", choices=LAYOUTS, help="whose it is; found out if not given")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="the layout of SRC; without it, detected from its files"
+    )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="float16", help="to store them in (float16)"
     )

@@ -4,11 +4,34 @@ import json
 import os
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
+from convert.latents import Options, convert
 from convert.torch_writer import TorchWriter
+from sit_jax.data.latents import open_latents
+from sit_jax.data.source import SourceOptions
+from sit_jax.errors import UserError
 
 CLASSES = 3
+
+
+def opened(folder, side=4, channels=4):
+    """Open converted latents."""
+    return open_latents(SourceOptions(str(folder), None, "all", side, channels, None))
+
+
+def converted(tmp_path, src, side=4, channels=4, **options):
+    """Convert into dst and return it as a source."""
+    convert(str(src), str(tmp_path / "dst"), Options(**options))
+    return opened(tmp_path / "dst", side, channels)
+
+
+def refused(src, message, **options):
+    """Assert that a conversion is refused in one line that matches."""
+    with pytest.raises(UserError, match=message) as error:
+        convert(str(src), str(src.parent / "dst"), Options(**options))
+    assert "\n" not in str(error.value)
 
 
 def noise(number, *shape, dtype=np.float32):

@@ -17,31 +17,20 @@ import pytest
 from convert import latents
 from convert.latents import Options, convert
 from sit_jax import config as config_lib
-from sit_jax.data.latents import open_latents
-from sit_jax.data.source import SourceOptions
 from sit_jax.errors import UserError
 from sit_jax.latents import posterior
-from tests import other_caches
 from tests.commands import ROOT, snapshot
 from tests.other_caches import (
+    converted,
     lightning_latent,
     mean_and_std,
     noise,
+    opened,
     stats_of,
     write_lightning,
     write_moments,
     write_repa,
 )
-
-
-def opened(folder, side=4, channels=4):
-    return open_latents(SourceOptions(str(folder), None, "all", side, channels, None))
-
-
-def converted(tmp_path, src, side=4, channels=4, **options):
-    """Convert into dst and return it as a source."""
-    convert(str(src), str(tmp_path / "dst"), Options(**options))
-    return opened(tmp_path / "dst", side, channels)
 
 
 def hwm(array):
@@ -237,60 +226,6 @@ def test_byte_order_and_order_of_axes_of_npy_files(tmp_path, order, dtype):
     np.testing.assert_array_equal(source.read(0)["moments"], hwm(array).astype(np.float32))
 
 
-def labelled(tmp_path, name, text, **options):
-    """Convert three files with a file of labels and return labels and class names."""
-    src = tmp_path / "src"
-    arrays = {file: noise(0, 2, 3, 3) for file in ("a.npy", "b/c.npy", "b/d.npy")}
-    write_moments(src, arrays, labels=None)
-    if isinstance(text, str):
-        (src / name).write_text(text)
-    else:
-        np.save(src / name, text)
-    source = converted(tmp_path, src, side=3, channels=1, spread="logvar", scale="1", **options)
-    return source.labels.tolist(), source.class_names
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "want"),
-    [
-        ("labels.json", '{"a.npy": 1, "b/d.npy": 0, "b/c.npy": 2}', [1, 2, 0]),
-        ("labels.json", '{"labels": [["a.npy", 1], ["b/d.npy", 0], ["b/c.npy", 0]]}', [1, 0, 0]),
-        ("labels.csv", "file,label\nb/c.npy,0\na.npy,1\nb/d.npy,1\n", [1, 0, 1]),
-        ("labels.csv", "b/c.npy,0\r\na.npy, 1\r\n\r\nb/d.npy,1", [1, 0, 1]),
-        ("labels.npy", np.array([1, 0, 2]), [1, 0, 2]),
-        ("labels.npy", np.array([1, 0, 2], np.uint8), [1, 0, 2]),
-    ],
-)
-def test_files_of_labels(tmp_path, name, text, want):
-    labels, names = labelled(tmp_path, name, text)
-    assert labels == want and names == tuple(map(str, range(max(want) + 1)))
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("labels.json", '{"a.npy": "cat", "b/c.npy": "ant", "b/d.npy": "cat"}'),
-        ("labels.csv", "a.npy,cat\nb/c.npy,ant\nb/d.npy,cat\n"),
-        ("labels.npy", np.array(["cat", "ant", "cat"])),
-    ],
-)
-def test_names_as_labels_are_numbered_in_sorted_or_given_order(tmp_path, name, text):
-    assert labelled(tmp_path / "a", name, text) == ([1, 0, 1], ("ant", "cat"))
-    names = tmp_path / "names.txt"
-    names.write_text("dog\ncat\nant\n")
-    got = labelled(tmp_path / "b", name, text, class_names=str(names))
-    assert got == ([1, 2, 1], ("dog", "cat", "ant"))
-
-
-def test_class_names_allow_a_class_without_examples(tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("ant\nbee\ncat\ndog\n")
-    src = write_repa(tmp_path / "src", labels=[0, 2, 2, 0, 0, 2, 0])
-    source = converted(tmp_path, src, class_names=str(names))
-    assert source.class_names == ("ant", "bee", "cat", "dog")
-    assert source.labels.tolist() == [0, 2, 2, 0, 0, 2, 0]
-
-
 def test_other_files_are_counted(tmp_path, capsys):
     src = write_repa(tmp_path / "src")
     (src / "vae-sd" / ".DS_Store").write_text("")
@@ -401,7 +336,7 @@ def test_a_run_does_not_continue_with_other_labels(tmp_path):
     src = write_repa(tmp_path / "src")
     dst = str(tmp_path / "dst")
     convert(str(src), dst, Options())
-    other_caches.write_repa(src, labels=[2, 1, 0, 0, 1, 2, 0])
+    write_repa(src, labels=[2, 1, 0, 0, 1, 2, 0])
     with pytest.raises(UserError, match="holds other latents: source is"):
         convert(str(src), dst, Options())
 
