@@ -37,6 +37,19 @@ def read_labels(path: str, files: Sequence[str]) -> list[Any]:
 
     Raises UserError unless it lists exactly these files.
     """
+    labels = _read_labels(path, files)
+    # Sorted as text, 10 would come before 2.
+    texts = {label for label in labels if isinstance(label, str)}
+    wrong = sorted(text for text in texts if not text.strip() or _NUMBER.fullmatch(text))
+    check(
+        not wrong,
+        f"{path} has the label {_first(wrong)} as text; expected whole numbers without quotes, or "
+        "names",
+    )
+    return labels
+
+
+def _read_labels(path: str, files: Sequence[str]) -> list[Any]:
     extension = os.path.splitext(path)[1].lower()
     if extension == ".npy":
         return _from_npy(path, files)

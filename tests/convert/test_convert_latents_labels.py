@@ -65,6 +65,11 @@ BAD_LABELS = {
     "floats": ([0, 1.0, 2, 0, 0, 1, 2], "label 1.0; expected whole numbers from 0"),
     "bool": ([0, True, 2, 0, 0, 1, 2], "label True; expected whole numbers"),
     "null": ([0, None, 2, 0, 0, 1, 2], "label None; expected whole numbers"),
+    "numbers as text": (
+        list("0120120"),
+        "label '0' as text; expected whole numbers without quotes",
+    ),
+    "an empty name": (["a", "b", "a", "", "b", "b", "b"], "label '' as text; expected"),
     "one-hot": ([[0, 1]] * 7, r"label \[0, 1\]; expected whole numbers"),
     "names among numbers": ([0, "cat", 2, 0, 0, 1, 2], "label 'cat'; expected whole numbers"),
     "a gap": ([0, 3, 0, 3, 3, 0, 0], "label 3 but no example of 2 smaller ones, such as 1; renum"),
