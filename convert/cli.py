@@ -33,19 +33,22 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def parser(module: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser for `python -m convert.MODULE`, which has --overwrite already."""
+def parser(
+    module: str, description: str, epilog: str | None = None, *, overwrites: bool = True
+) -> argparse.ArgumentParser:
+    """Return a parser for `python -m convert.MODULE`, with --overwrite unless it has no use."""
     converter_parser = _Parser(
         f"python -m convert.{module}",
         description=description,
         epilog=epilog,
         allow_abbrev=False,
     )
-    converter_parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an existing output; the old one is kept until the new one is complete",
-    )
+    if overwrites:
+        converter_parser.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace an existing output; the old one is kept until the new one is complete",
+        )
     return converter_parser
 
 

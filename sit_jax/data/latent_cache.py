@@ -34,6 +34,7 @@ from sit_jax.errors import UserError, check
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
 _PLAN = "plan.json"
+_SHARD_SUFFIX = ".array_record"
 _FORMAT = "sit_jax latents 1"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
@@ -101,7 +102,7 @@ class Plan:
         count = -(-self.examples // self.shard_records)
         return [
             (
-                f"latents-{number:05d}-of-{count:05d}.array_record",
+                f"latents-{number:05d}-of-{count:05d}{_SHARD_SUFFIX}",
                 range(first, min(first + self.shard_records, self.examples)),
             )
             for number, first in enumerate(range(0, self.examples, self.shard_records))
@@ -181,6 +182,11 @@ def _check_consistent(manifest: Manifest) -> None:
         raise ValueError("scale and shift are not finite, or a scale is not positive")
 
 
+def holds_latents(folder: epath.PathLike) -> bool:
+    """Return True if a folder holds stored latents, complete or not."""
+    return any((epath.Path(folder) / name).exists() for name in (MANIFEST, _PLAN))
+
+
 def read_labels(folder: epath.PathLike, manifest: Manifest) -> np.ndarray:
     """Return the label of each record, int32 [n]. Raises `UserError` if the file is damaged."""
     path = epath.Path(folder) / LABELS
@@ -252,7 +258,7 @@ class CacheWriter:
         self.plan = plan
 
     def begin(self) -> None:
-        """Write the plan, unless the folder has it already. Only one process calls this.
+        """Write the plan, unless all is written already. Only one process calls this.
 
         Raises `UserError` if the folder belongs to another plan, or the disk is too small.
         """
@@ -293,6 +299,11 @@ class CacheWriter:
                 f"{str(self.folder)!r} holds other latents: {'; '.join(changed)[:400]}; give "
                 "another folder",
             )
+
+    def withdraw(self) -> None:
+        """Remove the plan if there are no shards yet, so that the folder may get another one."""
+        if not any(path.name.endswith(_SHARD_SUFFIX) for path in self.folder.iterdir()):
+            (self.folder / _PLAN).unlink(missing_ok=True)
 
     def is_complete(self) -> bool:
         """Return True if the manifest has been written."""

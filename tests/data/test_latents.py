@@ -94,6 +94,20 @@ def test_writing_continues_with_the_missing_shards(tmp_path):
     files = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
     assert len(files) == 7  # five shards, labels and manifest
+    again.begin()  # of a complete folder changes nothing
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def test_a_plan_without_shards_can_be_withdrawn(tmp_path):
+    CacheWriter(tmp_path, make_plan()).begin()
+    CacheWriter(tmp_path, make_plan()).withdraw()
+    assert not latent_cache.holds_latents(tmp_path) and not list(tmp_path.iterdir())
+    other = CacheWriter(tmp_path, make_plan(dtype="float16"))
+    other.begin()
+    name, numbers = other.missing()[0]
+    other.write_shard(name, numbers, examples(other.plan, numbers))
+    other.withdraw()
+    assert latent_cache.holds_latents(tmp_path) and len(other.missing()) == 4
 
 
 @pytest.mark.parametrize(

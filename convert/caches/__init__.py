@@ -1,0 +1,1 @@
+"""Latents that other projects have stored: one module for each kind of layout."""
