@@ -13,6 +13,7 @@ IMPORT_NAMES = {
     "absl-py": "absl",
     "orbax-checkpoint": "orbax",
     "pillow": "PIL",
+    "scikit-image": "skimage",
     "scikit-learn": "sklearn",
     "tensorflow-datasets": "tensorflow_datasets",
 }
@@ -64,7 +65,7 @@ def test_the_optional_packages_are_imported_and_not_in_the_base():
 
 
 def test_the_tests_import_only_what_their_extras_declare():
-    assert imported_by("tests") <= base() | extras("test", "torch")
+    assert imported_by("tests") <= base() | extras("test", "torch", "benchmark")
 
 
 def test_the_linters_are_pinned_exactly():

@@ -71,7 +71,7 @@ def run(tmp_path_factory):
     )
     assert (status, err) == (0, "")
     status, out, err = call("--mode", "sample", "--workdir", folder / "run")
-    assert (status, err) == (0, "") and "latents.npz; the sheet shows false colours" in out
+    assert (status, err) == (0, "") and "samples.npz; the sheet shows false colours" in out
     return folder / "run", plan
 
 
@@ -83,7 +83,7 @@ def samples_of(workdir):
 def test_samples_are_latents_in_the_units_of_their_autoencoder(run):
     workdir, plan = run
     folder = samples_of(workdir)
-    with np.load(folder / "latents.npz") as file:
+    with np.load(folder / "samples.npz") as file:
         latents, labels = file["arr_0"], file["labels"]
     assert latents.shape == (5, 4, 4, 32) and latents.dtype == np.float32
     assert labels.tolist() == [0, 1, 0, 1, 0]
@@ -98,7 +98,7 @@ def test_samples_are_latents_in_the_units_of_their_autoencoder(run):
 
 def test_the_interface_of_python_gives_the_same_latents(run):
     workdir, _ = run
-    with np.load(samples_of(workdir) / "latents.npz") as file:
+    with np.load(samples_of(workdir) / "samples.npz") as file:
         latents = file["arr_0"]
     loaded = sit_jax.load(workdir)
     np.testing.assert_allclose(loaded.sample(count=5), latents, rtol=1e-4, atol=1e-4)
@@ -112,7 +112,7 @@ def test_missing_samples_are_drawn_again_and_nothing_else_changes(run):
     before = {path.name: path.read_bytes() for path in folder.rglob("*.np?")}
     (folder / "000002.png").unlink()
     (folder / "latents" / "000002.npy").unlink()
-    (folder / "latents.npz").unlink()
+    (folder / "samples.npz").unlink()
     assert call("--mode", "sample", "--workdir", workdir)[0] == 0
     after = {path.name: path.read_bytes() for path in folder.rglob("*.np?")}
     assert after.keys() == before.keys()

@@ -28,7 +28,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
 
     Images that already exist are kept. With sample.frames, NAME/frames/000000.png, ... show each
     sample's trajectory from noise, left to right. A codec without a decoder gives images in false
-    colours, and NAME/latents.npz with the latents `arr_0` [n, h, w, c] and their `labels`.
+    colours, and NAME/samples.npz with the latents `arr_0` [n, h, w, c] and their `labels`.
     """
     setup = set_up(config)
     check_sample_batch(setup)
@@ -72,8 +72,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         print(f"sheet: {results.folder / 'sheet.png'}")
         if not setup.codec.has_decoder:
             labels = labels_of(setup, np.arange(options.count))
-            results.write_arrays("latents.npz", options.count, labels)
-            print(f"latents: {results.folder / 'latents.npz'}; the sheet shows false colours")
+            results.write_arrays("samples.npz", options.count, labels)
+            print(f"latents: {results.folder / 'samples.npz'}; the sheet shows false colours")
 
 
 JOB = Job(

@@ -3,8 +3,8 @@
     python tests/benchmarks/data.py                # photographs, at 1 and at 2 workers
     python tests/benchmarks/data.py --latents      # records a second on one core
 
-Takes about 6 minutes on 2 idle cores, and 1 minute with --latents. The first needs torchvision and
-scikit-image besides the test packages (pip install torch torchvision scikit-image).
+Takes about 6 minutes on 2 idle cores, and 1 minute with --latents. The first needs PyTorch,
+torchvision and scikit-image: pip install -e ".[benchmark]".
 
 Photographs of 500x375 pixels, parts of those of scikit-learn and scikit-image as JPEG files, are
 decoded, cropped to 256 pixels and mirrored at random, in batches of 32. The other side is
