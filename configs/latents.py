@@ -1,9 +1,10 @@
 """SiT on cached latents of 256 px images: 32x32x4, 1,000 classes, bfloat16, fsdp.
 
-Latents are stored once, by --mode encode from images or by convert.latents from another project's
-cache, and then cost nothing in training; configs/imagenet.py encodes each image in the step.
-
     python -m sit_jax.main --config configs/latents.py --workdir runs/xl2 --config.data.path=LATENTS
+
+LATENTS is a folder that --mode encode made from images (configs/imagenet.py has the command) or
+convert.latents from another project's cache. Compilation for chips that are not here needs none:
+
     python -m sit_jax.main --config configs/latents.py --mode preflight --topology v5e:4x4
     python -m sit_jax.main --config configs/latents.py:512 --mode preflight --topology v5e:4x4
     python -m sit_jax.main --config configs/latents.py:3B --mode preflight --topology v5p:4x4x4
