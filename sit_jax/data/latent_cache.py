@@ -33,7 +33,7 @@ from sit_jax.errors import UserError, check
 
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
-_PLAN = "plan.json"
+PLAN = "plan.json"
 _SHARD_SUFFIX = ".array_record"
 _FORMAT = "sit_jax latents 1"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -136,7 +136,7 @@ def read_manifest(folder: epath.PathLike) -> Manifest:
     path = folder / MANIFEST
     if not path.exists():
         check(
-            not (folder / _PLAN).exists(),
+            not (folder / PLAN).exists(),
             f"{str(folder)!r} is not complete: the command that stores these latents was stopped; "
             "give the same command again, which continues it",
         )
@@ -184,7 +184,7 @@ def _check_consistent(manifest: Manifest) -> None:
 
 def holds_latents(folder: epath.PathLike) -> bool:
     """Return True if a folder holds stored latents, complete or not."""
-    return any((epath.Path(folder) / name).exists() for name in (MANIFEST, _PLAN))
+    return any((epath.Path(folder) / name).exists() for name in (MANIFEST, PLAN))
 
 
 def read_labels(folder: epath.PathLike, manifest: Manifest) -> np.ndarray:
@@ -274,10 +274,10 @@ class CacheWriter:
                 f"{needed / 1e9:,.1f} GB are needed in {str(self.folder)!r}, which has "
                 f"{free / 1e9:,.1f} GB free; make room, or give a folder on another disk",
             )
-        storage.write_text(self.folder / _PLAN, json.dumps(_plan_to_json(self.plan), indent=1))
+        storage.write_text(self.folder / PLAN, json.dumps(_plan_to_json(self.plan), indent=1))
 
     def _check_same_plan(self) -> None:
-        for name in (MANIFEST, _PLAN):
+        for name in (MANIFEST, PLAN):
             path = self.folder / name
             if not path.exists():
                 continue
@@ -303,7 +303,7 @@ class CacheWriter:
     def withdraw(self) -> None:
         """Remove the plan if there are no shards yet, so that the folder may get another one."""
         if not any(path.name.endswith(_SHARD_SUFFIX) for path in self.folder.iterdir()):
-            (self.folder / _PLAN).unlink(missing_ok=True)
+            (self.folder / PLAN).unlink(missing_ok=True)
 
     def is_complete(self) -> bool:
         """Return True if the manifest has been written."""
@@ -351,7 +351,7 @@ class CacheWriter:
         notes = [self.folder / f"{name}.json" for name, _ in self.plan.shards]
         if not self.is_complete():
             self._write_manifest(notes)
-        for path in (*notes, self.folder / _PLAN):
+        for path in (*notes, self.folder / PLAN):
             path.unlink(missing_ok=True)
         return read_manifest(self.folder)
 
