@@ -26,8 +26,23 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
     """Return the flags, and (key, text) for each --config.KEY=TEXT or --config.KEY TEXT.
 
     --help and --help-config print and exit. Raises `UserError` for flags that make no sense
-    together.
+    together, and for a path in a bucket that cannot be read.
     """
+    flags, overrides = parse_elsewhere(argv)
+    for name, path in paths(flags).items():
+        storage.check_reachable(name, path)
+    return flags, overrides
+
+
+def paths(flags: argparse.Namespace) -> dict[str, str]:
+    """Return the paths that were given as flags, by the flag."""
+    names = ["workdir", *(flag.name for flag in JOBS[flags.mode].flags if flag.is_path)]
+    given = {f"--{name}": getattr(flags, name) for name in names}
+    return {name: path for name, path in given.items() if path is not None}
+
+
+def parse_elsewhere(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
+    """Return what `parse` does for a command of another machine: no bucket is read."""
     parser = _parser()
     flags, unknown = parser.parse_known_args(argv)
     if flags.help_config is not None:
@@ -61,12 +76,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
         )
     overrides = _overrides(unknown)
     job.check(flags, overrides)
-    paths = ["workdir", *(flag.name for flag in job.flags if flag.is_path)]
-    for name in paths:
-        path = getattr(flags, name)
-        if path is not None:
-            setattr(flags, name, storage.expand(f"--{name}", path))
-            storage.check_reachable(f"--{name}", getattr(flags, name))
+    for name, path in paths(flags).items():
+        setattr(flags, name.removeprefix("--"), storage.expand(name, path))
     return flags, overrides
 
 

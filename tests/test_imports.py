@@ -16,7 +16,7 @@ LEVELS = {
     1: "models latents data optimizer sharding checkpoint image_io metric_log sinks report lock",
     2: "train_state train_step",
     3: "jobs config settings validation convert",
-    4: "api main command_line settings_help",
+    4: "api main command_line settings_help check_command",
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 # Imports allowed within a level, for each part. A part of level 0 or 1 that is not listed imports
@@ -38,6 +38,7 @@ BESIDE = {
     "convert": {"config", "settings", "jobs"},
     "command_line": {"settings_help"},
     "main": {"command_line"},
+    "check_command": {"main", "command_line"},
 }
 
 

@@ -157,6 +157,23 @@ def open_latents(options: SourceOptions) -> LatentSource:
         "data.path to that split's folder",
     )
     manifest = latent_cache.read_manifest(options.path)
+    check_fit(manifest, options)
+    latent_cache.check_files(options.path, manifest)
+    labels = latent_cache.read_labels(options.path, manifest)
+    check(
+        labels.shape == (manifest.records,)
+        and labels.min() >= 0
+        and labels.max() < len(manifest.plan.class_names),
+        f"{options.path!r} has labels that do not belong to its {manifest.records} records of "
+        f"{len(manifest.plan.class_names)} classes; store the latents again",
+    )
+    with concurrent.futures.ThreadPoolExecutor(_OPENING_THREADS) as threads:
+        list(threads.map(lambda shard: _check_shard(options.path, shard), manifest.shards))
+    return LatentSource(options.path, manifest, labels)
+
+
+def check_fit(manifest: Manifest, options: SourceOptions) -> None:
+    """Raise `UserError` unless the latents are of the size and channels of the settings."""
     plan = manifest.plan
     height, width, channels = plan.moments.shape
     check(
@@ -169,18 +186,6 @@ def open_latents(options: SourceOptions) -> LatentSource:
         f"data.channels={options.channels}, but the latents in {options.path!r} have {channels}; "
         f"set it to {channels}, or give other latents",
     )
-    latent_cache.check_files(options.path, manifest)
-    labels = latent_cache.read_labels(options.path, manifest)
-    check(
-        labels.shape == (manifest.records,)
-        and labels.min() >= 0
-        and labels.max() < len(plan.class_names),
-        f"{options.path!r} has labels that do not belong to its {manifest.records} records of "
-        f"{len(plan.class_names)} classes; store the latents again",
-    )
-    with concurrent.futures.ThreadPoolExecutor(_OPENING_THREADS) as threads:
-        list(threads.map(lambda shard: _check_shard(options.path, shard), manifest.shards))
-    return LatentSource(options.path, manifest, labels)
 
 
 def _of_images(image_size: int | None) -> str:

@@ -47,11 +47,7 @@ def batches(
     """
     check(seed >= 0, f"seed={seed}, but it must not be negative; set it to 0 or more")
     check(batch_size > 0, f"train.batch={batch_size}, but it must be positive; set it to 1 or more")
-    check(
-        source.can_mirror or not flip,
-        "data.flip=True, but the latents were stored without those of the mirror images; set "
-        "data.flip=False, or encode them again",
-    )
+    check_flip(source.can_mirror, flip)
     numbers = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     # grain seeds a random_map by the number of steps before it, so `map` must stay one of them.
     order = numbers.map(_not_mirrored)
@@ -61,6 +57,15 @@ def batches(
     rows = range(batch_size) if rows is None else rows
     read = functools.partial(_read_or_skip if skip_unreadable else _read, source)
     return _ProcessRows(order, batch_size, rows).map(functools.partial(_read_batch, read))
+
+
+def check_flip(can_mirror: bool, flip: bool) -> None:
+    """Raise `UserError` if records are to be mirrored and cannot be."""
+    check(
+        can_mirror or not flip,
+        "data.flip=True, but the latents were stored without those of the mirror images; set "
+        "data.flip=False, or encode them again",
+    )
 
 
 def batch_spec(spec: RecordSpec) -> RecordSpec:

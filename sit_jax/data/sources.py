@@ -15,10 +15,12 @@ class SourceKind(NamedTuple):
 
     open: Callable[[SourceOptions], Source]
     spec: Callable[[Shape], RecordSpec]  # of the shape of an image, or of a latent
+    needs_path: bool = True
+    reads_buckets: bool = True
 
 
 SOURCES = {
-    "digits": SourceKind(open_digits, image_spec),
-    "folder": SourceKind(open_folder, image_spec),
+    "digits": SourceKind(open_digits, image_spec, needs_path=False),
+    "folder": SourceKind(open_folder, image_spec, reads_buckets=False),
     "latents": SourceKind(open_latents, latent_spec),
 }

@@ -13,6 +13,7 @@ import numpy as np
 
 from sit_jax import hosts, sharding
 from sit_jax.data import pipeline, readers, sources, subset
+from sit_jax.data.latent_cache import Manifest
 from sit_jax.data.latents import LatentSource
 from sit_jax.data.source import Source, UnreadableImage, first_names, short_digest
 from sit_jax.errors import check
@@ -32,15 +33,9 @@ def open_source(setup: Setup) -> Source:
     """
     data = setup.config.data
     source = sources.SOURCES[data.source].open(data.options)
-    names = source.class_names
-    classes = f"{len(names)} class{'es' * (len(names) != 1)} ({first_names(names)})"
-    check(
-        len(names) == data.classes,
-        f"data.classes is {data.classes}, but the {data.source} source has {classes}; set "
-        f"data.classes={len(names)}",
-    )
+    classes = check_classes(data, source.class_names)
     if isinstance(source, LatentSource):
-        _check_autoencoder(setup.config.latents, source)
+        check_autoencoder(setup.config.latents, source.manifest, source.folder)
     place = f"{data.path!r}" if data.path else f"split {data.split!r}"
     beside = f"; passed over: {source.passed_over}" if source.passed_over else ""
     kind = "latents" if isinstance(source, LatentSource) else "images"
@@ -48,20 +43,31 @@ def open_source(setup: Setup) -> Source:
     return source
 
 
-def _check_autoencoder(latents: Latents, source: LatentSource) -> None:
+def check_classes(data: Data, names: Sequence[str]) -> str:
+    """Return the classes of a source in words. Raises `UserError` unless they are data.classes."""
+    classes = f"{len(names)} class{'es' * (len(names) != 1)} ({first_names(names)})"
+    check(
+        len(names) == data.classes,
+        f"data.classes is {data.classes}, but the {data.source} source has {classes}; set "
+        f"data.classes={len(names)}",
+    )
+    return classes
+
+
+def check_autoencoder(latents: Latents, manifest: Manifest, folder: str) -> None:
     """Raise `UserError` unless stored latents are those of the codec, in its scale."""
-    plan = source.manifest.plan
+    plan = manifest.plan
     name = plan.autoencoder.get("name")
     if latents.codec == "stored":
         return
     check(
         name == latents.codec,
-        f"the latents in {source.folder!r} are of the autoencoder {name!r}, but latents.codec is "
+        f"the latents in {folder!r} are of the autoencoder {name!r}, but latents.codec is "
         f"{latents.codec!r}; set latents.codec=stored, or give other latents",
     )
     check(
         set(plan.scale) == {latents.scale} and not any(plan.shift),
-        f"the latents in {source.folder!r} have the scale {_short(plan.scale)} and the shift "
+        f"the latents in {folder!r} have the scale {_short(plan.scale)} and the shift "
         f"{_short(plan.shift)}, but latents.scale is {latents.scale:g}; set it to that scale, or "
         "latents.codec=stored",
     )

@@ -197,6 +197,7 @@ JOB = Job(
     "map images of the data set to noise along the ODE, and back",
     flags=(OUT,),
     memory="sample.batch or sample.count",
+    check_batches=check_sample_batch,
     uses=(
         *NETWORK,
         *SAMPLER,

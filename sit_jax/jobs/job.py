@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
+from sit_jax.jobs.setup import Setup
 from sit_jax.laws import in_group
 from sit_jax.settings import Config
 
@@ -53,6 +54,10 @@ def _accept(flags: argparse.Namespace, overrides: Overrides) -> None:
     """Accept any flags."""
 
 
+def _fit(setup: Setup) -> None:
+    """Accept any batches."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One --mode of the command line."""
@@ -64,6 +69,8 @@ class Job:
     flags: tuple[Flag, ...] = ()
     # Raises UserError for flags or overrides that the job does not accept.
     check: Callable[[argparse.Namespace, Overrides], None] = _accept
+    # Raises UserError unless the batches that the job uses divide over the devices.
+    check_batches: Callable[[Setup], None] = _fit
     # False for a job that only compiles: it needs no workdir and claims no device.
     uses_devices: bool = True
 

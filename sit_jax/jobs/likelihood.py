@@ -177,6 +177,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     return summary
 
 
+def _check_batch(setup: Setup) -> None:
+    check_batch(setup.mesh, "likelihood.batch", setup.config.likelihood.batch)
+
+
 def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     """Write workdir/likelihood/NAME/{results.jsonl, settings.json, summary.json}.
 
@@ -185,7 +189,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     options = config.likelihood
     data = dataclasses.replace(config.data, split=options.split or config.data.split)
     setup = set_up(with_einsum_attention(dataclasses.replace(config, data=data)))
-    check_batch(setup.mesh, "likelihood.batch", options.batch)
+    _check_batch(setup)
     source = hosts.run_on_all(lambda: open_source(setup))
     count = len(source) if options.count is None else options.count
     check(
@@ -303,6 +307,7 @@ JOB = Job(
     "log p and bits/dim of each image of the data set, under the unguided ODE flow",
     flags=(OUT,),
     memory="likelihood.batch or likelihood.probes",
+    check_batches=_check_batch,
     check=_refuse_sampler_settings,
     uses=(*NETWORK, "data.", "transport.train_eps", "likelihood."),
 )

@@ -147,6 +147,7 @@ JOB = Job(
     run,
     "share of samples that a classifier of the real images reads as their label (small images)",
     memory="sample.batch or sample.count",
+    check_batches=check_sample_batch,
     flags=(
         OUT,
         Flag(

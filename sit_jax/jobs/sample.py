@@ -80,6 +80,7 @@ JOB = Job(
     run,
     "draw images from a run's newest checkpoint, as PNG files and a sheet",
     memory="sample.batch or sample.count",
+    check_batches=check_sample_batch,
     uses=(*NETWORK, "sample.", "log.sheet_count"),
     flags=(OUT,),
 )

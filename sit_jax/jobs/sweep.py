@@ -290,6 +290,7 @@ JOB = Job(
     "compare solvers, steps, tolerances and guidance by quality and cost",
     flags=(OUT,),
     memory="sample.batch or sweep.count",
+    check_batches=check_sample_batch,
     uses=(
         *NETWORK,
         *SAMPLER,

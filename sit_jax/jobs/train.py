@@ -175,10 +175,14 @@ def fork(config: Config, source: epath.Path, workdir: epath.Path) -> None:
 
 def _set_up(config: Config) -> Setup:
     setup = set_up(config)
-    check_train_batch(setup)
-    if config.log.sheet_every:
-        check_sample_batch(setup)
+    _check_batches(setup)
     return setup
+
+
+def _check_batches(setup: Setup) -> None:
+    check_train_batch(setup)
+    if setup.config.log.sheet_every:
+        check_sample_batch(setup)
 
 
 def record_config(
@@ -330,6 +334,7 @@ JOB = Job(
     run,
     "train, or continue the run in the workdir",
     memory="train.batch, raise train.accumulation, or set model.remat=full",
+    check_batches=_check_batches,
     flags=(
         Flag(
             "fork",
