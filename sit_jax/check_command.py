@@ -55,14 +55,13 @@ def check_command(
         _check_paths(config, job, flags, brings_data)
     elif not brings_data:
         manifest = _local_manifest(config, job)
+    data = [_check_manifest(config, manifest)] if manifest else []
     setup = set_up(config, devices)
     job.check_batches(setup)
     words = [f"{flags.mode} on {len(devices)} devices"]
     words.append(" x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items()))
     words.append("input " + "x".join(map(str, setup.input_shape)))
-    if manifest:
-        words.append(_check_manifest(config, manifest))
-    return ", ".join(words)
+    return ", ".join(words + data)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]:
