@@ -5,6 +5,8 @@
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/lib.sh
 . "$root/launch/lib.sh"
+# shellcheck source=launch/prepare.sh
+. "$root/launch/prepare.sh"
 
 arguments=() # those of sit_jax.main: everything after -- on the command line
 dry_run='' flags=''
@@ -162,9 +164,12 @@ train() {
 name='' zone='' type='' version='' project='' spot='' delete=''
 
 read_tpu_arguments() {
-    read_arguments "name zone type version project" "spot delete" "$@"
+    read_arguments "name zone type version project data scratch" "spot delete mount no_check" "$@"
     require_options name zone type
+    require_bucket
     require_remote_arguments
+    # shellcheck disable=SC2088 # each host expands the ~
+    if [ "$mount" ]; then read_data '~/sit_mounts'; else read_data '~/sit_data'; fi
     place=(--zone="$zone")
     [ -z "$project" ] || place+=(--project="$project")
     [ "$version" ] || case $type in # https://cloud.google.com/tpu/docs/runtimes
@@ -176,6 +181,7 @@ read_tpu_arguments() {
             "or give --version as well" ;;
     esac
     require_tool gcloud https://cloud.google.com/sdk/docs/install
+    check_remote_start "$type" 1
     remote_command="cd sit_jax && $(main_command LIBTPU_INIT_ARGS .venv/bin/python -m sit_jax.main)"
 }
 
@@ -192,6 +198,10 @@ copy_and_install() {
             --worker=all &&
         run rm "$archive" &&
         on_all_workers "$unpack && bash sit_jax/launch/on_tpu_vm.sh"
+}
+
+bring_data() {
+    [ -z "$data" ] || on_all_workers "cd sit_jax && $(quote "${data_command[@]}")"
 }
 
 # query COMMAND...: print the output of a gcloud command that describes a resource, nothing if the
@@ -255,6 +265,7 @@ train_on_tpu() {
     if [ "$dry_run" ]; then
         create_tpu
         copy_and_install
+        bring_data
         on_all_workers "$remote_command"
         [ -z "$delete" ] || delete_tpu
         return
@@ -263,7 +274,7 @@ train_on_tpu() {
         attempt=$((attempt + 1))
         make_ready "$attempt"
         status=0
-        { copy_and_install && train on_all_workers "$remote_command"; } || status=$?
+        { copy_and_install && bring_data && train on_all_workers "$remote_command"; } || status=$?
         if [ "$status" -eq 0 ]; then break; fi
         if ! stays_ready; then
             say "$name was lost; replacing it and continuing from the last checkpoint"

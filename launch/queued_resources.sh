@@ -5,11 +5,11 @@ set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/cluster.sh"
 
 usage() {
-    cat <<'END_OF_USAGE'
+    cat <<END_OF_USAGE
 usage: bash launch/queued_resources.sh --name NAME --zone ZONE --type TYPE [options] -- ARGUMENTS
 
-    bash launch/queued_resources.sh --name sit --zone us-west4-a --type v5litepod-16 --spot -- \
-        --config configs/imagenet.py --workdir gs://BUCKET/sit
+    bash launch/queued_resources.sh --name sit --zone us-west4-a --type v5litepod-16 --spot \\
+        --data gs://BUCKET/latents -- --config configs/latents.py --workdir gs://BUCKET/sit
 
 Request the TPU in Google Cloud's queue and wait until the request is ACTIVE. Then do the same as
 tpu_vm.sh: copy this repository to all workers, install it, and run sit_jax.main with ARGUMENTS.
@@ -20,9 +20,14 @@ from the last checkpoint in the workdir.
 --version VERSION  runtime (default: the runtime for JAX on that type)
 --project PROJECT  Google Cloud project (default: gcloud's)
 --spot             request Spot capacity, which is cheaper but may be preempted
+$DATA_HELP
+--mount            instead of copying, mount the bucket of --data read-only with gcsfuse, which is
+                   installed on the hosts if it is missing: for data other than stored latents, or
+                   larger than the disk. Every read then goes to the bucket
+$CHECK_HELP
 --flags FILE       compiler flags, such as launch/compiler_flags/v5e.flags (default: none)
 --delete           delete the request and its TPU when training is done
---dry_run          print the commands and run none of them; gcloud need not be installed
+--dry_run          check, print the commands and run none of them; gcloud need not be installed
 END_OF_USAGE
 }
 

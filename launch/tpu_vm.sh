@@ -5,11 +5,11 @@ set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/cluster.sh"
 
 usage() {
-    cat <<'END_OF_USAGE'
+    cat <<END_OF_USAGE
 usage: bash launch/tpu_vm.sh --name NAME --zone ZONE --type TYPE [options] -- ARGUMENTS
 
-    bash launch/tpu_vm.sh --name sit --zone us-west4-a --type v5litepod-16 --spot -- \
-        --config configs/imagenet.py --workdir gs://BUCKET/sit
+    bash launch/tpu_vm.sh --name sit --zone us-west4-a --type v5litepod-16 --spot \\
+        --data gs://BUCKET/latents -- --config configs/latents.py --workdir gs://BUCKET/sit
 
 Create the TPU VM (or use the one that already exists), copy this repository to all its workers,
 install it, and run sit_jax.main with ARGUMENTS on all of them. After a preemption, delete what is
@@ -20,9 +20,14 @@ in the workdir. Where capacity is short, use queued_resources.sh, which waits in
 --version VERSION  runtime (default: the runtime for JAX on that type)
 --project PROJECT  Google Cloud project (default: gcloud's)
 --spot             create a Spot VM, which is cheaper but may be preempted
+$DATA_HELP
+--mount            instead of copying, mount the bucket of --data read-only with gcsfuse, which is
+                   installed on the hosts if it is missing: for data other than stored latents, or
+                   larger than the disk. Every read then goes to the bucket
+$CHECK_HELP
 --flags FILE       compiler flags, such as launch/compiler_flags/v5e.flags (default: none)
 --delete           delete the TPU when training is done
---dry_run          print the commands and run none of them; gcloud need not be installed
+--dry_run          check, print the commands and run none of them; gcloud need not be installed
 END_OF_USAGE
 }
 
