@@ -1,9 +1,11 @@
 """launch/slurm.sh: training in SLURM jobs, with stand-ins for SLURM's tools."""
 
 import functools
+import sys
 
 import pytest
 
+from tests.caches import make_plan, write
 from tests.cloud import MAIN, STOPPED, Cloud, commands, refusal
 from tests.machine import BASH, ROOT
 
@@ -111,3 +113,53 @@ def test_the_sbatch_lines_ask_for_one_task_per_gpu_and_an_early_signal():
     # sbatch ignores the lines after the first command.
     first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in lines[first:])
+
+
+COPY_ONCE = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=12 "
+
+
+def test_data_are_copied_once_on_each_node_before_the_start(slurm):
+    result = slurm.submit("--data", "/shared/my latents/", "--", *MAIN, SLURM_TMPDIR="/local/7")
+    assert result.returncode == 0, result.stderr
+    copy, run = slurm.lines()
+    target = "/local/7/shared/my latents"
+    assert copy == f"{COPY_ONCE}bash launch/data.sh copy /shared/my latents {target}"
+    assert run.endswith(f"-m sit_jax.main {' '.join(MAIN)} --config.data.path={target}")
+    result = slurm.submit("--data=gs://b/c", "--scratch=/nvme", "--", *MAIN, SLURM_TMPDIR="/local")
+    assert slurm.lines()[2] == f"{COPY_ONCE}bash launch/data.sh copy gs://b/c /nvme/b/c"
+    assert result.returncode == 0 and len(slurm.lines()) == 4
+
+
+def test_nothing_starts_if_the_data_cannot_be_copied(slurm):
+    assert slurm.submit("--data=/x", "--scratch=/y", "--", *MAIN, STATUS="2").returncode == 2
+    assert len(slurm.lines()) == 1
+
+
+def test_a_job_that_cannot_start_runs_nothing(slurm):
+    result = slurm.submit("--data=/x", "--scratch=/y", "--", *MAIN, REFUSES="'/x' holds no stored")
+    assert refusal(result) == "error: '/x' holds no stored"
+    assert not (slurm.folder / "calls").exists()
+    expected = "-m sit_jax.check_command --devices 8 --manifest /x --brings_data -- "
+    assert slurm.checks()[0] == f"{expected}{' '.join(MAIN)} --config.data.path=/y/x"
+    assert slurm.submit("--no_check", "--", *MAIN, PYTHON="/nowhere").returncode == 0
+
+
+def test_a_dry_run_checks_for_a_number_of_gpus(cloud):
+    assert cloud.run("slurm.sh", "--dry_run", "--", *MAIN).returncode == 0
+    assert cloud.run("slurm.sh", "--dry_run", "--gpus=32", "--", *MAIN).returncode == 0
+    counts = [line.split()[3] for line in cloud.checks()]
+    assert counts == ["8", "32"]
+
+
+def test_gpus_are_not_given_in_a_job(slurm):
+    assert "--gpus is for --dry_run outside of a job" in refusal(
+        slurm.submit("--gpus=4", "--", *MAIN)
+    )
+
+
+def test_the_real_check_reads_the_cache_on_shared_storage(cloud, tmp_path):
+    write(tmp_path / "cache", make_plan())
+    words = ("slurm.sh", "--dry_run", f"--data={tmp_path}/cache", "--scratch=/local", "--")
+    main = ("--config=configs/latents.py", f"--workdir={tmp_path}/run")
+    line = refusal(cloud.run(*words, *main, PYTHON=sys.executable))
+    assert "data.image_size=32, but the latents in" in line and "are 4x4" in line

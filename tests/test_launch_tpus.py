@@ -2,39 +2,8 @@
 
 import pytest
 
-from tests.cloud import MAIN, MAIN_LINE, STOPPED, TPU, Cloud, commands
+from tests.cloud import GCLOUD, INSTALL, MAIN, MAIN_LINE, STOPPED, TPU, Cloud, commands
 from tests.machine import BASH, ROOT, Machine
-
-# A cloud with one TPU, whose state is in $CLOUD/state. Each line of $CLOUD/runs and
-# $CLOUD/creations says how one run or creation ends: STATUS NEXT-STATE LINE-PRINTED-BY-TRAINING.
-# The last line is used for all further ones.
-GCLOUD = f"""#!{BASH}
-printf 'gcloud %s\\n' "$*" >>"$CLOUD/calls"
-next() {{ head -n 1 "$CLOUD/$1"; [ "$(wc -l <"$CLOUD/$1")" = 1 ] || sed -i 1d "$CLOUD/$1"; }}
-gone() {{ echo "ERROR: NOT_FOUND: Resource 'sit' was not found" >&2; exit 1; }}
-case "$*" in
-    *" describe "*) [ ! -e "$CLOUD/offline" ] || {{ echo "ERROR: no network" >&2; exit 1; }} ;;&
-    *"queued-resources describe "*)
-        [ -e "$CLOUD/request" ] || gone
-        cat "$CLOUD/request"
-        echo ACTIVE >"$CLOUD/request" ;;
-    *"tpu-vm describe "*) cat "$CLOUD/state" 2>/dev/null || gone ;;
-    *" create "*)
-        read -r status state <<<"$(next creations)"
-        [ "$status" = 0 ] || exit "$status"
-        echo "$state" >"$CLOUD/state"
-        case "$*" in *queued*) echo WAITING_FOR_RESOURCES >"$CLOUD/request" ;; esac ;;
-    *" delete "*) rm -f "$CLOUD/state" "$CLOUD/request" ;;
-    *sit_jax.main*)
-        read -r status state says <<<"$(next runs)"
-        echo "$says"
-        if [ "$state" = GONE ]; then rm "$CLOUD/state"; else echo "$state" >"$CLOUD/state"; fi
-        exit "$status" ;;
-esac
-"""
-INSTALL = (
-    "mkdir -p sit_jax && tar -xzf sit_jax.tar.gz -C sit_jax && bash sit_jax/launch/on_tpu_vm.sh"
-)
 
 
 @pytest.fixture
