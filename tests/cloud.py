@@ -66,7 +66,9 @@ VERBS = ("data.sh", "sit_jax.main", "on_tpu_vm", "create", "delete", "scp")
 CHECKS = f"""#!{BASH}
 printf '%s\\n' "$*" >>"$CLOUD/checks"
 while [ $# -gt 0 ]; do
-    [ "$1" != --manifest ] || printf 'manifest %s\\n' "$(cat "$2/manifest.json" 2>/dev/null)" >>"$CLOUD/checks"
+    if [ "$1" = --manifest ]; then
+        printf 'manifest %s\\n' "$(cat "$2/manifest.json" 2>/dev/null)" >>"$CLOUD/checks"
+    fi
     shift
 done
 [ -z "${{REFUSES:-}}" ] || {{ echo "error: $REFUSES" >&2; exit "${{REFUSAL:-2}}"; }}

@@ -10,6 +10,7 @@ from collections import namedtuple
 
 import pytest
 from etils import epath
+from etils.epath import backend
 
 from sit_jax.data import fetch
 from sit_jax.data.latents import open_latents
@@ -257,3 +258,29 @@ def test_mistakes_are_one_line(source, target, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert not out and err.startswith("error: ") and expected in err and err.count("\n") == 1
     assert not target.exists()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Keep what is at gs:// in memory."""
+    memory = backend.fsspec_backend._get_filesystem("memory")
+    monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: memory)
+    yield
+    memory.store.clear()
+
+
+def test_a_copy_from_a_bucket(bucket, source, target, capsys):
+    remote = epath.Path("gs://bucket/my latents")
+    for path in source.iterdir():
+        (remote / path.name).write_bytes(path.read_bytes())
+    assert fetch.main([str(remote), str(target)]) == 0
+    assert is_right(source, target) and summary(capsys) == [FILES, 0, 0]
+    assert fetch.main([str(remote), str(target)]) == 0
+    assert summary(capsys) == [0, 0, FILES]
+    (remote / FIRST).unlink()
+    assert fetch.main([str(remote), str(target), "--verify"]) == 0
+    (target / FIRST).unlink()
+    assert fetch.main([str(remote), str(target)]) == 2
+    assert f"gs://bucket/my latents/{FIRST} cannot be read" in capsys.readouterr().err
+    assert fetch.main(["gs://bucket/none", str(target)]) == 2
+    assert "'gs://bucket/none' holds no stored latents" in capsys.readouterr().err
