@@ -9,6 +9,7 @@ config, and sets up the network and the mesh, on as many devices of the CPU.
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from sit_jax.jobs.preflight.topology import leave_devices_alone
 from sit_jax.jobs.setup import set_up
 from sit_jax.jobs.table import JOBS
 from sit_jax.laws import declared, user_path
-from sit_jax.settings import Config, get
+from sit_jax.settings import Config, Mesh, get
 
 _MOST_DEVICES = 2**14
 
@@ -56,6 +57,8 @@ def check_command(
     elif not brings_data:
         manifest = _local_manifest(config, job)
     data = [_check_manifest(config, manifest)] if manifest else []
+    if not job.takes("mesh.data"):  # each host encodes on a mesh of its own
+        config = dataclasses.replace(config, mesh=Mesh())
     setup = set_up(config, devices)
     job.check_batches(setup)
     words = [f"{flags.mode} on {len(devices)} devices"]

@@ -59,6 +59,11 @@ def test_data_in_the_config_or_the_bucket_need_no_copy():
     assert "train on 4 devices" in remote([*LATENTS, "--config.data.path=gs://bucket/x"], 4)
 
 
+def test_encoding_has_a_mesh_of_its_own():
+    encode = [*IMAGES, COPY, "--mode", "encode", *flags(mesh__data=1, mesh__fsdp=7)]
+    assert remote(encode).startswith("encode on 16 devices, data 16 x fsdp 1 x tensor 1, ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "count", "expected"),
     [
