@@ -41,7 +41,7 @@ require_bucket() {
     case $data in
         '' | gs://?*/?*) ;;
         *) die "--data '$data' is not in a bucket, where the machines can read it; copy it to one" \
-            "(gcloud storage cp -r) and give --data gs://BUCKET/FOLDER" ;;
+            "(gcloud storage rsync -r) and give --data gs://BUCKET/FOLDER" ;;
     esac
 }
 
