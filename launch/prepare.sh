@@ -3,7 +3,7 @@
 # created, and bring the data there. Sourced by cluster.sh.
 
 # shellcheck disable=SC2034 # read by the scripts
-data='' scratch='' mount='' no_check='' data_command=()
+data='' scratch='' mount='' no_check='' manifest_folder='' data_command=()
 
 DATA_HELP='--data SRC         stored latents in a bucket (gs://BUCKET/FOLDER): every host copies them to its
                    own disk and checks them before each start, also after a preemption, and
@@ -90,7 +90,7 @@ check_start() {
 
 # check_remote_start TYPE SLICES: `check_start` for TPUs, after a look into the bucket of --data.
 check_remote_start() {
-    local count folder='' checks=(--elsewhere)
+    local count checks=(--elsewhere)
     if [ "$no_check" ]; then return; fi
     count=$(device_count "$1") || exit
     if [ "$data" ] && [ "$dry_run" ]; then
@@ -98,12 +98,12 @@ check_remote_start() {
     elif [ "$mount" ]; then
         gcloud storage ls "$data" >/dev/null || die "gcloud cannot list $data (its reason is above)"
     elif [ "$data" ]; then
-        folder=$(mktemp -d)
-        gcloud storage cat "$data/manifest.json" >"$folder/manifest.json" ||
+        manifest_folder=$(mktemp -d)
+        trap 'rm -r "$manifest_folder"' EXIT
+        gcloud storage cat "$data/manifest.json" >"$manifest_folder/manifest.json" ||
             die "gcloud cannot read $data/manifest.json (its reason is above); expected the folder" \
                 "of stored latents, or --mount for other data"
-        checks+=(--manifest "$folder")
+        checks+=(--manifest "$manifest_folder")
     fi
     check_start $((count * $2)) "${checks[@]}"
-    [ -z "$folder" ] || rm -r "$folder"
 }

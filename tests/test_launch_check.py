@@ -38,6 +38,7 @@ def test_the_check_gets_the_devices_the_manifest_and_the_arguments(google):
     assert manifest == 'manifest {"stored": 1}'
     first = (google.folder / "calls").read_text().splitlines()[0]
     assert first == "gcloud storage cat gs://bucket/my latents/manifest.json"
+    assert not list(google.folder.glob("tmp.*"))
 
 
 def test_the_dry_run_checks_and_says_that_the_bucket_was_not_read(google):
@@ -62,6 +63,7 @@ def test_a_bucket_without_the_data_creates_nothing(google, mount, expected):
     assert result.returncode == 2
     assert result.stderr.startswith(f"ERROR: matched no objects\nerror: {expected}")
     assert not google.checks() and not google.calls()[0]
+    assert not list(google.folder.glob("tmp.*"))
 
 
 def test_no_check_starts_without_python(google):
