@@ -1,11 +1,13 @@
 """launch/: a command that cannot start is refused before anything is created."""
 
+import shlex
 import sys
 
 import pytest
 
 from tests.cloud import GCLOUD, MAIN, TPU, XPK, Cloud, refusal
-from tests.machine import BASH
+from tests.machine import BASH, ROOT
+from tests.test_readme import commands as commands_of
 
 DATA = ("--data", "gs://bucket/my latents/")
 
@@ -149,3 +151,25 @@ def test_the_real_check_refuses_a_workload(xpk):
     mesh = ("--config.mesh.fsdp=64", "--config.mesh.data=-1")  # as its --help shows
     result = xpk.run("xpk.sh", *fewer, "--", *config, *mesh, PYTHON=sys.executable)
     assert "== checked: train on 256 devices, data 4 x fsdp 64 x tensor 1" in result.stderr
+
+
+SCRIPTS = ("tpu_vm.sh", "queued_resources.sh", "xpk.sh")
+README = commands_of((ROOT / "launch" / "README.md").read_text())
+DOCUMENTED = [
+    words[1:]
+    for words in map(shlex.split, README)
+    if words[0] == "bash" and words[1].removeprefix("launch/") in SCRIPTS and "--" in words
+]
+
+
+@pytest.mark.parametrize("words", DOCUMENTED, ids=lambda words: " ".join(words[:3]))
+def test_the_documented_commands_can_start(cloud, words):
+    script, *options = [word for word in words if word != "--dry_run"]
+    script = script.removeprefix("launch/")
+    result = cloud.run(script, "--dry_run", *options, PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    assert "== checked: train on " in result.stderr
+
+
+def test_there_are_documented_commands():
+    assert {words[0].removeprefix("launch/") for words in DOCUMENTED} == set(SCRIPTS)
