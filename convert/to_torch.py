@@ -212,7 +212,8 @@ class _Export:
         count = len(list(entries(self.setup.size.depth)))
         optimizer = self.setup.config.optimizer
         updates = int(adam.count)
-        rate = float(self.setup.schedule(updates))
+        images = self.checkpoints.note(self.step).get("data", {}).get("images")
+        rate = float(dataclasses.replace(self.setup, images=images).schedule(updates))
         if not math.isclose(rate, optimizer.learning_rate, rel_tol=1e-5):
             print(
                 f"note: AdamW's lr is optimizer.learning_rate, {optimizer.learning_rate:g}, as "

@@ -38,6 +38,15 @@ class Setup:
 
     config: Config
     mesh: Mesh
+    images: int | None = None  # in the data set, once a training run has opened it
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps, which train.epochs gives only with the data."""
+        if self.config.train.steps is not None:
+            return self.config.train.steps
+        assert self.images is not None, "train.epochs is a number of steps once the data are open"
+        return self.config.train.total_steps(self.images)
 
     @functools.cached_property
     def size(self) -> Size:
@@ -167,12 +176,18 @@ class Setup:
     @property
     def schedule(self) -> optax.Schedule:
         """The learning rate by step."""
-        return optimizer.make_schedule(self.config.optimizer, self.config.train.steps)
+        return optimizer.make_schedule(self.config.optimizer, self._schedule_steps)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer with its schedule."""
-        return optimizer.make_optimizer(self.config.optimizer, self.config.train.steps)
+        return optimizer.make_optimizer(self.config.optimizer, self._schedule_steps)
+
+    @property
+    def _schedule_steps(self) -> int:
+        # Before the data are open any number will do: shapes and costs do not depend on it.
+        is_known = self.config.train.steps is not None or self.images is not None
+        return self.steps if is_known else 1
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
