@@ -179,10 +179,11 @@ class Data:
         "seed of the part of the data that sweep, quality, invert and likelihood draw, balanced "
         "over the classes",
     )
-    workers: int = setting(
-        0,
+    workers: int | None = setting(
+        None,
         Between(0, 1_024),  # the processors of the largest hosts
-        "processes that read images; 0: threads of the main process, for small data sets",
+        "processes that read images; 0: threads of the main process; none: chosen by the source "
+        "and the machine",
     )
 
     @property

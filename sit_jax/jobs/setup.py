@@ -39,6 +39,7 @@ class Setup:
     config: Config
     mesh: Mesh
     images: int | None = None  # in the data set, once a training run has opened it
+    sharers: int = 1  # processes of the run that use the cores of this one, itself included
 
     @property
     def steps(self) -> int:
@@ -212,7 +213,7 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
     the codec or the model. A job checks the batches that it uses.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    setup = Setup(config, mesh)
+    setup = Setup(config, mesh, sharers=hosts.sharers_of_cores())
     for axis, size, dimension in (
         ("tensor", setup.size.heads, "heads, which it splits"),
         (

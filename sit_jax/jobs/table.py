@@ -1,6 +1,6 @@
 """Every job by its --mode."""
 
-from sit_jax.jobs import invert, likelihood, quality, sample, sweep, train
+from sit_jax.jobs import data_card, invert, likelihood, quality, sample, sweep, train
 from sit_jax.jobs.preflight import job as preflight
 
 JOBS = {
@@ -10,5 +10,6 @@ JOBS = {
     "invert": invert.JOB,
     "likelihood": likelihood.JOB,
     "quality": quality.JOB,
+    "data": data_card.JOB,
     "preflight": preflight.JOB,
 }

@@ -30,6 +30,7 @@ from sit_jax.jobs.data import (
     open_batches,
     open_source,
 )
+from sit_jax.jobs.data_card import write_card
 from sit_jax.jobs.job import Flag, Job, Overrides
 from sit_jax.jobs.loop import Loop, stop_signal
 from sit_jax.jobs.setup import (
@@ -239,6 +240,11 @@ def describe_start(
             f"random weights, so samples of it are noisy: train.ema_decay is "
             f"{config.train.ema_decay:g}; set a smaller one, or sample.weights=raw"
         )
+    if len(source) < config.train.batch:
+        yield (
+            f"the data set's {len(source):,} images are fewer than train.batch "
+            f"{config.train.batch}: a step sees images more than once"
+        )
     if images != len(source):
         yield (
             f"the data set had {images:,} images and has {len(source):,} now: from step {start} "
@@ -271,7 +277,9 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         start, state, note = restore_or_create(setup, workdir, checkpoints)
         check_same_classes(note, source)
         if start >= steps:
-            print(f"{workdir} is already at step {start} of {steps}; raise train.{length} to train on")
+            print(
+                f"{workdir} is already at step {start} of {steps}; raise train.{length} to train on"
+            )
             return
         if profile:
             check(
@@ -289,6 +297,7 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         for line in describe_start(setup, source, state, start, note, changes):
             print(line)
         hosts.broadcast_from_first(lambda: record_config(config, workdir, start, changes))
+        hosts.broadcast_from_first(lambda: write_card(setup, source, workdir))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)
         progress = stack.enter_context(Progress(start, steps))
