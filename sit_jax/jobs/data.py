@@ -61,8 +61,8 @@ def _check_labels(source: Source) -> None:
     if len(outside):
         raise UserError(
             f"record {outside[0]} has the label {labels[outside[0]]}, one of {len(outside):,} "
-            f"outside of the classes among {len(labels):,}; expected 0 to {len(names) - 1}. Test splits often have no labels: "
-            "choose another data.split, or repair the labels"
+            f"outside of the classes among {len(labels):,}; expected 0 to {len(names) - 1}. Test "
+            "splits often have no labels: choose another data.split, or repair the labels"
         )
 
 
