@@ -213,8 +213,10 @@ class _Export:
         optimizer = self.setup.config.optimizer
         updates = int(adam.count)
         images = self.checkpoints.note(self.step).get("data", {}).get("images")
-        rate = float(dataclasses.replace(self.setup, images=images).schedule(updates))
-        if not math.isclose(rate, optimizer.learning_rate, rel_tol=1e-5):
+        setup = dataclasses.replace(self.setup, images=images)
+        rate = float(setup.schedule(updates))
+        is_base = math.isclose(rate, optimizer.learning_rate, rel_tol=1e-5)
+        if setup.knows_steps and not is_base:
             print(
                 f"note: AdamW's lr is optimizer.learning_rate, {optimizer.learning_rate:g}, as "
                 f"PyTorch has no schedule; here {optimizer.schedule!r}, with "

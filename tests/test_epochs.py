@@ -2,19 +2,32 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from sit_jax import config as config_lib
+from sit_jax import manifest
 from sit_jax.errors import UserError
 from sit_jax.jobs import train
+from sit_jax.jobs.data import abstract_batch
 from sit_jax.jobs.setup import set_up
 from sit_jax.settings import Train
-from tests.commands import DIGITS, TINY, flags, refusal, rows, snapshot, succeed
+from tests.commands import (
+    DIGITS,
+    TINY,
+    flags,
+    record_as_trained_with,
+    refusal,
+    rows,
+    snapshot,
+    succeed,
+)
 from tests.test_workdir import assert_same, newest
 
 pytestmark = pytest.mark.usefixtures("quiet_machine")
@@ -138,8 +151,36 @@ def test_the_state_of_a_run_of_epochs_is_known_without_data():
     )
     by_steps = config_lib.load(DIGITS, [("model.width", "16")])
     assert_same_shapes(set_up(config).abstract_state, set_up(by_steps).abstract_state)
-    with pytest.raises(AssertionError, match="once the data are open"):
-        _ = set_up(config).steps
+    setup = set_up(config)
+    with pytest.raises(AssertionError, match="only once the data are open"):
+        _ = setup.steps
+    # As preflight does.
+    step = train.make_train_step(setup)
+    step.lower(setup.abstract_state, abstract_batch(setup), setup.codec.abstract_params)
+
+
+def test_a_run_of_a_version_without_epochs_continues_to_the_bit(run_copy, tmp_path):
+    """Its config and notes lack the setting, and have data.workers=0."""
+    straight = shutil.copytree(run_copy, tmp_path / "straight")
+    record_as_trained_with(run_copy, data__workers=0)
+    config = json.loads((run_copy / "config.json").read_text())
+    del config["train"]["epochs"]
+    (run_copy / "config.json").write_text(json.dumps(config))
+    for folder in map(epath.Path, (run_copy / "checkpoints").iterdir()):
+        recorded = manifest.read(folder)
+        note = json.loads((folder / "note" / "metadata").read_text())
+        del note["config"]["train.epochs"]
+        (folder / "note" / "metadata").write_text(json.dumps(note))
+        manifest.write(folder, recorded.step, recorded.run)
+    more = flags(train__steps=6, log__sheet_every=0)
+    out = succeed("--workdir", run_copy, *more)
+    assert [line.split()[0] for line in out.splitlines() if " changes from " in line][:2] == [
+        "train.steps",
+        "log.sheet_every",
+    ]
+    succeed("--workdir", straight, *more)
+    assert_same(newest(run_copy), newest(straight))
+    assert json.loads((run_copy / "config.json").read_text())["data"]["workers"] == 0
 
 
 def assert_same_shapes(one, other):

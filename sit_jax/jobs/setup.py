@@ -42,12 +42,15 @@ class Setup:
     sharers: int = 1  # processes of the run that use the cores of this one, itself included
 
     @property
+    def knows_steps(self) -> bool:
+        """Whether the number of training steps is known; of train.epochs, only with the data."""
+        return self.config.train.steps is not None or self.images is not None
+
+    @property
     def steps(self) -> int:
-        """The number of training steps, which train.epochs gives only with the data."""
-        if self.config.train.steps is not None:
-            return self.config.train.steps
-        assert self.images is not None, "train.epochs is a number of steps once the data are open"
-        return self.config.train.total_steps(self.images)
+        """The number of training steps."""
+        assert self.knows_steps, "train.epochs is a number of steps only once the data are open"
+        return self.config.train.total_steps(self.images or 0)
 
     @functools.cached_property
     def size(self) -> Size:
@@ -187,8 +190,7 @@ class Setup:
     @property
     def _schedule_steps(self) -> int:
         # Before the data are open any number will do: shapes and costs do not depend on it.
-        is_known = self.config.train.steps is not None or self.images is not None
-        return self.steps if is_known else 1
+        return self.steps if self.knows_steps else 1
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
