@@ -148,6 +148,13 @@ def test_results_may_lie_outside_of_the_workdir(tmp_path, trained):
     assert card["unreadable"] == []
 
 
+def test_a_process_without_a_share_reads_nothing():
+    """As the second of two that read one record."""
+    setup = set_up(config_lib.load(DIGITS, [("data.workers", "none")]))
+    source = data_lib.open_source(setup)
+    assert not list(data_lib.read_in_order(setup, source, range(1, 1, 2), 64, skip_unreadable=True))
+
+
 def test_nothing_readable_is_said_and_is_no_error(tmp_path):
     (tmp_path / "data" / "cat").mkdir(parents=True)
     (tmp_path / "data" / "cat" / "1.png").write_bytes(b"")
@@ -216,10 +223,13 @@ def test_a_changed_shard_is_named_and_stops_nothing(cache, tmp_path):
     command = [*LATENTS, *flags(data__path=cache), "--mode", "data", "--workdir", tmp_path / "w"]
     status, out, _ = call(*command)
     assert status == 0
-    card, _ = card_of(tmp_path / "w", "latents")
+    card, folder = card_of(tmp_path / "w", "latents")
     (line,) = card["changed_shards"]
     assert f"{path} has changed since the latents were stored" in line and line in out
     assert "shards with another checksum: 1 of 5" in out
+    assert card["sheet"].endswith("; black where unreadable: 6")
+    # Seven in a row of 10 columns; an image is 24 pixels wide, with gaps of 2.
+    assert not np.asarray(Image.open(folder / "data.png"))[2:26, 2 + 6 * 26 : 26 + 6 * 26].any()
     assert len(card["unreadable"]) == 1 and f"latent 6 in {path} cannot be" in card["unreadable"][0]
 
 
@@ -258,7 +268,10 @@ def test_training_from_latents_has_a_card_in_false_colours(cache, tmp_path):
     command = [*TINY, *LATENTS[2:], *flags(data__path=cache, train__steps=1, log__sheet_every=0)]
     succeed(*command, "--workdir", tmp_path / "run")
     card = read_card(tmp_path / "run")
-    assert card["sheet"] == "data.png: the first 22 of 22, latents in false colours"
+    assert card["sheet"] == (
+        "data.png: the first 22 of 22, latents in false colours (latents.codec=stored has no "
+        "decoder)"
+    )
     assert card["scale"] == [0.5, 2.0, 1.0] and card["left_out"] == [7]
 
 

@@ -36,9 +36,9 @@ _BATCH = 64
 _LISTED = 5  # unreadable files in the printed summary
 
 # How far the mean and the spread of normalised latents may lie from 0 and 1. With numbers of its
-# own for each channel, each channel is promised to be normalised. A single factor, as of the
-# SD-VAE, promises it only of all channels together: there a channel has means of up to 1.1 and
-# spreads down to 0.6 on ImageNet.
+# own for each channel, each channel is promised to be normalised. A single factor, such as the
+# SD-VAE's, promises it only of all channels together: on ImageNet its channels have means of up to
+# 1.1 and spreads down to 0.6, by the figures that EDM2 (arXiv 2312.02696) publishes with its code.
 _TOLERANCE = 0.25
 
 Decode = Callable[[np.ndarray], np.ndarray]  # x_bhwc -> images_bhwc in [-1, 1]
@@ -78,8 +78,8 @@ def write_card(setup: Setup, source: Source, workdir: epath.Path) -> None:
         if not changed:
             return
         print(f"{CARD} is written again, as these have changed: {', '.join(changed)}")
-    # Latents are decoded only by --mode data: that may take long.
-    sheet, card["sheet"] = _sheet(setup, source, None)
+    reason = "--mode data decodes them" if setup.codec.has_decoder else _no_decoder(setup)
+    sheet, card["sheet"] = _sheet(setup, source, reason)
     storage.write_bytes(workdir / _PICTURE, sheet)
     storage.write_text(workdir / CARD, json.dumps(card, indent=2) + "\n")
 
@@ -93,8 +93,11 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     return card if isinstance(card, dict) else None
 
 
-def _sheet(setup: Setup, source: Source, decode: Decode | None) -> tuple[bytes, str]:
-    """Return the first images as a PNG, and a phrase on it. Unreadable ones are black."""
+def _sheet(setup: Setup, source: Source, decode: Decode | str) -> tuple[bytes, str]:
+    """Return the first images as a PNG, and a phrase on it. Unreadable ones are black.
+
+    `decode` is for latents; a text is the reason why they are not decoded.
+    """
     count = min(_SHOWN, len(source))
 
     def read(index: int) -> Record | None:
@@ -110,13 +113,14 @@ def _sheet(setup: Setup, source: Source, decode: Decode | None) -> tuple[bytes, 
     text = f"{_PICTURE}: the first {count:,} of {len(source):,}"
     if "image" in batch:
         images = batch["image"]
-    elif decode:
+    elif isinstance(decode, str):
+        images = to_uint8(false_colours(_normalised(batch)))
+        text += f", latents in false colours ({decode})"
+    else:
         images = to_uint8(decode(_normalised(batch)))
         text += ", decoded"
-    else:
-        images = to_uint8(false_colours(_normalised(batch)))
-        text += ", latents in false colours"
     if missing := [index for index, record in enumerate(records) if record is None]:
+        images[missing] = 0
         text += f"; black where unreadable: {', '.join(map(str, missing))}"
     return encode_png(make_sheet(setup.config, images)), text
 
@@ -128,14 +132,18 @@ def _normalised(batch: Record) -> np.ndarray:
     return scale_bc[:, None, None, :] * (mean_bhwc - shift_bc[:, None, None, :])
 
 
-def _decoder(setup: Setup) -> tuple[Decode | None, str]:
-    """Return a function from the network's input to images, or None and the reason."""
+def _no_decoder(setup: Setup) -> str:
+    return f"latents.codec={setup.config.latents.codec} has no decoder"
+
+
+def _decoder(setup: Setup) -> Decode | str:
+    """Return a function from the network's input to images, or the reason why there is none."""
     if not setup.codec.has_decoder:
-        return None, f"latents.codec={setup.config.latents.codec} has no decoder"
+        return _no_decoder(setup)
     try:
         _ = setup.codec_params
     except UserError as error:
-        return None, str(error)
+        return str(error)
 
     def images_of(params: None, codec_params: Any, x_bhwc: jax.Array) -> jax.Array:
         return setup.codec.decode(codec_params, x_bhwc)
@@ -148,7 +156,7 @@ def _decoder(setup: Setup) -> tuple[Decode | None, str]:
         images = call_with_batches(setup, compiled)(None, padded)
         return np.asarray(hosts.to_host(images))[: len(x_bhwc)]
 
-    return decode, ""
+    return decode
 
 
 class Contents(NamedTuple):
@@ -263,12 +271,11 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         card |= {"unreadable": contents.unreadable}
         if contents.sums:
             card["statistics"] = _statistics(source, contents.sums)
-        decode, reason = None, ""
+        decode: Decode | str = ""
         if isinstance(source, LatentSource):
             card["changed_shards"] = changed_shards(source)
-            decode, reason = _decoder(setup)
+            decode = _decoder(setup)
         sheet, card["sheet"] = _sheet(setup, source, decode)
-        card["sheet"] += f" ({reason})" if reason else ""
         results.write_bytes(_PICTURE, sheet)
         results.write_text(CARD, json.dumps(card, indent=2) + "\n")
         for line in summary(card):
