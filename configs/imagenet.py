@@ -52,7 +52,7 @@ def get_config(arg="SiT-XL/2,256"):
     # The reference trains with learn_sigma, so weights can be converted in both directions.
     config.model.update(name=name, learn_sigma=True)
     config.data.update(
-        source="folder", image_size=int(image_size), channels=3, classes=1000, flip=True, workers=8
+        source="folder", image_size=int(image_size), channels=3, classes=1000, flip=True
     )
     config.latents.update(codec="sd-vae")
     config.train.update(steps=400_000, batch=256, label_dropout=0.1, ema_decay=0.9999)

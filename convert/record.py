@@ -126,7 +126,8 @@ def _group(record: Record) -> Iterator[tuple[str, float]]:
 
 
 def _schedule(record: Record) -> Any:
-    return make_schedule(record.settings.optimizer, record.settings.train.steps)
+    # Only files of versions that had no train.epochs need it; others record the updates.
+    return make_schedule(record.settings.optimizer, record.settings.train.steps or 1)
 
 
 def _changed_group(record: Record, group: Mapping[str, Any], count: int) -> dict[str, Any]:

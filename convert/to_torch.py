@@ -212,8 +212,11 @@ class _Export:
         count = len(list(entries(self.setup.size.depth)))
         optimizer = self.setup.config.optimizer
         updates = int(adam.count)
-        rate = float(self.setup.schedule(updates))
-        if not math.isclose(rate, optimizer.learning_rate, rel_tol=1e-5):
+        images = self.checkpoints.note(self.step).get("data", {}).get("images")
+        setup = dataclasses.replace(self.setup, images=images)
+        rate = float(setup.schedule(updates))
+        is_base = math.isclose(rate, optimizer.learning_rate, rel_tol=1e-5)
+        if setup.knows_steps and not is_base:
             print(
                 f"note: AdamW's lr is optimizer.learning_rate, {optimizer.learning_rate:g}, as "
                 f"PyTorch has no schedule; here {optimizer.schedule!r}, with "

@@ -30,6 +30,7 @@ from sit_jax.validation import validate
 # Settings that may change when a run is continued: none of them changes the function being learned.
 CHANGEABLE = (
     "train.steps",
+    "train.epochs",
     "train.skip_nonfinite",
     "train.accumulation",
     "train.ema_decay",

@@ -8,6 +8,7 @@ they cost nothing.
 import contextlib
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -149,6 +150,23 @@ def gather(value: Any) -> list[Any]:
     padded_size = 2 ** int(max(sizes) - 1).bit_length()
     rows = multihost_utils.process_allgather(np.pad(text, (0, padded_size - len(text))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use. Not collective."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def sharers_of_cores() -> int:
+    """Return how many of the run's processes use the cores of this one, which counts as one.
+
+    Processes of a machine that are bound to cores of their own share nothing.
+    """
+    bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    place = [socket.gethostname(), bound]
+    return gather(place).count(place)
 
 
 def run_on_all(function: Callable[[], T]) -> T:

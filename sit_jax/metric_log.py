@@ -212,6 +212,7 @@ class Progress(contextlib.AbstractContextManager):
 
 
 _COLUMNS: dict[str, Callable[[float], str]] = {
+    "epoch": lambda value: f"epoch {value:5.2f}",
     "loss": lambda value: f"loss {value:7.4f}",
     "grad_norm": lambda value: f"grad_norm {value:7.3f}",
     "learning_rate": lambda value: f"lr {value:.2e}",
@@ -224,9 +225,9 @@ _COLUMNS: dict[str, Callable[[float], str]] = {
 def format_line(step: int, total_steps: int, metrics: dict[str, float]) -> str:
     """Return one line of text for a step, its columns aligned from line to line.
 
-    The first columns are loss, grad_norm, learning_rate, images_per_s, flops_per_s (with an SI
-    prefix) and mfu (a fraction, shown in %), as far as `metrics` has them. All other metrics follow
-    as `name value`, and eta_s (seconds, shown as h:mm:ss) is last.
+    The first columns are epoch, loss, grad_norm, learning_rate, images_per_s, flops_per_s (with an
+    SI prefix) and mfu (a fraction, shown in %), as far as `metrics` has them. All other metrics
+    follow as `name value`, and eta_s (seconds, shown as h:mm:ss) is last.
     """
     width = len(str(total_steps))
     parts = [f"step {step:{width}d}/{total_steps}"]

@@ -5,11 +5,14 @@
 """
 
 import dataclasses
+import math
+from fractions import Fraction
 from typing import Any
 
 from sit_jax.data import latent_cache, sources
 from sit_jax.data.source import SourceOptions
 from sit_jax.data.transforms import PIXEL_LIMIT, Decoding
+from sit_jax.errors import check
 from sit_jax.latents import CODECS, dequantise
 from sit_jax.latents.sd_vae import VaeOptions
 from sit_jax.laws import Between, anything, choice, setting, user_path
@@ -176,10 +179,11 @@ class Data:
         "seed of the part of the data that sweep, quality, invert and likelihood draw, balanced "
         "over the classes",
     )
-    workers: int = setting(
-        0,
+    workers: int | None = setting(
+        None,
         Between(0, 1_024),  # the processors of the largest hosts
-        "processes that read images; 0: threads of the main process, for small data sets",
+        "processes that read images; 0: threads of the main process; none: chosen by the source "
+        "and the machine",
     )
 
     @property
@@ -246,7 +250,15 @@ class Encode:
 class Train:
     """The training run."""
 
-    steps: int = setting(400_000, _count, "number of optimizer steps")
+    steps: int | None = setting(
+        400_000, _count, "number of optimizer steps; none: train.epochs says how many"
+    )
+    epochs: float | None = setting(
+        None,
+        Between(1e-6, 1e6),
+        "passes over the data, instead of train.steps, which is then none; the last step completes "
+        "them",
+    )
     batch: int = setting(256, _batch, "images per step, over all devices and microbatches")
     accumulation: int = setting(1, _batch, "microbatches per step, run in turn to save memory")
     label_dropout: float = setting(
@@ -261,6 +273,24 @@ class Train:
         0.9999, Between(0.0, 1.0), "decay of the exponential moving average of the parameters"
     )
 
+    def total_steps(self, images: int) -> int:
+        """Return the number of steps over a data set of so many images.
+
+        Those of `epochs` are the fewest that see epochs * images images. Raises `UserError` if
+        they are too many.
+        """
+        if self.epochs is None:
+            assert self.steps is not None, "validate refuses a run without a length"
+            return self.steps
+        # Exact: 1.1 * 1000 / 100 is above 11 in floating point.
+        total = math.ceil(Fraction(repr(self.epochs)) * images / self.batch)
+        check(
+            total <= _count.high,
+            f"train.epochs {self.epochs:g} are {total:,} steps, more than {_count.high:,}; set "
+            "fewer",
+        )
+        return max(total, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -268,7 +298,7 @@ class Optimizer:
 
     learning_rate: float = setting(1e-4, Between(1e-30, 1e3), "peak learning rate")
     schedule: str = choice(
-        "constant", SCHEDULES, "learning rate after the warm-up; cosine: falls to 0 at train.steps"
+        "constant", SCHEDULES, "learning rate after the warm-up; cosine: falls to 0 at the end"
     )
     warmup_steps: int = setting(0, _count_or_0, "steps of linear warm-up from 0")
     b1: float = setting(0.9, _decay, "decay of the first moment")

@@ -46,6 +46,15 @@ def _check_model(model: Model) -> None:
 def _check_training(config: Config) -> None:
     train = config.train
     check(
+        train.steps is None or train.epochs is None,
+        f"train.steps {train.steps} and train.epochs {brief(train.epochs)} are both given; set "
+        "train.steps=none to train for epochs, or train.epochs=none",
+    )
+    check(
+        train.steps is not None or train.epochs is not None,
+        "train.steps and train.epochs are both none; set one of them, such as train.epochs=80",
+    )
+    check(
         train.batch % train.accumulation == 0,
         f"train.batch {train.batch} is not divisible by train.accumulation {train.accumulation}; "
         "change one of them",

@@ -1,5 +1,6 @@
 """The training loop makes no implicit transfer and waits for no step before the next is running."""
 
+import dataclasses
 import threading
 
 import jax
@@ -76,7 +77,7 @@ def events(monkeypatch):
 
 
 def make_loop(events):
-    setup, recorder = set_up(CONFIG), Recorder(events)
+    setup, recorder = dataclasses.replace(set_up(CONFIG), images=899), Recorder(events)
     state = setup.create_state()
     return (
         setup,

@@ -50,7 +50,8 @@ def test_a_run_prints_its_devices_parameters_steps_and_next_command(trained):
     assert re.search(r"blocks/attn/qkv/kernel +\| \(1, 16, 3, 2, 8\)", out)
     assert "Total: 10,560" in out
     assert "training from step 0 to 4" in out
-    assert [int(step) for step in re.findall(r"^step (\d)/4  loss ", out, re.M)] == [1, 2, 3, 4]
+    lines = re.findall(r"^step (\d)/4  epoch  (\S+)  loss ", out, re.M)
+    assert lines == [("1", "0.01"), ("2", "0.02"), ("3", "0.03"), ("4", "0.04")]
     assert f"sample with: python -m sit_jax.main --mode sample --workdir {trained[0]}" in out
 
 

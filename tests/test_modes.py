@@ -119,7 +119,11 @@ def test_a_mesh_of_another_machine_names_the_flags_that_fit_this_one(run_copy, m
     ("mode", "key", "modes"),
     [
         ("sample", "train.batch", "train, preflight"),
-        ("sample", "data.path", "train, sweep, invert, likelihood, quality, encode, preflight"),
+        (
+            "sample",
+            "data.path",
+            "train, sweep, invert, likelihood, quality, encode, data, preflight",
+        ),
         ("sweep", "sample.cfg_scale", "train, sample, invert, quality, preflight"),
         ("invert", "sample.labels", "train, sample, quality, preflight"),
         ("likelihood", "train.steps", "train, preflight"),

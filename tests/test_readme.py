@@ -81,6 +81,7 @@ MODES = {
     "invert": (TINY_SAMPLE, "round trip: RMS error"),
     "likelihood": (TINY_LIKELIHOOD, "bits/dim: "),
     "quality": (TINY_SAMPLE, "samples are read as their label"),
+    "data": ([], "card: "),
 }
 # A real autoencoder and ImageNet in miniature; learn_sigma, the argument and the rest stay.
 TINY_IMAGENET = flags(
@@ -261,7 +262,7 @@ def unknown_settings(text):
     """Return the settings that a page's code names, as a flag or a key, and that do not exist."""
     code = "\n".join([*spans(text), *(content for _, content in FENCE.findall(text))])
     keys = re.findall(r"--config\.([a-z_]+(?:\.[a-z_0-9]+)*)", code)
-    dotted = rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.(?!py\b)[a-z_0-9]+"
+    dotted = rf"(?<![\w./-])(?:{'|'.join(SECTIONS)})\.(?!(?:py|json|png)\b)[a-z_0-9]+"
     return [key for key in keys + re.findall(dotted, code) if key not in SETTINGS]
 
 
@@ -311,7 +312,8 @@ def test_what_does_not_exist_is_noticed():
     assert broken_links(page, links) == ["none.md", "README.md#no-such"]
     assert missing_files("sit_jax/main.py, sit_jax/no_such.py") == ["sit_jax/no_such.py"]
     text = (
-        "`--config.train.stepz=1`, `--config.trane.steps`, `sample.step`, `sample.py`, `log.every`"
+        "`--config.train.stepz=1`, `--config.trane.steps`, `sample.step`, `sample.py`, "
+        "`data.json`, `log.every`"
     )
     assert unknown_settings(text) == ["train.stepz", "trane.steps", "sample.step"]
     good = "python -m sit_jax.main --workdir runs/a --mode sample"

@@ -112,7 +112,16 @@ BAD = [
     ({"train__steps": "many"}, "train.steps is 'many'; expected a whole number"),
     ({"train__steps": "1.5"}, "train.steps is 1.5; expected a whole number"),
     ({"train__steps": "True"}, "train.steps is True; expected a whole number"),
-    ({"train__steps": "none"}, "train.steps is None; expected a whole number"),
+    ({"train__steps": "none"}, "train.steps and train.epochs are both none; set one of them"),
+    (
+        {"train__epochs": "80"},
+        "train.steps 1800 and train.epochs 80.0 are both given; set train.steps=none to train for",
+    ),
+    (
+        {"train__steps": "none", "train__epochs": "0"},
+        "train.epochs is 0.0; expected 1e-06 to 1e+06",
+    ),
+    ({"train__batch": "none"}, "train.batch is None; expected a whole number"),
     (
         {"optimizer__learning_rate": "fast"},
         "optimizer.learning_rate is 'fast'; expected a finite number",

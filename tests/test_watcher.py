@@ -1,5 +1,7 @@
 """The log line of an interval: every scalar of its steps by name, and the speed of the steps."""
 
+import dataclasses
+
 import pytest
 
 from sit_jax import config as config_lib
@@ -102,6 +104,7 @@ def test_the_speed_counts_the_steps_whose_time_it_counts(monkeypatch, waits, eve
     )
     overrides = [("train.batch", "8"), ("log.every", str(every)), ("train.steps", str(steps))]
     setup = set_up(config_lib.load("configs/digits.py", overrides))
+    setup = dataclasses.replace(setup, images=899)
     log = Log()
     watch = watcher.Watcher(setup, log, log, {})
     names = ("loss", "grad_norm", "learning_rate", "finite")

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import stat
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,11 @@ class FolderSource(ImageRecords):
     def spec(self) -> RecordSpec:
         """Shape and type of each array of a record."""
         return image_spec((self.image_size, self.image_size, 3))
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """How files become records."""
+        return transforms.describe(self.decoding, self.image_size)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
@@ -62,6 +63,23 @@ class LatentSource:
     def can_mirror(self) -> bool:
         """Whether the latents of the mirror images are stored."""
         return self.manifest.plan.moments.mirrored
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the manifest says of the latents."""
+        plan = self.manifest.plan
+        return {
+            "autoencoder": plan.autoencoder,
+            "image_size": plan.image_size,
+            "dtype": plan.moments.dtype,
+            "of_mirror_images": plan.moments.mirrored,
+            "with_variance": plan.moments.variance,
+            "scale": list(plan.scale),
+            "shift": list(plan.shift),
+            "shards": len(self.manifest.shards),
+            "made_from": plan.source,
+            "left_out": list(self.manifest.left_out),
+        }
 
     def __len__(self) -> int:
         return len(self.labels)

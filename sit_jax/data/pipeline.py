@@ -191,7 +191,7 @@ def _read_or_blank(source: Source, example: Example) -> Record:
     try:
         return _read(source, example)
     except UserError as error:
-        _warn_once(str(error.__cause__))
+        _warn_once(str(error.__cause__ or error))
         blank = {name: np.zeros(array.shape, array.dtype) for name, array in source.spec.items()}
         return {**blank, "skipped": np.int32(1)}
 

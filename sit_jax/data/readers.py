@@ -20,6 +20,8 @@ from sit_jax.record import Record
 # memory. Decoding and resizing release the interpreter lock, so a few threads help. Beyond these,
 # use `workers`.
 _THREADS = 4
+# Reader processes that are chosen without being asked for.
+_MOST_CHOSEN = 32
 _SHARED_MEMORY = "/dev/shm"
 # Batches in shared memory, measured: those that each reader has sent and not yet sent, and those
 # that the consumer and `pipeline.prefetch_to_device` hold.
@@ -37,13 +39,40 @@ def iterate(dataset: grain.MapDataset, start: int, *, workers: int, batch_bytes:
     Raises `UserError` if the processes need more shared memory than there is, and from the iterator
     if one of them dies.
     """
-    needed = (_BATCHES_PER_READER * workers + _BATCHES_HELD) * batch_bytes if workers else 0
+    needed = _needed(workers, batch_bytes)
     free, _ = _shared_memory()
     check(free >= needed, f"shared memory is too small: {_explanation(workers, needed)}")
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
     ahead = dataset.slice(slice(start, None)).to_iter_dataset(options)
     processes = grain.MultiprocessingOptions(num_workers=workers)
     return Batches(iter(ahead.mp_prefetch(processes, _outlive_signals)), workers, needed)
+
+
+def choose_workers(cores: int, sharers: int, batch_bytes: int) -> tuple[int, str]:
+    """Return a number of reader processes for each of the `sharers` of this machine's cores.
+
+    One core is left to the process itself, and there are no more than shared memory has room for.
+    If that makes them fewer, the text says so.
+    """
+    wanted = max(0, min(cores // sharers - 1, _MOST_CHOSEN))
+    free, _ = _shared_memory()
+    room = max(0.0, (free / sharers / batch_bytes - _BATCHES_HELD) / _BATCHES_PER_READER)
+    if room >= wanted:
+        return wanted, ""
+    needed = sharers * _needed(wanted, batch_bytes)
+    return int(room), (
+        f"{_SHARED_MEMORY} has {_size(free)} free, too little for {wanted}: start a container with "
+        f"{_flag(needed)}"
+    )
+
+
+def _needed(workers: int, batch_bytes: int) -> int:
+    """Return the bytes of shared memory that so many processes need."""
+    return (_BATCHES_PER_READER * workers + _BATCHES_HELD) * batch_bytes if workers else 0
+
+
+def _flag(needed: int) -> str:
+    return f"--shm-size={math.ceil(needed / 2**30)}g"
 
 
 class Batches(Iterator[Record]):
@@ -108,7 +137,7 @@ def _explanation(workers: int, needed: int) -> str:
     return (
         f"{workers} readers need up to {_size(needed)} in {_SHARED_MEMORY}, which has "
         f"{_size(free)} free of {_size(total)}; lower data.workers, or set it to 0 to read in "
-        f"threads, or start a container with --shm-size={math.ceil(needed / 2**30)}g"
+        f"threads, or start a container with {_flag(needed)}"
     )
 
 

@@ -7,7 +7,7 @@ picklable, because each reader process gets a copy.
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,6 +61,10 @@ class Source(Protocol):
     def can_mirror(self) -> bool:
         """Whether `read` can return mirrored records."""
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else a data card says of the source, as JSON values."""
+
     def __len__(self) -> int: ...
 
     def read(self, index: int, mirrored: bool = False) -> Record:
@@ -86,6 +90,11 @@ class ImageRecords:
     passed_over = ""
     can_mirror = True
     labels: np.ndarray
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What else a data card says of the source: nothing."""
+        return {}
 
     def image(self, index: int) -> np.ndarray:
         """Return the image of a record, uint8 [h, w, c]. Raises `UnreadableImage`."""

@@ -11,16 +11,17 @@ from sit_jax.record import RecordSpec
 
 
 class SourceKind(NamedTuple):
-    """How to open a source, and its record spec, which must be known without any data."""
+    """How to open a source, and what must be known without any data."""
 
     open: Callable[[SourceOptions], Source]
     spec: Callable[[Shape], RecordSpec]  # of the shape of an image, or of a latent
     needs_path: bool = True
     reads_buckets: bool = True
+    decodes: bool = True  # whether a record takes long enough to read for processes to pay
 
 
 SOURCES = {
-    "digits": SourceKind(open_digits, image_spec, needs_path=False),
+    "digits": SourceKind(open_digits, image_spec, needs_path=False, decodes=False),
     "folder": SourceKind(open_folder, image_spec, reads_buckets=False),
-    "latents": SourceKind(open_latents, latent_spec),
+    "latents": SourceKind(open_latents, latent_spec, decodes=False),
 }

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -127,6 +128,25 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     left = (image.width - size) // 2
     top = (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def describe(decoding: Decoding, size: int) -> dict[str, Any]:
+    """Return what this module does to a file, for a data card."""
+    orientation = "obeyed" if decoding.exif_orientation else "ignored, except that of a TIFF"
+    return {
+        "crop": f"halved with a box filter while the shorter side is {2 * size} pixels or more, "
+        f"then scaled to {size} (bicubic); the middle {size} x {size}",
+        "decoding": {
+            "formats": list(FORMATS),
+            "largest": f"{decoding.max_pixels:,} pixels",
+            "EXIF orientation": orientation,
+            "alpha": "dropped, not blended",
+            "grey, palette, CMYK, YCbCr, LAB": "converted to RGB by Pillow",
+            "grey of 16 bits": "scaled to 8 bits",
+            "32-bit integers and floats": "unreadable, as their white is not known",
+            "several frames": "the first one",
+        },
+    }
 
 
 def mirror(image_hwc: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from sit_jax.data import pipeline, readers, sources, subset
 from sit_jax.data.latent_cache import Manifest
 from sit_jax.data.latents import LatentSource
 from sit_jax.data.source import Source, UnreadableImage, first_names, short_digest
-from sit_jax.errors import check
+from sit_jax.errors import UserError, check
 from sit_jax.jobs.results import progress_bar
 from sit_jax.jobs.setup import Setup
 from sit_jax.record import Record
@@ -34,6 +34,7 @@ def open_source(setup: Setup) -> Source:
     data = setup.config.data
     source = sources.SOURCES[data.source].open(data.options)
     classes = check_classes(data, source.class_names)
+    _check_labels(source)
     if isinstance(source, LatentSource):
         check_autoencoder(setup.config.latents, source.manifest, source.folder)
     place = f"{data.path!r}" if data.path else f"split {data.split!r}"
@@ -91,6 +92,27 @@ def check_encoder(setup: Setup, source: Source) -> None:
         f"the latents in {source.folder!r} were encoded with other weights than those of the VAE "
         "that latents.path and latents.repo give; give the VAE that made them, or encode again",
     )
+
+
+def _check_labels(source: Source) -> None:
+    """Raise `UserError` unless every label is that of a class, and every class has its own name."""
+    names = source.class_names
+    label_of: dict[str, int] = {}
+    for label, name in enumerate(names):
+        first = label_of.setdefault(name, label)
+        check(
+            first == label,
+            f"two classes are called {name!r}, labels {first} and {label}; rename one in the data "
+            "set, or merge them",
+        )
+    labels = source.labels
+    outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(outside):
+        raise UserError(
+            f"record {outside[0]} has the label {labels[outside[0]]}, one of {len(outside):,} "
+            f"outside of the classes among {len(labels):,}; expected 0 to {len(names) - 1}. Test "
+            "splits often have no labels: choose another data.split, or repair the labels"
+        )
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -258,7 +280,10 @@ def open_batches(
         skip_unreadable=data.skip_unreadable,
         rows=rows,
     )
-    with contextlib.closing(_read_ahead(setup, dataset, start, len(rows))) as batches:
+    workers, lack = choose_workers(setup, len(rows))
+    readers_text = f"{workers} reader process{'es' * (workers > 1)}" if workers else "threads"
+    print(f"data: read by {readers_text}{f' ({lack})' if lack else ''}", flush=True)
+    with contextlib.closing(_read_ahead(setup, dataset, start, len(rows), workers)) as batches:
         yield pipeline.prefetch_to_device(
             batches, lambda batch: sharding.put_batch(setup.mesh, batch, size)
         )
@@ -289,15 +314,33 @@ def read_in_order(
     dataset = pipeline.in_order(
         source, indices, batch_size=batch_size, skip_unreadable=skip_unreadable
     )
-    with contextlib.closing(_read_ahead(setup, dataset, 0, batch_size)) as batches:
+    workers, _ = choose_workers(setup, batch_size)
+    if setup.config.data.workers is None:  # more would have nothing to read
+        workers = min(workers, len(dataset))
+    with contextlib.closing(_read_ahead(setup, dataset, 0, batch_size, workers)) as batches:
         yield from batches
 
 
-def _read_ahead(setup: Setup, dataset: grain.MapDataset, start: int, rows: int) -> readers.Batches:
+def choose_workers(setup: Setup, rows: int) -> tuple[int, str]:
+    """Return the number of reader processes of this process, for batches of `rows` rows.
+
+    It is data.workers, or else chosen: none where threads suffice, since records are in memory or
+    need no decoding, and none where the network itself needs the cores. A text says why there are
+    fewer than the cores allow.
+    """
+    data = setup.config.data
+    if data.workers is not None:
+        return data.workers, ""
+    platform = setup.mesh.devices.flat[0].platform
+    if platform == "cpu" or not sources.SOURCES[data.source].decodes:
+        return 0, ""
+    size = pipeline.batch_bytes(setup.record_spec, rows)
+    return readers.choose_workers(hosts.cores(), setup.sharers, size)
+
+
+def _read_ahead(
+    setup: Setup, dataset: grain.MapDataset, start: int, rows: int, workers: int
+) -> readers.Batches:
     """Return the batches of `dataset`, each of up to `rows` rows, from number `start`."""
-    return readers.iterate(
-        dataset,
-        start,
-        workers=setup.config.data.workers,
-        batch_bytes=pipeline.batch_bytes(setup.record_spec, rows),
-    )
+    size = pipeline.batch_bytes(setup.record_spec, rows)
+    return readers.iterate(dataset, start, workers=workers, batch_bytes=size)

@@ -60,14 +60,14 @@ class Loop:
         stop: threading.Event,
         profile: tuple[int, int] | None,
     ) -> int:
-        """Train from `start` until train.steps or `stop`.
+        """Train from `start` until the last step or `stop`.
 
         Returns the step reached; its state is being saved.
         """
         config = self._setup.config
         codec_params = self._setup.codec_params if self._setup.encodes_images else {}
         self._saved = start
-        for step in range(start + 1, config.train.steps + 1):
+        for step in range(start + 1, self._setup.steps + 1):
             # Dispatch the step. Nothing here waits for the devices.
             batch = next(batches)
             if profile and step == profile[0]:
@@ -76,7 +76,7 @@ class Loop:
             # Log the interval that ended with the step before, which the devices have finished.
             self._watcher.add(step, scalars)
             # Stop at the same step on all hosts.
-            is_last = step == config.train.steps or _must_stop(step, stop)
+            is_last = step == self._setup.steps or _must_stop(step, stop)
             if profile and profile[0] <= step and (is_last or step == profile[1]):
                 jax.block_until_ready(scalars)
                 jax.profiler.stop_trace()
@@ -93,7 +93,7 @@ class Loop:
 
     def _is_sheet_due(self, step: int) -> bool:
         every = self._setup.config.log.sheet_every
-        return bool(every) and (step == self._setup.config.train.steps or step % every == 0)
+        return bool(every) and (step == self._setup.steps or step % every == 0)
 
     def _save(self, step: int, state: TrainState) -> None:
         if step == self._saved:

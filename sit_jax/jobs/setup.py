@@ -38,6 +38,19 @@ class Setup:
 
     config: Config
     mesh: Mesh
+    images: int | None = None  # in the data set, once a training run has opened it
+    sharers: int = 1  # processes of the run that use the cores of this one, itself included
+
+    @property
+    def knows_steps(self) -> bool:
+        """Whether the number of training steps is known; of train.epochs, only with the data."""
+        return self.config.train.steps is not None or self.images is not None
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps."""
+        assert self.knows_steps, "train.epochs is a number of steps only once the data are open"
+        return self.config.train.total_steps(self.images or 0)
 
     @functools.cached_property
     def size(self) -> Size:
@@ -174,12 +187,17 @@ class Setup:
     @property
     def schedule(self) -> optax.Schedule:
         """The learning rate by step."""
-        return optimizer.make_schedule(self.config.optimizer, self.config.train.steps)
+        return optimizer.make_schedule(self.config.optimizer, self._schedule_steps)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer with its schedule."""
-        return optimizer.make_optimizer(self.config.optimizer, self.config.train.steps)
+        return optimizer.make_optimizer(self.config.optimizer, self._schedule_steps)
+
+    @property
+    def _schedule_steps(self) -> int:
+        # Before the data are open any number will do: shapes and costs do not depend on it.
+        return self.steps if self.knows_steps else 1
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -211,7 +229,7 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
     the codec or the model. A job checks the batches that it uses.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    setup = Setup(config, mesh)
+    setup = Setup(config, mesh, sharers=hosts.sharers_of_cores())
     for axis, size, dimension in (
         ("tensor", setup.size.heads, "heads, which it splits"),
         (

@@ -1,6 +1,6 @@
 """Every job by its --mode."""
 
-from sit_jax.jobs import encode, invert, likelihood, quality, sample, sweep, train
+from sit_jax.jobs import data_card, encode, invert, likelihood, quality, sample, sweep, train
 from sit_jax.jobs.preflight import job as preflight
 
 JOBS = {
@@ -11,5 +11,6 @@ JOBS = {
     "likelihood": likelihood.JOB,
     "quality": quality.JOB,
     "encode": encode.JOB,
+    "data": data_card.JOB,
     "preflight": preflight.JOB,
 }

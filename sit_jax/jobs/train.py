@@ -32,6 +32,7 @@ from sit_jax.jobs.data import (
     open_batches,
     open_source,
 )
+from sit_jax.jobs.data_card import write_card
 from sit_jax.jobs.job import Flag, Job, Overrides
 from sit_jax.jobs.loop import Loop, stop_signal
 from sit_jax.jobs.setup import (
@@ -220,23 +221,36 @@ def describe_start(
             if key.startswith("optimizer.")
         },
     )
-    old_steps, _ = changes.get("train.steps", (config.train.steps, None))
+    old_train = dataclasses.replace(
+        config.train,
+        **{
+            key: changes[f"train.{key}"][0]
+            for key in ("steps", "epochs")
+            if f"train.{key}" in changes
+        },
+    )
+    images = note.get("data", {}).get("images", len(source))
+    old_steps = old_train.total_steps(images)
     count = int(optimizer.update_count(state.opt_state)) if start else 0
     old_rate = float(optimizer.make_schedule(old_optimizer, old_steps)(count))
     new_rate = float(setup.schedule(count))
     if start and not math.isclose(old_rate, new_rate, rel_tol=1e-6):
         yield (
             f"the learning rate at step {start} changes from {old_rate:.3g} to {new_rate:.3g}: a "
-            f"{config.optimizer.schedule} schedule over {config.train.steps} steps"
+            f"{config.optimizer.schedule} schedule over {setup.steps} steps"
         )
-    share = config.train.ema_decay**config.train.steps
+    share = config.train.ema_decay**setup.steps
     if not note and share > _LARGEST_INITIAL_SHARE:
         yield (
-            f"after {config.train.steps} steps the EMA still holds {share:.0%} of the initial, "
+            f"after {setup.steps} steps the EMA still holds {share:.0%} of the initial, "
             f"random weights, so samples of it are noisy: train.ema_decay is "
             f"{config.train.ema_decay:g}; set a smaller one, or sample.weights=raw"
         )
-    images = note.get("data", {}).get("images", len(source))
+    if len(source) < config.train.batch:
+        yield (
+            f"the data set's {len(source):,} images are fewer than train.batch "
+            f"{config.train.batch}: a step sees images more than once"
+        )
     if images != len(source):
         yield (
             f"the data set had {images:,} images and has {len(source):,} now: from step {start} "
@@ -245,14 +259,22 @@ def describe_start(
 
 
 def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None = None) -> None:
-    """Train to train.steps, from the newest checkpoint if the workdir has one.
+    """Train to the last step, from the newest checkpoint if the workdir has one.
 
     SIGTERM and Ctrl-C, on any host, save and return after the current step; with several hosts, a
     few steps later. `profile` (a, b) writes a trace of steps a to b.
     """
     setup = _set_up(config)
-    steps = config.train.steps
     source = hosts.run_on_all(lambda: open_source(setup))
+    hosts.check_same("data set", {"images": len(source)})
+    setup = dataclasses.replace(setup, images=len(source))
+    steps = hosts.run_on_all(lambda: setup.steps)
+    length = "steps" if config.train.epochs is None else "epochs"
+    if length == "epochs":
+        print(
+            f"{config.train.epochs:g} epochs of {len(source):,} images in batches of "
+            f"{config.train.batch}: {steps:,} steps"
+        )
     if setup.encodes_images or config.log.sheet_every:
         _ = setup.codec_params  # read now, so that an error leaves no folder behind
         check_encoder(setup, source)
@@ -264,7 +286,9 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         check_same_classes(note, source)
         check_same_latents(note, source)
         if start >= steps:
-            print(f"{workdir} is already at step {start} of {steps}; raise train.steps to train on")
+            print(
+                f"{workdir} is already at step {start} of {steps}; raise train.{length} to train on"
+            )
             return
         if profile:
             check(
@@ -282,6 +306,7 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         for line in describe_start(setup, source, state, start, note, changes):
             print(line)
         hosts.broadcast_from_first(lambda: record_config(config, workdir, start, changes))
+        hosts.broadcast_from_first(lambda: write_card(setup, source, workdir))
         print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(f"training from step {start} to {steps}", flush=True)
         progress = stack.enter_context(Progress(start, steps))

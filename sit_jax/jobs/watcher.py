@@ -60,6 +60,12 @@ def speed(setup: Setup, steps: int, seconds: float) -> dict[str, float]:
     return rates
 
 
+def epoch(setup: Setup, step: int) -> float:
+    """Return the passes over the data that a step has completed, whole and part."""
+    assert setup.images, "the data are open"
+    return step * setup.config.train.batch / setup.images
+
+
 class Watcher:
     """Takes every step's scalars and logs a line per interval.
 
@@ -95,7 +101,7 @@ class Watcher:
 
         `ended` is a later step that has ended too, if there is one.
         """
-        total = self._setup.config.train.steps
+        total = self._setup.steps
         is_due = self._step % self._setup.config.log.every == 0 or self._step == total
         if self._clock is None or not self._on_device or not is_due:
             return
@@ -103,7 +109,7 @@ class Watcher:
         began, first = self._clock
         last = ended or self._step
         now = time.perf_counter()
-        line = summarise_interval(self._on_host)
+        line = {"epoch": epoch(self._setup, self._step), **summarise_interval(self._on_host)}
         eta = {}
         if last > first:  # else no step lies between two readings of the clock
             line |= speed(self._setup, last - first, now - began)

@@ -1,6 +1,9 @@
 """Stored latents of any autoencoder as a codec, without a decoder."""
 
+from typing import TypeVar
+
 import jax
+import numpy as np
 
 from sit_jax.errors import check
 from sit_jax.latents import posterior
@@ -10,6 +13,8 @@ from sit_jax.record import RecordSpec
 _SPREAD = 3.0  # x at which a colour is at its end, in standard deviations of a normalised latent
 _COLOURS = 3
 
+Array = TypeVar("Array", np.ndarray, jax.Array)
+
 
 def open_stored() -> Codec:
     """Return the codec of stored latents. It has no weights.
@@ -18,7 +23,7 @@ def open_stored() -> Codec:
     """
     return Codec(
         encode=lambda params, keys_b, records: posterior.draw_stored(keys_b, records),
-        decode=lambda params, x_bhwc: _false_colours(x_bhwc),
+        decode=lambda params, x_bhwc: false_colours(x_bhwc),
         shape=_shape,
         abstract_params={},
         load=dict,
@@ -27,7 +32,8 @@ def open_stored() -> Codec:
     )
 
 
-def _false_colours(x_bhwc: jax.Array) -> jax.Array:
+def false_colours(x_bhwc: Array) -> Array:
+    """Return the first three channels, or the first if there are fewer, as images in [-1, 1]."""
     shown = _COLOURS if x_bhwc.shape[-1] >= _COLOURS else 1
     return (x_bhwc[..., :shown] / _SPREAD).clip(-1.0, 1.0)
 

@@ -199,6 +199,15 @@ SPELLED = [
 ]
 
 
+def test_a_run_of_epochs_comes_back_as_one(tmp_path, made):
+    settings = {"train__steps": "none", "train__epochs": 2, "optimizer__schedule": "cosine"}
+    content, config, _, printed = made(**settings)
+    assert "PyTorch has no schedule" not in printed  # its steps are known only with the data
+    found, step = back(tmp_path, content)
+    assert step == 5 and found == config
+    assert (found.train.steps, found.train.epochs) == (None, 2.0)
+
+
 @pytest.mark.parametrize("model", SPELLED, ids=lambda model: model["name"])
 def test_the_size_comes_back_as_it_was_spelled(tmp_path, made, capsys, model):
     size = Size(depth=2, width=24, heads=6, patch=4)

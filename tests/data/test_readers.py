@@ -117,6 +117,34 @@ def test_too_little_shared_memory_is_refused_before_the_first_batch(
         next(batches)  # the remedy works
 
 
+@pytest.mark.parametrize(
+    ("cores", "sharers", "expected"),
+    [(1, 1, 0), (2, 1, 1), (8, 1, 7), (208, 1, 32), (208, 8, 25), (8, 8, 0), (4, 8, 0)],
+)
+def test_one_core_is_left_to_each_process_and_there_are_at_most_32_readers(
+    monkeypatch, cores, sharers, expected
+):
+    monkeypatch.setattr(readers, "_shared_memory", lambda: (np.inf, np.inf))
+    assert readers.choose_workers(cores, sharers, 10**9) == (expected, "")
+
+
+def test_readers_that_are_chosen_are_as_many_as_shared_memory_has_room_for(monkeypatch):
+    monkeypatch.setattr(readers, "_shared_memory", lambda: (64e6, 64e6))
+    # Four batches for each reader and four more: 20 MB for the first, 16 MB for each further one.
+    assert readers.choose_workers(4, 1, 4 * 10**6) == (3, "")
+    assert readers.choose_workers(5, 1, 4 * 10**6) == (
+        3,
+        "/dev/shm has 64.0 MB free, too little for 4: start a container with --shm-size=1g",
+    )
+    assert readers.choose_workers(3, 1, 8 * 10**6)[0] == 1
+    assert readers.choose_workers(4, 2, 4 * 10**6) == (1, "")  # half of it each
+    count, lack = readers.choose_workers(64, 1, 50 * 10**6)
+    assert count == 0 and "too little for 32: start a container with --shm-size=7g" in lack
+    dataset, _ = open_batches(workers=0)
+    with contextlib.closing(readers.iterate(dataset, 0, workers=3, batch_bytes=4 * 10**6)):
+        pass  # what is chosen is not refused
+
+
 def test_training_says_it_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "_shared_memory", lambda: (1e3, 64e6))
     message = refusal(*TINY, *flags_of(data__workers=2), "--workdir", tmp_path / "run")
