@@ -38,12 +38,18 @@ def open_source(setup: Setup) -> Source:
         f"data.classes is {data.classes}, but the {data.source} source has {classes}; set "
         f"data.classes={len(names)}",
     )
-    place = f"{data.path!r}" if data.path else f"split {data.split!r}"
-    if data.name:
-        place = f"split {data.split!r} of {data.name!r} in {data.path!r}"
     beside = f"; passed over: {source.passed_over}" if source.passed_over else ""
-    print(f"data: {len(source):,} images in {classes} of {place}{beside}", flush=True)
+    print(f"data: {len(source):,} images in {classes} of {_place(data)}{beside}", flush=True)
     return source
+
+
+def _place(data: Data) -> str:
+    """Return the split, and where the data set is, in words."""
+    split = f"split {data.split!r}"
+    if not data.path:
+        return split
+    place = f"{data.name!r} in {data.path!r}" if data.name else f"{data.path!r}"
+    return place if data.split == "all" else f"{split} of {place}"
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -493,8 +494,29 @@ def test_training_and_a_draw(prepared, tmp_path, quiet_machine):
     (folder,) = (tmp_path / "run" / "likelihood").iterdir()
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["data"]["stratified"] is False and settings["data"]["name"] == "pets"
-    message = refusal(*training(prepared, tmp_path / "other"), "--config.data.classes=4")
+    arguments = training(prepared, tmp_path / "other")
+    assert refusal(*arguments, "--config.data.source=folder") == (
+        "error: data.name is 'pets', but data.source 'folder' has no named data sets; set "
+        "data.name=none, or data.source=tfds\n"
+    )
+    message = refusal(*arguments, "--config.data.classes=4")
     assert "but the tfds source has 3 classes ('ant', 'bee', 'cat'); set data.classes=3" in message
+
+
+def test_the_builder_in_the_readme_prepares_a_folder_of_images(tmp_path):
+    for number in range(8):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    blocks = (ROOT / "configs" / "README.md").read_text().split("```python\n")[1:]
+    (code,) = (block.partition("```")[0] for block in blocks if "GeneratorBasedBuilder" in block)
+    code = code.replace('"IMAGES"', repr(str(tmp_path / "images")))
+    code = code.replace('"DATA"', repr(str(tmp_path / "data")))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        exec(code, {"__name__": "__main__"})
+    source = open_set(tmp_path / "data", "photos")
+    assert source.class_names == ("a", "b")
+    assert sorted(encoded(source)) == sorted((picture(number), number % 2) for number in range(8))
 
 
 _WITHOUT_TENSORFLOW = """
