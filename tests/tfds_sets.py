@@ -9,6 +9,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from sit_jax.data.source import SourceOptions
+from sit_jax.data.sources import SOURCES
+from sit_jax.data.transforms import Decoding
+
 CLASSES = ("ant", "bee", "cat")
 MODES = ("RGB", "RGBA", "L", "CMYK")  # in turn; only the second is stored as PNG
 
@@ -87,3 +91,24 @@ def prepare(
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare(download_config=downloads)
     return builder.data_path
+
+
+SIZE = 16  # of the images as `open_set` reads them
+DECODING = Decoding(max_pixels=2**16, exif_orientation=False)
+
+
+def open_set(path, name="pets", split="train", channels=3):
+    """Open a data set as a source."""
+    path = None if path is None else os.fspath(path)
+    options = SourceOptions(path, name, split, SIZE, channels, DECODING)
+    return SOURCES["tfds"].open(options)
+
+
+def encoded(source):
+    """Return the encoded image and the label of each record."""
+    return [source.encoded(index) for index in range(len(source))]
+
+
+def shard(data_dir, number, split="train"):
+    """Return the file of a shard of the data set pets."""
+    return data_dir / "pets/1.0.0" / f"pets-{split}.array_record-{number:05}-of-00004"

@@ -122,8 +122,9 @@ def open_tfds(options: SourceOptions) -> TfdsSource:
     formats = sorted(file_format.value for file_format in info.available_file_formats())
     check(
         "array_record" in formats,
-        f"the data set in {folder} has files in the format {', '.join(formats)}, which have no "
-        f"random access; prepare it again in another data.path, with {_PREPARE}",
+        f"the data set in {folder} has files in the format {', '.join(formats) or 'tfrecord'}, "
+        "which have no random access; prepare it again in another data.path, with "
+        f"{_PREPARE}",
     )
     _check_split(info.splits, options.split)
     records = builder.as_data_source(
