@@ -128,32 +128,37 @@ class Data:
     source: str = choice(
         "digits",
         sources.SOURCES,
-        "digits: of scikit-learn; folder: image files; "
-        "latents: stored by --mode encode or convert.latents",
+        "digits: of scikit-learn; folder: image files; tfds: prepared by tensorflow-datasets as "
+        "ArrayRecord files; latents: stored by --mode encode or convert.latents",
     )
     path: str | None = setting(
         None,
         user_path,
-        "folder: a folder with a sub-folder of images per class; latents: a folder of stored "
-        "latents",
+        "folder: a folder with a sub-folder of images per class; tfds: the folder of prepared data "
+        "sets (data_dir); latents: a folder of stored latents",
     )
     name: str | None = setting(
-        None, anything, "tfds: the data set, such as imagenet2012 or imagenet2012:5.1.0"
+        None,
+        anything,
+        "tfds: the data set, such as imagenet2012, imagenet2012:5.1.0 (otherwise the newest "
+        "version) or imagenette/320px-v2; none: data.path is the folder of a single one",
     )
     split: str = setting(
         "all",
         anything,
-        "digits: train, test or all; folder and latents: only all; tfds: such as train or "
-        "validation[:10%]",
+        "digits: train, test or all; folder and latents: only all; tfds: such as train, "
+        "validation[:10%] or train+validation",
     )
     image_size: int = setting(
         8,
         Between(1, 2**13),
-        "side of the images in pixels, to which source folder scales and crops them; latents: side "
+        "side of the images in pixels, to which folder and tfds scale and crop them; latents: side "
         "of a latent in cells",
     )
     channels: int = setting(
-        1, Between(1, 2**10), "channels: 1 for digits, 3 for folder, 4 for latents of the SD-VAE"
+        1,
+        Between(1, 2**10),
+        "channels: 1 for digits, 3 for folder and tfds, 4 for latents of the SD-VAE",
     )
     classes: int = setting(10, Between(1, 1_000_000), "number of classes")
     flip: bool = setting(
@@ -177,7 +182,7 @@ class Data:
         0,
         _seed,
         "seed of the part of the data that sweep, quality, invert and likelihood draw, balanced "
-        "over the classes",
+        "over the classes; tfds: uniform",
     )
     workers: int | None = setting(
         None,

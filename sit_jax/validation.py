@@ -28,6 +28,11 @@ def validate(config: Config) -> None:
     for entry in declared(Config):
         entry.law.check(entry.key, get(config, entry.key))
     _check_model(config.model)
+    check(
+        config.data.name is None or config.data.source == "tfds",
+        f"data.name is {brief(config.data.name)}, but data.source {config.data.source!r} has no "
+        "named data sets; set data.name=none, or data.source=tfds",
+    )
     losses.check_weight(config.transport.loss_weight, config.transport.prediction)
     _check_training(config)
     _check_latents(config.latents)

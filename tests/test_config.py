@@ -252,6 +252,7 @@ def test_a_continued_run_and_its_samples_keep_these_settings():
         "transport.times_mean",
         "transport.times_std",
         "data.source",
+        "data.name",
         "data.split",
         "data.image_size",
         "data.channels",

@@ -17,7 +17,6 @@ IMPORT_NAMES = {
     "scikit-learn": "sklearn",
     "tensorflow-datasets": "tensorflow_datasets",
 }
-NOT_IMPORTED_YET = {"tensorflow_datasets"}  # requirements.txt says why it is declared
 
 
 def import_name(requirement):
@@ -57,7 +56,7 @@ def imported_by(*folders):
 def test_the_base_is_exactly_what_the_code_imports():
     # The other extras bring no package that the code imports by name.
     optional = extras("wandb")
-    assert imported_by("sit_jax", "convert", "configs") - optional == base() - NOT_IMPORTED_YET
+    assert imported_by("sit_jax", "convert", "configs") - optional == base()
 
 
 def test_the_optional_packages_are_imported_and_not_in_the_base():

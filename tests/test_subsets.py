@@ -65,6 +65,8 @@ def test_what_was_drawn_is_recorded(three_classes):
     source = open_source(setup)
     settings = read_real_images(setup, source, 30).settings
     assert settings["data"]["subset_seed"] == 0
+    # Neither the name of a data set nor "stratified": results of earlier versions are continued.
+    assert not settings["data"].keys() & {"name", "stratified"}
     drawn = settings["real_images"]
     assert (drawn["drawn"], drawn["of"], drawn["read"]) == (30, 60, 30)
     other = setup_of(three_classes, data__subset_seed=1)

@@ -4,27 +4,15 @@ What else lies in the folder is counted, so that a user sees what is not read.
 """
 
 import collections
-import contextlib
 import dataclasses
 import os
 import stat
-import threading
-from typing import Any
 
 import numpy as np
 
-from sit_jax.data import transforms
-from sit_jax.data.source import (
-    ImageRecords,
-    SourceOptions,
-    UnreadableImage,
-    first_names,
-    image_spec,
-    short_digest,
-)
+from sit_jax.data.source import EncodedImages, SourceOptions, check_rgb, first_names
 from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError, check
-from sit_jax.record import RecordSpec
 from sit_jax.storage import is_remote
 
 # Those of torchvision.
@@ -38,16 +26,11 @@ _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing",
 _LISTED_KINDS = 8
 _LONGEST_EXTENSION = 12
 
-# The threads of a process decode images of more pixels than this one at a time: each takes up to
-# 12 bytes a pixel while it is converted and scaled.
-_LARGE = 2**24
-_large_image = threading.Lock()
-
 FileId = tuple[int, int]  # device and inode: the same for every path to a folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FolderSource(ImageRecords):
+class FolderSource(EncodedImages):
     """Image files, each cropped to [image_size, image_size, 3]; labels int32 [n]."""
 
     files: tuple[str, ...]
@@ -57,45 +40,20 @@ class FolderSource(ImageRecords):
     decoding: Decoding
     passed_over: str
 
-    @property
-    def spec(self) -> RecordSpec:
-        """Shape and type of each array of a record."""
-        return image_spec((self.image_size, self.image_size, 3))
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """How files become records."""
-        return transforms.describe(self.decoding, self.image_size)
-
     def __len__(self) -> int:
         return len(self.files)
 
-    def image(self, index: int) -> np.ndarray:
-        """Return the image of a file, cropped. Raises `UnreadableImage`."""
-        path = self.files[index]
-        try:
-            data = _read_file(path, self.decoding.max_bytes)
-            image = transforms.open_image(data, self.decoding)
-            is_large = image.width * image.height > _LARGE
-            with _large_image if is_large else contextlib.nullcontext():
-                return transforms.center_crop(
-                    transforms.to_rgb(image, self.decoding), self.image_size
-                )
-        except Exception as error:  # Pillow's decoders raise a dozen types for broken data
-            raise _unreadable(path, error) from error
+    def place(self, index: int) -> str:
+        """Return which image a record is, by its path."""
+        return f"image {self.files[index]!r}"
 
-    def digest(self, index: int) -> str:
-        """Return 16 hex digits that change with the bytes of the file or its class."""
-        path = self.files[index]
+    def encoded(self, index: int) -> tuple[bytes, np.int32]:
+        """Return the bytes of a file and its label. Raises `UnreadableImage`."""
         try:
-            data = _read_file(path, self.decoding.max_bytes)
+            data = _read_file(self.files[index], self.decoding.max_bytes)
         except (OSError, ValueError) as error:
-            raise _unreadable(path, error) from error
-        return short_digest(data + self.labels[index].tobytes())
-
-
-def _unreadable(path: str, error: Exception) -> UnreadableImage:
-    return UnreadableImage(f"image {path!r} cannot be read ({type(error).__name__}: {error})")
+            raise self.unreadable(index, error) from error
+        return data, self.labels[index]
 
 
 def _read_file(path: str, max_bytes: int) -> bytes:
@@ -119,11 +77,7 @@ def open_folder(options: SourceOptions) -> FolderSource:
     Hidden and system folders are not classes.
     """
     path = options.path
-    check(
-        options.channels == 3,
-        f"data.channels={options.channels}, but the folder source reads RGB images; set it to 3, "
-        "or data.source=latents to read stored latents",
-    )
+    check_rgb(options, "folder")
     if not path:
         raise UserError(
             "data.path is empty, but data.source='folder' needs a folder of class folders; set it"

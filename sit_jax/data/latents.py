@@ -1,23 +1,20 @@
 """Stored latents as a source: an autoencoder's posteriors, read from ArrayRecord shards."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import os
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from sit_jax import storage
 from sit_jax.data import latent_cache
 from sit_jax.data.latent_cache import DTYPES, Manifest, Shard
+from sit_jax.data.shards import check_shards
 from sit_jax.data.source import Shape, SourceOptions, UnreadableImage, short_digest
 from sit_jax.errors import UserError, check
 from sit_jax.record import ArraySpec, Record, RecordSpec
-
-_OPENING_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +182,7 @@ def open_latents(options: SourceOptions) -> LatentSource:
         f"{options.path!r} has labels that do not belong to its {manifest.records} records of "
         f"{len(manifest.plan.class_names)} classes; store the latents again",
     )
-    with concurrent.futures.ThreadPoolExecutor(_OPENING_THREADS) as threads:
-        list(threads.map(lambda shard: _check_shard(options.path, shard), manifest.shards))
+    check_shards((_path(options.path, shard), shard.records) for shard in manifest.shards)
     return LatentSource(options.path, manifest, labels)
 
 
@@ -212,21 +208,3 @@ def _of_images(image_size: int | None) -> str:
 
 def _path(folder: str, shard: Shard) -> str:
     return os.path.join(folder, shard.name)
-
-
-def _check_shard(folder: str | None, shard: Shard) -> None:
-    """Raise `UserError` unless a shard can be opened and has its number of records."""
-    assert folder
-    path = _path(folder, shard)
-    try:
-        reader = array_record_module.ArrayRecordReader(path)
-        records = reader.num_records()
-        reader.close()
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} cannot be read ({storage.reason(error)}); copy it again"
-        ) from error
-    check(
-        records == shard.records,
-        f"{path} has {records} records instead of {shard.records}; copy it again",
-    )

@@ -188,10 +188,11 @@ def _read_or_skip(source: Source, example: Example) -> Record:
 
 def _read_or_blank(source: Source, example: Example) -> Record:
     """Read a record, or return zeros marked as skipped."""
+    index, mirrored = example
     try:
-        return _read(source, example)
-    except UserError as error:
-        _warn_once(str(error.__cause__ or error))
+        return {**source.read(index, mirrored), "skipped": np.int32(0)}
+    except UnreadableImage as error:
+        _warn_once(str(error))
         blank = {name: np.zeros(array.shape, array.dtype) for name, array in source.spec.items()}
         return {**blank, "skipped": np.int32(1)}
 

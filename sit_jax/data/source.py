@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sit_jax.data import transforms
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, check
 from sit_jax.record import ArraySpec, Record, RecordSpec
 
 Shape = tuple[int, int, int]
@@ -46,8 +46,8 @@ class Source(Protocol):
         """The name of each label."""
 
     @property
-    def labels(self) -> np.ndarray:
-        """The label of each record, int32 [n]."""
+    def labels(self) -> np.ndarray | None:
+        """The label of each record, int32 [n]; None if only the records themselves tell."""
 
     @property
     def spec(self) -> RecordSpec:
@@ -89,24 +89,77 @@ class ImageRecords:
 
     passed_over = ""
     can_mirror = True
-    labels: np.ndarray
 
     @property
     def details(self) -> dict[str, Any]:
         """What else a data card says of the source: nothing."""
         return {}
 
-    def image(self, index: int) -> np.ndarray:
-        """Return the image of a record, uint8 [h, w, c]. Raises `UnreadableImage`."""
+    def example(self, index: int) -> tuple[np.ndarray, np.int32]:
+        """Return the image of a record, uint8 [h, w, c], and its label.
+
+        Raises `UnreadableImage`.
+        """
         raise NotImplementedError
 
     def read(self, index: int, mirrored: bool = False) -> Record:
         """Return record 0 <= index < len, or the same with its image mirrored."""
-        image = self.image(index)
-        return {
-            "image": transforms.mirror(image) if mirrored else image,
-            "label": self.labels[index],
-        }
+        image, label = self.example(index)
+        return {"image": transforms.mirror(image) if mirrored else image, "label": label}
+
+
+class EncodedImages(ImageRecords):
+    """Base of sources of encoded images, each cropped to [image_size, image_size, 3]."""
+
+    image_size: int
+    decoding: transforms.Decoding
+
+    @property
+    def spec(self) -> RecordSpec:
+        """Shape and type of each array of a record."""
+        return image_spec((self.image_size, self.image_size, 3))
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """How files become records."""
+        return transforms.describe(self.decoding, self.image_size)
+
+    def encoded(self, index: int) -> tuple[bytes, np.int32]:
+        """Return the encoded image of a record and its label. Raises `UnreadableImage`."""
+        raise NotImplementedError
+
+    def place(self, index: int) -> str:
+        """Return where a record is stored, in words."""
+        raise NotImplementedError
+
+    def unreadable(self, index: int, error: Exception) -> UnreadableImage:
+        """Return the error for a record that cannot be read because of `error`."""
+        reason = " ".join(str(error).split())
+        return UnreadableImage(
+            f"{self.place(index)} cannot be read ({type(error).__name__}: {reason})"
+        )
+
+    def example(self, index: int) -> tuple[np.ndarray, np.int32]:
+        """Return the image of a record, cropped, and its label. Raises `UnreadableImage`."""
+        data, label = self.encoded(index)
+        try:
+            return transforms.decode_crop(data, self.image_size, self.decoding), label
+        except Exception as error:  # Pillow's decoders raise a dozen types for broken data
+            raise self.unreadable(index, error) from error
+
+    def digest(self, index: int) -> str:
+        """Return 16 hex digits that change with the encoded image or the label of a record."""
+        data, label = self.encoded(index)
+        return short_digest(data + label.tobytes())
+
+
+def check_rgb(options: SourceOptions, source: str) -> None:
+    """Raise `UserError` unless data.channels suits a source that reads every image as RGB."""
+    check(
+        options.channels == 3,
+        f"data.channels={options.channels}, but the {source} source reads RGB images; set it to 3, "
+        "or data.source=latents to read stored latents",
+    )
 
 
 def image_spec(image_shape: Shape) -> RecordSpec:
@@ -142,9 +195,9 @@ class ArraySource(ImageRecords):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def image(self, index: int) -> np.ndarray:
-        """Return the image of a record, uint8 [h, w, c]."""
-        return self.images[index]
+    def example(self, index: int) -> tuple[np.ndarray, np.int32]:
+        """Return the image of a record, uint8 [h, w, c], and its label."""
+        return self.images[index], self.labels[index]
 
     def digest(self, index: int) -> str:
         """Return 16 hex digits that change with the pixels or the label of a record."""

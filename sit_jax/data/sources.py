@@ -7,6 +7,7 @@ from sit_jax.data.digits import open_digits
 from sit_jax.data.folder import open_folder
 from sit_jax.data.latents import latent_spec, open_latents
 from sit_jax.data.source import Shape, Source, SourceOptions, image_spec
+from sit_jax.data.tfds import open_tfds
 from sit_jax.record import RecordSpec
 
 
@@ -23,5 +24,6 @@ class SourceKind(NamedTuple):
 SOURCES = {
     "digits": SourceKind(open_digits, image_spec, needs_path=False, decodes=False),
     "folder": SourceKind(open_folder, image_spec, reads_buckets=False),
+    "tfds": SourceKind(open_tfds, image_spec),
     "latents": SourceKind(open_latents, latent_spec, decodes=False),
 }

@@ -3,6 +3,11 @@
 import numpy as np
 
 
+def uniform_order(count: int, seed: int) -> np.ndarray:
+    """Return the indices of `count` images in random order, which depends only on the seed."""
+    return np.random.Generator(np.random.PCG64(seed)).permutation(count)
+
+
 def draw_order(labels_n: np.ndarray, seed: int) -> np.ndarray:
     """Return all indices [n] in an order of which every prefix is a stratified random draw.
 

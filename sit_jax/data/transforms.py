@@ -3,9 +3,11 @@
 NumPy and Pillow only: reader processes run this, and they must not claim a device.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
+import threading
 import warnings
 from typing import Any
 
@@ -20,6 +22,10 @@ PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _LARGEST_SCALED = 2**26  # pixels of a scaled image
+# The threads of a process decode images of more pixels than this one at a time: each takes up to
+# 12 bytes a pixel while it is converted and scaled.
+_LARGE = 2**24
+_large_image = threading.Lock()
 
 # Pillow converts these to RGB over their complete range. It clips any other at 255.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB")
@@ -41,6 +47,17 @@ class Decoding:
     def max_bytes(self) -> int:
         """The largest file: 16 bits and 4 channels without compression, and a MiB of the rest."""
         return 8 * self.max_pixels + 2**20
+
+
+def decode_crop(data: bytes, size: int, decoding: Decoding) -> np.ndarray:
+    """Return the centre crop of the image in `data`, an encoded file, as uint8 [size, size, 3].
+
+    Raises what `open_image`, `to_rgb` and `center_crop` raise, for broken data a dozen types.
+    """
+    image = open_image(data, decoding)
+    is_large = image.width * image.height > _LARGE
+    with _large_image if is_large else contextlib.nullcontext():
+        return center_crop(to_rgb(image, decoding), size)
 
 
 def open_image(data: bytes, decoding: Decoding) -> Image.Image:

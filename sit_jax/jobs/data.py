@@ -37,10 +37,9 @@ def open_source(setup: Setup) -> Source:
     _check_labels(source)
     if isinstance(source, LatentSource):
         check_autoencoder(setup.config.latents, source.manifest, source.folder)
-    place = f"{data.path!r}" if data.path else f"split {data.split!r}"
     beside = f"; passed over: {source.passed_over}" if source.passed_over else ""
     kind = "latents" if isinstance(source, LatentSource) else "images"
-    print(f"data: {len(source):,} {kind} in {classes} of {place}{beside}", flush=True)
+    print(f"data: {len(source):,} {kind} in {classes} of {_place(data)}{beside}", flush=True)
     return source
 
 
@@ -106,6 +105,8 @@ def _check_labels(source: Source) -> None:
             "set, or merge them",
         )
     labels = source.labels
+    if labels is None:  # the source checks each label as it reads it
+        return
     outside = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(outside):
         raise UserError(
@@ -113,6 +114,15 @@ def _check_labels(source: Source) -> None:
             f"outside of the classes among {len(labels):,}; expected 0 to {len(names) - 1}. Test "
             "splits often have no labels: choose another data.split, or repair the labels"
         )
+
+
+def _place(data: Data) -> str:
+    """Return the split, and where the data set is, in words."""
+    split = f"split {data.split!r}"
+    if not data.path:
+        return split
+    place = f"{data.name!r} in {data.path!r}" if data.name else f"{data.path!r}"
+    return place if data.split == "all" else f"{split} of {place}"
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -164,23 +174,35 @@ def check_same_classes(note: Mapping[str, Any], source: Source) -> None:
 
 
 def draw(setup: Setup, source: Source, count: int | None) -> list[int]:
-    """Return the indices of `count` images, a stratified draw; of all images, in order, if None.
+    """Return the indices of `count` images, a random draw; of all images, in order, if None.
 
-    A larger count keeps the images of a smaller one.
+    It is stratified by class, but uniform if the source does not know the labels before it reads
+    the records. A larger count keeps the images of a smaller one.
     """
     if count is None:
         return list(range(len(source)))
-    return subset.draw_order(source.labels, setup.config.data.subset_seed)[:count].tolist()
+    seed = setup.config.data.subset_seed
+    if source.labels is None:
+        order = subset.uniform_order(len(source), seed)
+    else:
+        order = subset.draw_order(source.labels, seed)
+    return order[:count].tolist()
 
 
-def record_settings(data: Data) -> dict[str, Any]:
-    """Return the settings of the data that decide which image a record holds."""
+def kind_of_draw(source: Source) -> str:
+    """Return how `draw` draws from a source, in words."""
+    return "a uniform draw" if source.labels is None else "a stratified draw"
+
+
+def record_settings(data: Data, source: Source) -> dict[str, Any]:
+    """Return the settings of the data that decide which image a record holds, and how to draw."""
     settings = dataclasses.asdict(data)
     for key in ("workers", "flip", "skip_unreadable", "max_pixels"):
         del settings[key]
     if data.name is None:  # as in results of earlier versions, which had no such setting
         del settings["name"]
-    return settings
+    # Results are named by their settings, so those of a stratified draw keep the earlier names.
+    return settings if source.labels is not None else settings | {"stratified": False}
 
 
 def digests(source: Source, indices: Sequence[int], *, skip_unreadable: bool) -> list[str | None]:
@@ -231,7 +253,7 @@ class RealImages(NamedTuple):
 
 
 def read_real_images(setup: Setup, source: Source, count: int) -> RealImages:
-    """Return those of `count` images, a stratified draw of the source, that can be read.
+    """Return those of `count` images, drawn from the source by `draw`, that can be read.
 
     They are in the order of the source. Raises `UserError` if none can be read, or if the source
     holds no images.
@@ -250,7 +272,7 @@ def read_real_images(setup: Setup, source: Source, count: int) -> RealImages:
     readable = skipped == 0
     check(readable.any(), f"none of the {len(indices)} images can be read; check data.path")
     settings = {
-        "data": record_settings(setup.config.data),
+        "data": record_settings(setup.config.data, source),
         "real_images": {
             "drawn": len(indices),
             "of": len(source),

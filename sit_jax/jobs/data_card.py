@@ -44,16 +44,22 @@ _TOLERANCE = 0.25
 Decode = Callable[[np.ndarray], np.ndarray]  # x_bhwc -> images_bhwc in [-1, 1]
 
 
-def describe_data(setup: Setup, source: Source, counts: np.ndarray) -> dict[str, Any]:
-    """Return a card without what only reading all records tells. `counts` are those of classes."""
+def describe_data(setup: Setup, source: Source, counts: np.ndarray | None) -> dict[str, Any]:
+    """Return a card without what only reading all records tells.
+
+    `counts` are the numbers of images of the classes; None if they are not known.
+    """
     data = setup.config.data
+    names = source.class_names
     return {
         "source": data.source,
         "path": data.path,
         "name": data.name,
         "split": data.split,
         "images": len(source),
-        "classes": dict(zip(source.class_names, counts.tolist(), strict=True)),
+        "classes": (
+            list(names) if counts is None else dict(zip(names, counts.tolist(), strict=True))
+        ),
         "records": {
             name: f"{np.dtype(array.dtype).name} {list(array.shape)}"
             for name, array in source.spec.items()
@@ -69,7 +75,9 @@ def write_card(setup: Setup, source: Source, workdir: epath.Path) -> None:
 
     Says what has changed. Reads no more than the images of the sheet.
     """
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    counts = None
+    if source.labels is not None:
+        counts = np.bincount(source.labels, minlength=len(source.class_names))
     card = json.loads(json.dumps(describe_data(setup, source, counts)))
     before = _read(workdir / CARD)
     if before is not None:
@@ -264,7 +272,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     """Read all records and write workdir/data/NAME/{data.json, data.png}; print a summary."""
     setup = set_up(config)
     source = hosts.run_on_all(lambda: open_source(setup))
-    settings = {"data": record_settings(config.data)}
+    settings = {"data": record_settings(config.data, source)}
     with open_results(flags, workdir, "data", config.data.source, settings) as results:
         contents = read_all(setup, source)
         card = describe_data(setup, source, contents.counts)

@@ -70,8 +70,9 @@ def make_plan(setup: Setup, source: Source) -> Plan:
     """Return what the folder is to hold: latents of all images of the source."""
     config = setup.config
     height, width, channels = setup.input_shape
-    images = record_settings(config.data)
-    del images["subset_seed"]
+    images = record_settings(config.data, source)
+    for key in ("subset_seed", "stratified"):  # nothing is drawn
+        images.pop(key, None)
     return Plan(
         moments=Moments(
             (height, width, channels), config.encode.dtype, mirrored=config.data.flip, variance=True

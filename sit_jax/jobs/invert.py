@@ -18,6 +18,7 @@ from sit_jax.jobs.data import (
     check_same_classes,
     digests,
     draw,
+    kind_of_draw,
     open_source,
     read_in_order,
     record_settings,
@@ -34,7 +35,7 @@ from sit_jax.storage import write_bytes
 
 
 def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
-    """Invert sample.count images of data.split, a stratified draw, into workdir/inversions/NAME.
+    """Invert sample.count images of data.split, a random draw, into workdir/inversions/NAME.
 
     For each image, numbered in the order of the draw: 000000.npz with `noise` [h, w, c] as the
     network sees it, `label`, the RMS `error` of the round trip, and `index` and `sha256` of the
@@ -57,7 +58,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     check_same_classes(weights.note, source)
     guide = open_guide(config)
     settings = sampler_settings(setup, weights, guide)
-    settings["data"] = record_settings(config.data)
+    settings["data"] = record_settings(config.data, source)
     with open_results(
         flags, workdir, "inversions", sampler_name(options, weights.step), settings
     ) as results:
@@ -70,7 +71,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         if count < options.count:
             print(f"sample.count is {options.count}, but these are all that there are")
         else:
-            print(f"they are a stratified draw of {len(source):,}")
+            print(f"they are {kind_of_draw(source)} of {len(source):,}")
         position_of = {index: position for position, index in enumerate(drawn)}
         indices = [drawn[position] for position in missing]
         batches = read_in_order(setup, source, indices, options.batch, skip_unreadable=False)

@@ -19,6 +19,7 @@ from sit_jax.jobs.data import (
     check_same_classes,
     digests,
     draw,
+    kind_of_draw,
     open_source,
     read_in_order,
     record_settings,
@@ -200,7 +201,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     weights = restore_weights(setup, workdir, options.weights)
     check_same_classes(weights.note, source)
     meaning = density_target(setup).meaning
-    settings = _results_settings(setup, weights, meaning)
+    settings = _results_settings(setup, source, weights, meaning)
     with open_results(
         flags, workdir, "likelihood", _results_name(setup, weights.step), settings
     ) as results:
@@ -215,7 +216,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
             f"{weights.step}, into {results.folder}"
         )
         if count < len(source):
-            print(f"they are a stratified draw of {len(source):,}")
+            print(f"they are {kind_of_draw(source)} of {len(source):,}")
         print(f"unguided; {meaning}", flush=True)
         with progress_bar(len(missing), "image") as bar:
             for new_rows, evaluations in evaluate(setup, source, weights.params, missing):
@@ -264,14 +265,16 @@ def _results_name(setup: Setup, step: int) -> str:
     return f"step{step}-{options.weights}-{split}-{options.solver}-{trace}-seed{options.seed}"
 
 
-def _results_settings(setup: Setup, weights: Weights, meaning: str) -> dict[str, Any]:
+def _results_settings(
+    setup: Setup, source: Source, weights: Weights, meaning: str
+) -> dict[str, Any]:
     """Return everything that an image's log p depends on."""
     config = setup.config
     settings: dict[str, Any] = {
         "step": weights.step,
         "checkpoint": weights.digest,
         "log_prob": meaning,
-        "data": record_settings(config.data),
+        "data": record_settings(config.data, source),
         "precision": dataclasses.asdict(config.precision),
         "transport": dataclasses.asdict(config.transport),
         "likelihood": dataclasses.asdict(config.likelihood),

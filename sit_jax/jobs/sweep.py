@@ -14,7 +14,13 @@ from etils import epath
 
 from sit_jax import hosts
 from sit_jax.errors import UserError, check
-from sit_jax.jobs.data import RealImages, check_same_classes, open_source, read_real_images
+from sit_jax.jobs.data import (
+    RealImages,
+    check_same_classes,
+    kind_of_draw,
+    open_source,
+    read_real_images,
+)
 from sit_jax.jobs.job import NETWORK, SAMPLER, Job
 from sit_jax.jobs.results import OUT, Row, open_results, progress_bar
 from sit_jax.jobs.sampler import (
@@ -172,7 +178,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
             f"each, into {results.folder}"
         )
         print(
-            f"compared with {len(real.images):,} real images, a stratified draw of "
+            f"compared with {len(real.images):,} real images, {kind_of_draw(source)} of "
             f"{len(source):,}, whose halves are a Frechet distance of {between_halves:.3f} apart",
             flush=True,
         )

@@ -7,7 +7,7 @@ import threading
 import pytest
 from PIL import Image
 
-from sit_jax.data import folder, transforms
+from sit_jax.data import transforms
 from sit_jax.data.folder import IMAGE_EXTENSIONS, open_folder
 from sit_jax.data.source import SourceOptions, UnreadableImage
 from sit_jax.data.transforms import Decoding
@@ -232,18 +232,18 @@ def test_files_are_bounded_in_bytes_and_pixels(tmp_path):
 
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     write_images(tmp_path, *(f"a/{number}.png" for number in range(4)))
-    monkeypatch.setattr(folder, "_LARGE", 10)
+    monkeypatch.setattr(transforms, "_LARGE", 10)
     at_once = []
     decode = transforms.to_rgb
 
     def slow_decode(image, decoding):
-        at_once.append(folder._large_image.locked())
+        at_once.append(transforms._large_image.locked())
         return decode(image, decoding)
 
     monkeypatch.setattr(transforms, "to_rgb", slow_decode)
     source = open_source(tmp_path)
     assert source.read(0)["image"].shape == (8, 8, 3)
-    monkeypatch.setattr(folder, "_LARGE", 2**24)
+    monkeypatch.setattr(transforms, "_LARGE", 2**24)
     assert source.read(1)["image"].shape == (8, 8, 3)
     assert at_once == [True, False]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sit_jax.data.subset import draw_order
+from sit_jax.data.subset import draw_order, uniform_order
 
 SORTED = np.repeat(np.arange(3, dtype=np.int32), 20)  # as a folder of class folders lists them
 UNBALANCED = np.repeat(np.arange(3, dtype=np.int32), [100, 10, 1])
@@ -61,3 +61,13 @@ def test_a_class_without_images_and_no_images_at_all():
     labels = np.array([2, 0, 2], np.int32)
     assert sorted(draw_order(labels, 0)) == [0, 1, 2]
     assert draw_order(np.zeros(0, np.int32), 0).tolist() == []
+
+
+def test_without_labels_every_index_is_drawn_once_and_uniformly():
+    order = uniform_order(60, 0)
+    assert sorted(order) == list(range(60))
+    np.testing.assert_array_equal(uniform_order(60, 0), order)
+    drawn = np.concatenate([uniform_order(60, seed)[:30] for seed in range(200)])
+    times = np.bincount(drawn, minlength=60)  # each 100 times on average, with deviation 7
+    assert times.min() > 65 and times.max() < 135
+    assert uniform_order(0, 0).tolist() == []
