@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tarfile
 import tomllib
 
 import numpy as np
@@ -81,15 +82,17 @@ MODES = {
     "invert": (TINY_SAMPLE, "round trip: RMS error"),
     "likelihood": (TINY_LIKELIHOOD, "bits/dim: "),
     "quality": (TINY_SAMPLE, "samples are read as their label"),
+    "encode": ([], "records of 2 classes"),
     "data": ([], "card: "),
 }
 # A real autoencoder and ImageNet in miniature; learn_sigma, the argument and the rest stay.
-TINY_IMAGENET = flags(
-    data__image_size=16,
-    data__classes=2,
-    data__workers=0,
-    latents__path=goldens.FOLDER / "vae_legacy",
+TINY_VAE = flags(data__classes=2, data__workers=0, latents__path=goldens.FOLDER / "vae_legacy")
+TINY_IMAGENET = TINY_VAE + flags(data__image_size=16)
+# README's command, which the training after it needs.
+ENCODE = (
+    "--mode encode --config configs/imagenet.py --workdir LATENTS --config.data.path=IMAGENET/train"
 )
+TINY_LATENTS = TINY_VAE + flags(data__image_size=8, mesh__data=-1, mesh__fsdp=1)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,18 @@ def clone(quiet_machine, tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     for images in ("PATH", "IMAGENET/train"):
         write_images(folder / images, *(f"{name}/{i}.png" for name in "ab" for i in range(4)))
+    write_imagenet_tar(folder)
     return folder
+
+
+def write_imagenet_tar(folder):
+    """Write the tar of ImageNet's training images in miniature: a tar of each class inside."""
+    with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
+        for name in "ab":
+            with tarfile.open(folder / f"{name}.tar", "w") as inner:
+                for path in (folder / "PATH" / name).iterdir():
+                    inner.add(path, path.name)
+            outer.add(folder / f"{name}.tar", f"{name}.tar")
 
 
 @pytest.fixture
@@ -169,11 +183,26 @@ def check_run(words):
     else:
         train_first(option(words, "--workdir"))
         tiny = tiny + flags(train__steps=6) if mode == "train" else tiny
-    if option(words, "--config", "").startswith("configs/imagenet.py"):
+    config = option(words, "--config", "")
+    if config.startswith("configs/imagenet.py"):
         tiny = tiny + TINY_IMAGENET
+    if config == "configs/latents.py":
+        tiny = tiny + TINY_LATENTS
+        if not pathlib.Path("LATENTS").exists():
+            check_run(shlex.split(ENCODE))
     status, out, err = call(*words, *tiny)
     assert status == 0, err
     assert expected in out and "error: " not in err
+
+
+def check_unpacking(command):
+    """Run a command that unpacks the tar; after the last, each class has its images."""
+    subprocess.run([BASH, "-c", command], check=True)
+    train = pathlib.Path("IMAGENET/train")
+    assert {path.name for path in train.iterdir()} >= {"a", "b"}
+    if command.startswith("find"):
+        assert not list(train.glob("*.tar"))
+        assert len(list(train.glob("[ab]/*.png"))) == 8
 
 
 def check(command, capsys):
@@ -183,6 +212,8 @@ def check(command, capsys):
         return
     if words[:3] == ["pip", "install", "-e"]:
         check_install(words)
+    elif words[0] in ("mkdir", "tar", "find"):
+        check_unpacking(command)
     elif words[0] == "bash" and words[1].startswith("launch/"):
         check_script(words)
     elif words[:3] != ["python", "-m", "sit_jax.main"]:
