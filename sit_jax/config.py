@@ -41,6 +41,7 @@ CHANGEABLE = (
     "data.subset_seed",
     "latents.path",
     "latents.batch",
+    "latents.matmul",
     "model.remat",
     "model.attention",
     "optimizer.learning_rate",

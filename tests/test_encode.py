@@ -296,6 +296,19 @@ def test_the_encoder_runs_on_all_devices_of_this_process(images):
     assert normalise(batch).shape == batch.shape and jax.device_count() >= 1
 
 
+@pytest.mark.parametrize("matmul", ["highest", "default"])
+def test_the_autoencoder_has_the_precision_of_its_setting(images, matmul):
+    setup, source = opened(IMAGE_SETTINGS, data__path=images, latents__matmul=matmul)
+    batch = jnp.asarray(source.read(0)["image"])[None]
+    moments = jax.jit(lambda params: setup.codec.moments(params, {"image": batch}))
+    text = moments.lower(setup.codec.abstract_params).as_text()
+    products = re.findall(r"stablehlo.(?:dot_general|convolution).*", text)
+    assert products
+    assert all(("HIGHEST" in line) == (matmul == "highest") for line in products)
+    # Results of the highest precision keep the names that they had before there was a choice.
+    assert ("matmul" in setup.codec_settings()["latents"]) == (matmul != "highest")
+
+
 def test_two_processes_write_the_latents_of_one(images, tmp_path):
     """Real processes, which divide the shards."""
     settings = IMAGE_SETTINGS | {"data.path": images, "encode.shard": 2, "latents.batch": 1}

@@ -13,6 +13,7 @@ import pytest
 
 from sit_jax import hosts
 from sit_jax.errors import UserError
+from tests import caches
 from tests.commands import DIGITS, flags, pictures, rows
 from tests.processes import Processes
 
@@ -351,3 +352,49 @@ def test_a_machine_without_a_cluster_runs_by_itself_and_refuses_distributed(tmp_
     distributed = Processes(tmp_path, ["--workdir", "x", "--distributed"], count=1, joined=False)
     assert distributed.wait() == [2]
     assert "--distributed, but no cluster is found" in distributed.printed(0, "err")
+
+
+# Prints the batches that the processes of a run read together, row by row, in global order.
+_READ = """
+import json, sys
+import numpy as np
+from absl import flags as absl_flags
+from sit_jax import config, hosts
+hosts.join(None, preemptible=False)
+from sit_jax import sharding
+from sit_jax.data import pipeline
+from sit_jax.jobs.data import open_source
+from sit_jax.jobs.setup import set_up
+absl_flags.FLAGS.mark_as_parsed()
+with hosts.only_first_prints():
+    setup = set_up(config.load(sys.argv[1], [tuple(pair) for pair in json.loads(sys.argv[2])]))
+    source = open_source(setup)
+    rows = sharding.own_rows(setup.mesh, 8)
+    dataset = pipeline.batches(
+        source, seed=3, batch_size=8, flip=True, skip_unreadable=False, rows=rows
+    )
+    batches = []
+    for k in (0, 3, 10**6):
+        own = {row: value.tobytes().hex() for row, value in zip(rows, dataset[k]["moments"])}
+        together = {int(row): value for part in hosts.gather(own) for row, value in part.items()}
+        batches.append([together[row] for row in range(8)])
+    print("batches:", json.dumps(batches))
+"""
+
+
+def test_batches_are_the_same_in_one_two_and_four_processes(tmp_path):
+    """Of stored latents, mirror images included, each process reading its rows."""
+    caches.write(tmp_path / "latents", caches.make_plan())
+    overrides = {
+        "data.source": "latents", "data.path": str(tmp_path / "latents"), "data.split": "all",
+        "data.image_size": "4", "data.channels": "3", "data.classes": "2",
+        "latents.codec": "stored", "model.patch": "1", "train.batch": "8",
+    }  # fmt: skip
+    printed = []
+    for count in (1, 2, 4):
+        arguments = [DIGITS, json.dumps(list(overrides.items()))]
+        processes = Processes(
+            tmp_path / str(count), arguments, count=count, devices=4 // count, program=("-c", _READ)
+        )
+        printed.append(processes.succeed().partition("batches:")[2])
+    assert printed[0] and printed[0] == printed[1] == printed[2]

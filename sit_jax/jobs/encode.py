@@ -19,7 +19,7 @@ from sit_jax.errors import check
 from sit_jax.jobs.data import open_source, read_in_order, record_settings
 from sit_jax.jobs.job import Job
 from sit_jax.jobs.results import OUT, progress_bar
-from sit_jax.jobs.setup import Setup, in_precision
+from sit_jax.jobs.setup import Setup
 from sit_jax.jobs.workdir import open_for_writing
 from sit_jax.record import Record
 from sit_jax.settings import Config
@@ -84,6 +84,7 @@ def make_plan(setup: Setup, source: Source) -> Plan:
             "repo": config.latents.repo,
             "revision": config.latents.revision,
             "dtype": config.latents.dtype,
+            "matmul": config.latents.matmul,
             "encoder": setup.encoder_digest,
         },
         image_size=config.data.image_size,
@@ -183,11 +184,8 @@ def make_encoder(setup: Setup) -> Callable[[np.ndarray], jax.Array]:
         moments = [setup.codec.moments(params, {"image": view_bhwc}) for view_bhwc in views]
         return jnp.stack(moments, axis=1)
 
-    matmul = setup.config.precision.matmul or "highest"
-    compiled = jax.jit(
-        in_precision(encode, matmul), out_shardings=sharding.batch_sharding(setup.mesh)
-    )
     split = sharding.batch_sharding(setup.mesh)
+    compiled = jax.jit(encode, out_shardings=split)
     return lambda images_bhwc: compiled(setup.codec_params, jax.device_put(images_bhwc, split))
 
 
@@ -195,6 +193,6 @@ JOB = Job(
     run,
     "store the latents of a data set, for data.source=latents",
     memory="latents.batch",
-    uses=("data.", "latents.", "encode.", "precision.matmul"),
+    uses=("data.", "latents.", "encode."),
     flags=(OUT,),
 )

@@ -92,6 +92,8 @@ class Setup:
         if not self.codec.abstract_params:
             return {}
         settings = dataclasses.asdict(self.config.latents) | {"batch": None}
+        if settings["matmul"] == "highest":  # as earlier versions, which had no such setting
+            del settings["matmul"]
         return {"latents": settings | {"weights": _digest(self.codec_params)}}
 
     @functools.cached_property

@@ -28,14 +28,15 @@ class VaeOptions:
     dtype: str = "float32"
     scale: float = 0.18215
     batch: int = 8
+    matmul: str = "highest"
 
 
 def open_sd_vae(options: VaeOptions, per_device: PerDevice = lambda apply: apply) -> Codec:
     """Return the codec of the files in a folder or a repository.
 
     At most `options.batch` images pass through the network at once on each device, so memory does
-    not grow with the batch. `per_device` lets each device of a mesh process its own rows. float32
-    means full float32 on every chip. Only `load` reads weights.
+    not grow with the batch. `per_device` lets each device of a mesh process its own rows. With
+    matmul "highest", float32 means full float32 on every chip. Only `load` reads weights.
 
     Raises `UserError` for a file that does not exist or that describes another network.
     """
@@ -46,7 +47,7 @@ def open_sd_vae(options: VaeOptions, per_device: PerDevice = lambda apply: apply
 
     def applied(method: Callable) -> Apply:
         def apply(params: Any, x_bhwc: jax.Array) -> jax.Array:
-            with jax.default_matmul_precision("highest"):
+            with jax.default_matmul_precision(options.matmul):
                 y_bhwc = vae.apply({"params": params}, x_bhwc, method=method)
             return cast(jax.Array, y_bhwc)  # no mutable collections, so no tuple
 
