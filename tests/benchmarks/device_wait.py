@@ -1,7 +1,8 @@
 """Measure the share of time that the device waits between training steps, from a profile of digits.
 
-    python tests/benchmarks/device_wait.py [--steps 100]
+    python tests/benchmarks/device_wait.py [--steps 100] [--latents]
 
+With --latents the same network reads stored latents of 8x8x4 in float16 from the disk.
 Takes about 30 s on 2 cores; other busy processes on them raise the figure. Trains configs/digits.py
 in a temporary folder with `--profile`. The device waits while no thread executes a part of a
 compiled program, between the first and the last such event of the trace. Only the CPU backend is
@@ -17,7 +18,9 @@ import pathlib
 import sys
 import tempfile
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from sit_jax import main
+from tests import caches
 
 FIRST = 60  # the first profiled step, after compilation and warm-up
 # With a suffix, an event of this name is the wait for parts that other threads execute.
@@ -39,11 +42,24 @@ def busy_and_total(events: list[dict]) -> tuple[float, float]:
     return busy / 1e6, (end - spans[0][0]) / 1e6
 
 
-def run(steps: int) -> float:
+def write_latents(folder: pathlib.Path) -> dict[str, object]:
+    """Write latents of noise and return the settings that read them with the digits' network."""
+    plan = caches.make_plan(
+        shape=(8, 8, 4), dtype="float16", examples=4096, shard_records=1024, scale=(1.0,) * 4,
+        shift=(0.0,) * 4,
+    )  # fmt: skip
+    caches.write(folder, plan)
+    return {
+        "data.source": "latents", "data.path": folder, "data.split": "all", "data.channels": 4,
+        "data.classes": 2, "data.flip": True, "latents.codec": "stored",
+    }  # fmt: skip
+
+
+def run(steps: int, *, latents: bool) -> float:
     """Train and return the share of time that the device waited."""
     with tempfile.TemporaryDirectory() as folder:
         last = FIRST + steps - 1
-        flags = ["--config", "configs/digits.py", "--workdir", folder]
+        flags = ["--config", "configs/digits.py", "--workdir", f"{folder}/run"]
         profile = ["--profile", f"{FIRST}:{last}"]
         settings = {
             "train.steps": last + 20,
@@ -51,6 +67,8 @@ def run(steps: int) -> float:
             "checkpoint.every": 10**6,
             "log.every": 20,
         }
+        if latents:
+            settings |= write_latents(pathlib.Path(folder) / "latents")
         overrides = [f"--config.{key}={value}" for key, value in settings.items()]
         status = main.main(flags + profile + overrides)
         if status:
@@ -71,4 +89,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=100, help="profiled steps (default: 100)")
-    sys.exit(run(parser.parse_args().steps) >= 0.02)
+    parser.add_argument("--latents", action="store_true", help="train from stored latents")
+    options = parser.parse_args()
+    sys.exit(run(options.steps, latents=options.latents) >= 0.02)
