@@ -234,7 +234,10 @@ def test_a_changed_shard_is_named_and_stops_nothing(cache, tmp_path):
 
 
 def test_latents_are_decoded_if_the_weights_are_at_hand(tmp_path):
-    moments = {"shape": (4, 4, 4), "scale": (0.5,) * 4, "shift": (0.0,) * 4, "shard_records": 23}
+    moments = {
+        "shape": (4, 4, 4), "scale": (0.5,) * 4, "shift": (0.0,) * 4, "shard_records": 23,
+        "autoencoder": {"name": "sd-vae"},
+    }  # fmt: skip
     caches.write(tmp_path / "cache", caches.make_plan(**moments))
     vae = goldens.FOLDER / "vae_legacy"
     settings = flags(

@@ -74,6 +74,8 @@ def test_two_processes_train_as_one_and_write_everything_once(one, two):
     assert sorted(p.name for p in workdir.iterdir()) == [
         "checkpoints",
         "config.json",
+        "data.json",
+        "data.png",
         "metrics.jsonl",
         "run.json",
     ]
