@@ -12,6 +12,7 @@ from sit_jax import config as config_lib
 from sit_jax.data import latent_cache, sources
 from sit_jax.data.digits import open_digits
 from sit_jax.data.source import SourceOptions
+from sit_jax.errors import UserError
 from sit_jax.image_io import to_uint8
 from sit_jax.jobs import data as data_lib
 from sit_jax.jobs.setup import set_up
@@ -351,3 +352,12 @@ def test_the_readers_are_printed_and_recorded_as_given(trained):
     workdir, out = trained
     assert "data: read by threads\n" in out
     assert json.loads((workdir / "config.json").read_text())["data"]["workers"] is None
+
+
+def test_readers_that_only_wait_for_a_core_are_refused(monkeypatch):
+    monkeypatch.setattr(data_lib.hosts, "cores", lambda: 2)
+    setup = set_up(config_lib.load(DIGITS, [("data.workers", "64")]))
+    assert data_lib.choose_workers(setup, 16) == (64, "")
+    setup = set_up(config_lib.load(DIGITS, [("data.workers", "65")]))
+    with pytest.raises(UserError, match="data.workers is 65, but this machine has 2 cores"):
+        data_lib.choose_workers(setup, 16)

@@ -24,6 +24,7 @@ from sit_jax.settings import Data, Latents
 
 _DIGEST_THREADS = 8
 _DIGEST_CHUNK = 1024  # files that wait for these threads at a time
+_MOST_READERS_OF_A_CORE = 32
 
 
 def open_source(setup: Setup) -> Source:
@@ -352,6 +353,13 @@ def choose_workers(setup: Setup, rows: int) -> tuple[int, str]:
     """
     data = setup.config.data
     if data.workers is not None:
+        most = _MOST_READERS_OF_A_CORE * hosts.cores()
+        check(
+            data.workers <= most,
+            f"data.workers is {data.workers}, but this machine has {hosts.cores()} cores, which "
+            f"more than {most} processes would only wait for, each in some 150 MB; set it to none, "
+            "so that it is chosen",
+        )
         return data.workers, ""
     platform = setup.mesh.devices.flat[0].platform
     if platform == "cpu" or not sources.SOURCES[data.source].decodes:
