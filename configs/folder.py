@@ -1,4 +1,4 @@
-"""Your own images: a folder of class folders of JPEG, PNG or WebP files, in pixel space at 64x64.
+"""Your own images: one folder of JPEG, PNG or other files per class, in pixel space at 64x64.
 
     python -m sit_jax.main --config configs/folder.py --workdir runs/mine --config.data.path=PATH
     --config.data.classes=N

@@ -3,10 +3,11 @@
     python -m sit_jax.main --config configs/imagenet.py:SiT-XL/2,256 --workdir runs/xl2
     --config.data.path=IMAGENET/train
 
-Each step encodes its images with the VAE, which costs 0.27 of 0.98 TFLOP, and decodes JPEG files as
-fast as it trains. To store the latents once instead, give this config to --mode encode, and train
-with configs/latents.py: the same examples up to the rounding of the storage, 42 GB at 256 pixels.
-Take this one for images that change, or where disk is scarce; take the latents for anything long.
+Each step encodes its images with the VAE, which costs 0.27 of 0.98 TFLOP, and JPEG files have to be
+decoded as fast as it trains. To store the latents once instead, give this config to --mode encode,
+and train with configs/latents.py: the same examples up to the rounding of the storage, 42 GB at 256
+pixels. Use this config for images that change, or where disk is scarce, and stored latents for long
+runs.
 
     python -m sit_jax.main --mode encode --config configs/imagenet.py --workdir LATENTS
     --config.data.path=IMAGENET/train

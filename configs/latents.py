@@ -1,9 +1,10 @@
-"""SiT on cached latents of 256 px images: 32x32x4, 1,000 classes, bfloat16, fsdp.
+"""SiT on stored latents of 256 px images: 32x32x4, 1,000 classes, bfloat16, fsdp.
 
     python -m sit_jax.main --config configs/latents.py --workdir runs/xl2 --config.data.path=LATENTS
 
 LATENTS is a folder that --mode encode made from images (configs/imagenet.py has the command) or
-convert.latents from another project's cache. Compilation for chips that are not here needs none:
+convert.latents from another project's cache. Preflight compiles for chips that are not here,
+and needs no latents:
 
     python -m sit_jax.main --config configs/latents.py --mode preflight --topology v5e:4x4
     python -m sit_jax.main --config configs/latents.py:512 --mode preflight --topology v5e:4x4

@@ -2,8 +2,8 @@
 
 python -m convert.latents SRC DST
 
-Read are the caches of REPA and of LightningDiT, and folders of .npy or .npz files of moments. Shape
-suffixes as in `convert.caches.cache`.
+It reads the caches of REPA and of LightningDiT, and folders of .npy or .npz files of moments. Shape
+suffixes are those of `convert.caches.cache`.
 """
 
 import dataclasses
@@ -238,7 +238,7 @@ def _find_layout(src: str) -> str:
         "lightningdit": any(name.endswith(lightning.EXTENSION) for name in names),
         "moments": not names.isdisjoint(class_labels.NAMES),
     }
-    layouts = [layout for layout, is_there in found.items() if is_there]
+    layouts = [layout for layout, exists in found.items() if exists]
     check(
         layouts,
         f"{src!r} holds neither {files.DATASET} (repa), nor {lightning.EXTENSION} files "

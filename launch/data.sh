@@ -10,7 +10,7 @@ usage: bash launch/data.sh copy SRC DST
 
 copy    copy stored latents from SRC, a folder in a bucket or on shared storage, to the folder DST
         of this machine. Every file is checked by its SHA-256 (python -m sit_jax.data.fetch). A copy
-        that was cut is continued; one that is complete takes seconds to look at.
+        that was interrupted is continued; a complete one is checked in seconds.
 mount   mount the bucket read-only with gcsfuse, so that its folder appears as DST, which must end
         in BUCKET/FOLDER. Nothing is copied or checked, and every read goes to the bucket.
         --install first installs gcsfuse if it is missing: it adds Google's apt repository with

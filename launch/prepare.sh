@@ -7,13 +7,15 @@ data='' scratch='' mount='' no_check='' manifest_folder='' data_command=()
 
 DATA_HELP='--data SRC         stored latents in a bucket (gs://BUCKET/FOLDER): every host copies them to its
                    own disk and checks them before each start, also after a preemption, and
-                   --config.data.path is set to that copy. A cut copy is continued
+                   --config.data.path is set to that copy. An interrupted copy is
+                   continued
 --scratch DIR      folder of each host for the copy (default: ~/sit_data)'
 CHECK_HELP='--no_check         do not check here, before anything is created, that the command can start. The
                    check needs the packages of requirements.txt: in .venv, or PYTHON=/path/to/python'
 
 # read_data DIRECTORY: make --data the data.path of sit_jax.main, below this folder of each host
-# unless --scratch names another one. "${data_command[@]}" is then the command that each host runs first.
+# unless --scratch names another one. "${data_command[@]}" is then the command that each host runs
+# first.
 read_data() {
     local argument
     if [ -z "$data" ]; then

@@ -36,7 +36,8 @@ is queued again and continues from that checkpoint.
 
 --data SRC         stored latents on shared storage or in a bucket (gs://BUCKET/FOLDER, with gcsfs
                    in .venv): each node copies them once to its own disk and checks them before the
-                   start, and --config.data.path is set to that copy. A cut copy is continued
+                   start, and --config.data.path is set to that copy. An interrupted copy is
+                   continued
 --scratch DIR      folder on the disk of each node for the copy (default: \$SLURM_TMPDIR)
 $CHECK_HELP
 --flags FILE       compiler flags, such as launch/compiler_flags/h100.flags (default: none)

@@ -160,9 +160,9 @@ def cores() -> int:
 
 
 def sharers_of_cores() -> int:
-    """Return how many of the run's processes use the cores of this one, which counts as one.
+    """Return the number of the run's processes that use this one's cores, itself included.
 
-    Processes of a machine that are bound to cores of their own share nothing.
+    Processes that are bound to cores of their own share none.
     """
     bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     place = [socket.gethostname(), bound]

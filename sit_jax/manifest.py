@@ -13,7 +13,6 @@ from sit_jax import storage
 
 NAME = "manifest.json"
 _LARGEST = 2**26  # bytes of a manifest: hundreds of thousands of files
-_CHUNK = 2**24  # bytes
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
@@ -28,7 +27,7 @@ class Manifest(NamedTuple):
 def write(folder: epath.Path, step: int, run: str) -> None:
     """Write the manifest of a complete checkpoint."""
     files = {
-        name: {"bytes": path.stat().length, "sha256": _sha256(path)}
+        name: {"bytes": path.stat().length, "sha256": storage.sha256(path)}
         for name, path in sorted(_files(folder).items())
     }
     text = json.dumps({"step": step, "run": run, "files": files}, indent=1)
@@ -94,7 +93,7 @@ def _damage(folder: epath.Path, manifest: Manifest) -> str | None:
         if size != expected_size:
             return f"{name} has {size} bytes instead of {expected_size}"
     for name, (_, expected) in manifest.files.items():
-        if _sha256(files[name]) != expected:
+        if storage.sha256(files[name]) != expected:
             return f"the content of {name} has changed"
     return None
 
@@ -108,11 +107,3 @@ def _files(folder: epath.Path) -> dict[str, epath.Path]:
         elif path.name != NAME:
             files[path.name] = path
     return files
-
-
-def _sha256(path: epath.Path) -> str:
-    result = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            result.update(chunk)
-    return result.hexdigest()

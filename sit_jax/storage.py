@@ -6,6 +6,7 @@ would copy the object.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from etils import epath
 from sit_jax.errors import UserError, check, unknown_name
 
 _STORES = ("gs://", "s3://", "az://")
+_CHUNK = 2**24  # bytes that are read at a time
 
 
 def expand(name: str, path: str) -> str:
@@ -251,6 +253,15 @@ def append_text(path: epath.PathLike, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def sha256(path: epath.Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in chunks."""
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            result.update(chunk)
+    return result.hexdigest()
 
 
 def json_rows(text: bytes) -> Iterator[tuple[bytes, dict]]:

@@ -86,7 +86,7 @@ def open_lightning(folder: str, multiplier: float, needs_stats: bool) -> Cache:
 
 
 def _check_none_missing(folder: str, names: list[str]) -> None:
-    """Raise UserError that names a file which is missing between others."""
+    """Raise UserError that names a file that is missing in the sequence of ranks and shards."""
     matches = [match for match in map(_NAME.fullmatch, names) if match]
     found = {(int(match[1]), int(match[2])) for match in matches}
     for rank, shard in sorted(found):

@@ -1,11 +1,11 @@
 """Copies stored latents to a local disk: `python -m sit_jax.data.fetch SRC DST`.
 
 SRC is a folder of stored latents in a bucket or on shared storage. Each file is copied beside its
-target, checked against the manifest, and renamed. manifest.json comes last, so DST can be trained
-on once it is there. The same command continues a copy that was cut.
+target, checked against the manifest, and renamed. manifest.json comes last, so a DST that has one
+is complete. The same command continues a copy that was interrupted.
 
-A file that has been checked is noted in DST with its size and time of change. Later starts compare
-only these; --verify reads every byte again.
+A file that has been checked is noted in DST with its size and modification time. Later starts
+compare only these; --verify reads every byte again.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class _Progress:
         self._stopped = False
 
     def expect(self, count: int) -> None:
-        """Raise the number of bytes to read."""
+        """Increase the number of bytes to read."""
         with self._lock:
             self._total += count
 
@@ -93,9 +93,9 @@ def _duration(seconds: float) -> str:
 def fetch(source: epath.PathLike, target: epath.PathLike, *, verify: bool = False) -> None:
     """Copy the stored latents in `source` to the local folder `target`.
 
-    Files of `target` that are right already are kept; `verify` reads them again. Raises `UserError`
-    if `source` is not complete, a file is not the one that its manifest names, or `target` holds
-    other latents or lacks the room.
+    Files of `target` that are already correct are kept; `verify` reads them again. Raises
+    `UserError` if `source` is not complete, a file is not the one that its manifest names, or
+    `target` holds other latents or lacks the room.
     """
     source = epath.Path(source)
     target = epath.Path(target)
@@ -132,7 +132,7 @@ def _summary(
     size = sum(file.bytes for file in files) / 1e9
     parts = [
         f"{len(copied)} copied",
-        f"{len(left) - len(copied)} read and right",
+        f"{len(left) - len(copied)} read and correct",
         f"{len(files) - len(left)} unchanged since they were checked",
     ]
     return (
@@ -200,7 +200,10 @@ def _files_of(source: epath.Path, manifest: Manifest) -> list[_File]:
     try:
         size = labels.stat().length
     except Exception as error:  # each store has errors of its own
-        raise UserError(f"{labels} cannot be read ({storage.reason(error)})") from error
+        raise UserError(
+            f"{labels} cannot be read ({storage.reason(error)}); copy it there again from where "
+            "the latents were stored"
+        ) from error
     shards = [_File(shard.name, shard.bytes, shard.sha256) for shard in manifest.shards]
     return [_File(LABELS, size, manifest.labels_sha256), *shards]
 
@@ -216,7 +219,7 @@ def _is_verified(target: epath.Path, file: _File, verified: dict[str, dict[str, 
 
 
 def _note(target: epath.Path, file: _File) -> dict[str, Any] | None:
-    """Return what is noted of a file that is right; None if it is missing or of another size."""
+    """Return the note on a correct file; None if it is missing or of another size."""
     try:
         status = os.stat(target / file.name)
     except FileNotFoundError:
@@ -238,17 +241,17 @@ def _check_room(target: epath.Path, left: Sequence[_File]) -> None:
 
 
 def _fetch_all(source: epath.Path, target: epath.Path, files: Sequence[_File]) -> list[_File]:
-    """Make these files right and return those that were copied."""
+    """Check these files, copy those that are not correct, and return the copied ones."""
     progress = _Progress(sum(file.bytes for file in files))
     noting = threading.Lock()
 
     def fetch_one(file: _File) -> bool:
-        is_right = _is_right(target, file, progress)
-        if not is_right:
+        is_correct = _is_correct(target, file, progress)
+        if not is_correct:
             _copy(source / file.name, target / file.name, file, progress)
         with noting:
             storage.append_text(target / _VERIFIED, json.dumps(_note(target, file)) + "\n")
-        return not is_right
+        return not is_correct
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         copies = [threads.submit(fetch_one, file) for file in files]
@@ -262,7 +265,7 @@ def _fetch_all(source: epath.Path, target: epath.Path, files: Sequence[_File]) -
     return [file for file, copy in zip(files, copies, strict=True) if copy.result()]
 
 
-def _is_right(target: epath.Path, file: _File, progress: _Progress) -> bool:
+def _is_correct(target: epath.Path, file: _File, progress: _Progress) -> bool:
     """Return True if the target has the file with its size and SHA-256."""
     if not _note(target, file):
         return False
@@ -317,7 +320,7 @@ def main(argv: Sequence[str]) -> int:
     parser = _Parser(
         "python -m sit_jax.data.fetch",
         description="Copy stored latents to a local disk and check every file by its SHA-256. The "
-        "same command continues a copy that was cut.",
+        "same command continues a copy that was interrupted.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="folder with manifest.json, local or gs://")
@@ -326,7 +329,7 @@ def main(argv: Sequence[str]) -> int:
         "--verify",
         action="store_true",
         help="read all files of DST again; by default those that have not changed since they were "
-        "checked are taken for right",
+        "checked are assumed to be correct",
     )
     try:
         flags = parser.parse_args(argv)

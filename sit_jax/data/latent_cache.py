@@ -4,7 +4,7 @@ A folder holds
 
     manifest.json                        what the records are and where they come from; written last
     labels.npy                           the label of each record, int32
-    latents-00000-of-00313.array_record  records, each of them readable by its number
+    latents-00000-of-00313.array_record  records, each of which can be read by its number
     plan.json, *.array_record.json       only until the manifest is written: what is done so far
 
 A record is the number of its example in the source, its label, and the mean and log variance of the
@@ -42,7 +42,6 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _HEADER = struct.Struct("<qi")  # number in the source, label
 _LARGEST_JSON = 2**28  # bytes
-_CHUNK = 2**24  # bytes
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 _SHARD_OVERHEAD = 2**17  # bytes of a shard beside its records, and 41 of each record
 _RECORD_OVERHEAD = 64
@@ -71,7 +70,7 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of records: those of the source's examples first, ..., stop - 1 that were read."""
+    """One file of records: examples first, ..., stop - 1 of the source, without those left out."""
 
     name: str
     first: int
@@ -193,7 +192,9 @@ def read_labels(folder: epath.PathLike, manifest: Manifest) -> np.ndarray:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({storage.reason(error)})") from error
+        raise UserError(
+            f"{path} cannot be read ({storage.reason(error)}); get an undamaged copy"
+        ) from error
     check(
         hashlib.sha256(data).hexdigest() == manifest.labels_sha256,
         f"{path} has changed since the latents were stored; get an undamaged copy",
@@ -202,7 +203,7 @@ def read_labels(folder: epath.PathLike, manifest: Manifest) -> np.ndarray:
 
 
 def check_files(folder: epath.PathLike, manifest: Manifest) -> None:
-    """Raise `UserError` that names the first shard which is missing or of another size."""
+    """Raise `UserError` that names the first shard that is missing or has another size."""
     for shard in manifest.shards:
         path = epath.Path(folder) / shard.name
         check(
@@ -258,7 +259,7 @@ class CacheWriter:
         self.plan = plan
 
     def begin(self) -> None:
-        """Write the plan, unless all is written already. Only one process calls this.
+        """Write the plan, unless the folder is already complete. Only one process calls this.
 
         Raises `UserError` if the folder belongs to another plan, or the disk is too small.
         """
@@ -339,7 +340,7 @@ class CacheWriter:
             except RuntimeError as error:
                 raise OSError(storage.reason(error)) from error
             size = new.stat().length
-            sha256 = _sha256(new)
+            sha256 = storage.sha256(new)
         assert set(written) <= set(numbers), "examples of another shard"
         shard = Shard(name, numbers.start, numbers.stop, len(written), size, sha256)
         left_out = sorted(set(numbers) - set(written))
@@ -367,24 +368,19 @@ class CacheWriter:
             labels_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
             shards=tuple(Shard(**content["shard"]) for content in contents),
         )
-        check(manifest.records, "none of the examples could be read")
+        check(
+            manifest.records,
+            "none of the examples could be read, so there is nothing to store; check the data set",
+        )
         storage.write_text(self.folder / MANIFEST, json.dumps(_to_json(manifest), indent=1))
 
 
 def check_sha256(path: epath.Path, expected: str) -> None:
     """Raise `UserError` unless a file has this SHA-256."""
     check(
-        _sha256(path) == expected,
+        storage.sha256(path) == expected,
         f"{path} has changed since the latents were stored; copy it again",
     )
-
-
-def _sha256(path: epath.Path) -> str:
-    result = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            result.update(chunk)
-    return result.hexdigest()
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def latent_spec(shape: Shape, dtype: type[np.generic] = np.float16) -> RecordSpe
 
 
 def open_latents(options: SourceOptions) -> LatentSource:
-    """Open a folder of stored latents: one split, "all". All shards must be there, and complete."""
+    """Open a folder of stored latents: one split, "all". All shards must exist and be complete."""
     if not options.path:
         raise UserError(
             "data.path is empty, but data.source='latents' needs a folder of stored latents, made "

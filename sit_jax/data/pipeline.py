@@ -119,7 +119,7 @@ def prefetch_to_device(
 
 
 class _ProcessRows(grain.MapDataset):
-    """Lists of what the global order has at the rows that one process reads: b of each B."""
+    """For each global batch of B examples, the list of the b that one process reads."""
 
     def __init__(self, order: grain.MapDataset, batch_size: int, rows: Sequence[int]):
         super().__init__(order)
@@ -138,7 +138,7 @@ def _read_batch(read: Callable[[Example], Record], examples: Sequence[Example]) 
     """Read the records of a batch into arrays with a leading axis b.
 
     Not by grain's own `map` and `batch`, which cost as much for each record as reading a latent.
-    Each record is copied as it is read: its memory serves the next one.
+    Each record is copied as soon as it is read, so that its memory can be reused for the next.
     """
     batch: Record = {}
     for row, example in enumerate(examples):

@@ -15,7 +15,8 @@ _THREADS = 16
 def check_shards(records: Iterable[tuple[str, int]], remedy: str = "copy it again") -> None:
     """Open each of these files, given with its number of records.
 
-    Raises `UserError` that names the first which is missing, cut or of another number of records.
+    Raises `UserError` that names the first that is missing, truncated, or holds another number
+    of records.
     """
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         list(threads.map(functools.partial(_check_shard, remedy), records))

@@ -28,8 +28,8 @@ _INFO = "dataset_info.json"
 _DOWNLOADS = "downloads"  # of TFDS, beside the data sets: often many thousands of folders
 _NAME = re.compile(r"(?P<base>(?P<top>[\w-]+)(/[\w+.-]+)?)(:(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-# TFDS imports its modules when they are first used, and threads that do so at once wait for each
-# other for ever. Parsing is pure Python, so that threads would not make it faster.
+# TFDS imports its modules on first use, and threads that do so at the same time deadlock. Parsing
+# is pure Python, so more threads would not make it faster.
 _one_thread = threading.Lock()
 _PREPARE = 'download_and_prepare(file_format="array_record")'
 

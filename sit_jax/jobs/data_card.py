@@ -35,9 +35,9 @@ _THREADS = 8
 _BATCH = 64
 _LISTED = 5  # unreadable files in the printed summary
 
-# How far the mean and the spread of normalised latents may lie from 0 and 1. With numbers of its
-# own for each channel, each channel is promised to be normalised. A single factor, such as the
-# SD-VAE's, promises it only of all channels together: on ImageNet its channels have means of up to
+# How far the mean and the spread of normalised latents may lie from 0 and 1. A scale or shift for
+# each channel promises that each channel is normalised. A single factor, such as the SD-VAE's,
+# promises it only of all channels together: on ImageNet its channels have means of up to
 # 1.1 and spreads down to 0.6, by the figures that EDM2 (arXiv 2312.02696) publishes with its code.
 _TOLERANCE = 0.25
 
@@ -45,7 +45,7 @@ Decode = Callable[[np.ndarray], np.ndarray]  # x_bhwc -> images_bhwc in [-1, 1]
 
 
 def describe_data(setup: Setup, source: Source, counts: np.ndarray | None) -> dict[str, Any]:
-    """Return a card without what only reading all records tells.
+    """Return a card of what is known without reading all records.
 
     `counts` are the numbers of images of the classes; None if they are not known.
     """
@@ -168,7 +168,7 @@ def _decoder(setup: Setup) -> Decode | str:
 
 
 class Contents(NamedTuple):
-    """What reading every record has told."""
+    """What `read_all` has found."""
 
     counts: np.ndarray  # readable records of each class
     unreadable: list[str]  # why each of the others cannot be read, which names it
@@ -176,7 +176,7 @@ class Contents(NamedTuple):
 
 
 def read_all(setup: Setup, source: Source) -> Contents:
-    """Read every record, each process its share. Nothing that cannot be read stops it."""
+    """Read every record, each process its share. An unreadable record does not stop it."""
     indices = range(jax.process_index(), len(source), jax.process_count())
     counts = np.zeros(len(source.class_names), np.int64)
     unreadable: list[tuple[int, str]] = []
@@ -219,7 +219,7 @@ def _sums(batch: Record, readable: np.ndarray) -> ChannelSums:
 
 
 def _statistics(source: Source, sums: ChannelSums) -> dict[str, Any]:
-    """Return mean and spread of each channel, and for latents whether they are as promised."""
+    """Return the mean and spread of each channel, and for latents what their scale promises."""
     values: dict[str, Any] = {
         "of": "pixels, 0 to 255",
         "mean": _rounded(sums.mean_c),

@@ -54,7 +54,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     plan = make_plan(setup, source)
     with open_for_writing(folder):
         writer = CacheWriter(folder, plan)
-        hosts.broadcast_from_first(lambda: writer.begin())
+        hosts.broadcast_from_first(writer.begin)
         # Process 0 decides, as the others may see a shared folder with a delay.
         names = hosts.broadcast_from_first(lambda: [name for name, _ in writer.missing()])
         _print_plan(writer, len(names))

@@ -54,7 +54,7 @@ def _accept(flags: argparse.Namespace, overrides: Overrides) -> None:
     """Accept any flags."""
 
 
-def _fit(setup: Setup) -> None:
+def _accept_batches(setup: Setup) -> None:
     """Accept any batches."""
 
 
@@ -70,7 +70,7 @@ class Job:
     # Raises UserError for flags or overrides that the job does not accept.
     check: Callable[[argparse.Namespace, Overrides], None] = _accept
     # Raises UserError unless the batches that the job uses divide over the devices.
-    check_batches: Callable[[Setup], None] = _fit
+    check_batches: Callable[[Setup], None] = _accept_batches
     # False for a job that only compiles: it needs no workdir and claims no device.
     uses_devices: bool = True
 

@@ -264,17 +264,8 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
     SIGTERM and Ctrl-C, on any host, save and return after the current step; with several hosts, a
     few steps later. `profile` (a, b) writes a trace of steps a to b.
     """
-    setup = _set_up(config)
-    source = hosts.run_on_all(lambda: open_source(setup))
-    hosts.check_same("data set", {"images": len(source)})
-    setup = dataclasses.replace(setup, images=len(source))
-    steps = hosts.run_on_all(lambda: setup.steps)
-    length = "steps" if config.train.epochs is None else "epochs"
-    if length == "epochs":
-        print(
-            f"{config.train.epochs:g} epochs of {len(source):,} images in batches of "
-            f"{config.train.batch}: {steps:,} steps"
-        )
+    setup, source = _open_data(_set_up(config))
+    steps = setup.steps
     if setup.encodes_images or config.log.sheet_every:
         _ = setup.codec_params  # read now, so that an error leaves no folder behind
         check_encoder(setup, source)
@@ -286,6 +277,7 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         check_same_classes(note, source)
         check_same_latents(note, source)
         if start >= steps:
+            length = "steps" if config.train.epochs is None else "epochs"
             print(
                 f"{workdir} is already at step {start} of {steps}; raise train.{length} to train on"
             )
@@ -319,6 +311,21 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
     else:
         command = f"python -m sit_jax.main --mode sample --workdir {workdir}"
         print(f"trained to step {steps}; sample with: {command}")
+
+
+def _open_data(setup: Setup) -> tuple[Setup, Source]:
+    """Open the data and return the setup with its number of images, so that it knows its steps."""
+    source = hosts.run_on_all(lambda: open_source(setup))
+    hosts.check_same("data set", {"images": len(source)})
+    opened = dataclasses.replace(setup, images=len(source))
+    steps = hosts.run_on_all(lambda: opened.steps)
+    train = setup.config.train
+    if train.epochs is not None:
+        print(
+            f"{train.epochs:g} epochs of {len(source):,} images in batches of {train.batch}: "
+            f"{steps:,} steps"
+        )
+    return opened, source
 
 
 def _open_log(config: Config, workdir: epath.Path, start: int) -> MetricLog:

@@ -1,6 +1,7 @@
 """Stable Diffusion's autoencoder as a codec: x is `scale` times a draw from the posterior."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -64,29 +65,11 @@ def open_sd_vae(options: VaeOptions, per_device: PerDevice = lambda apply: apply
             return posterior.draw_stored(keys_b, records)
         return scale * posterior.draw(keys_b, moments(params, records))
 
-    def shape(spec: RecordSpec) -> Shape:
-        if "moments" in spec:
-            return _stored_shape(spec, architecture)
-        height, width, channels = spec["image"].shape
-        factor = architecture.factor
-        image_channels = architecture.image_channels
-        check(
-            channels == image_channels,
-            f"data.channels is {channels}, but this VAE encodes {image_channels}; set it to "
-            f"{image_channels}",
-        )
-        check(
-            height % factor == 0 and width % factor == 0,
-            f"data.image_size is {height}, but one cell of this VAE is {factor} pixels; make it a "
-            f"multiple of {factor}",
-        )
-        return height // factor, width // factor, architecture.latent_channels
-
     abstract = abstract_params(architecture)
     return Codec(
         encode=encode,
         decode=lambda params, x_bhwc: images_of(params, x_bhwc / scale),
-        shape=shape,
+        shape=functools.partial(_shape, architecture),
         abstract_params=abstract,
         load=lambda: files.read_params(source, abstract),
         quantised=False,
@@ -96,7 +79,26 @@ def open_sd_vae(options: VaeOptions, per_device: PerDevice = lambda apply: apply
     )
 
 
-def _stored_shape(spec: RecordSpec, architecture: VaeArchitecture) -> Shape:
+def _shape(architecture: VaeArchitecture, spec: RecordSpec) -> Shape:
+    if "moments" in spec:
+        return _stored_shape(architecture, spec)
+    height, width, channels = spec["image"].shape
+    factor = architecture.factor
+    image_channels = architecture.image_channels
+    check(
+        channels == image_channels,
+        f"data.channels is {channels}, but this VAE encodes {image_channels}; set it to "
+        f"{image_channels}",
+    )
+    check(
+        height % factor == 0 and width % factor == 0,
+        f"data.image_size is {height}, but one cell of this VAE is {factor} pixels; make it a "
+        f"multiple of {factor}",
+    )
+    return height // factor, width // factor, architecture.latent_channels
+
+
+def _stored_shape(architecture: VaeArchitecture, spec: RecordSpec) -> Shape:
     height, width, moments = spec["moments"].shape
     channels = moments // 2
     expected = architecture.latent_channels

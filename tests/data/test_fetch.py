@@ -146,7 +146,7 @@ def test_files_that_are_wrong_are_copied_again(source, target, capsys):
     assert is_right(source, target)
     out = capsys.readouterr().out
     assert f"{shards[0]} has changed; it is copied again" in out
-    assert "3 copied, 0 read and right, 3 unchanged" in out
+    assert "3 copied, 0 read and correct, 3 unchanged" in out
 
 
 def test_a_byte_that_flipped_without_a_new_time_is_found_by_verify_only(source, target, capsys):
@@ -220,7 +220,7 @@ def test_a_second_process_waits_and_then_copies_nothing(source, target):
     shutil.copytree(source, target, dirs_exist_ok=True)
     os.close(descriptor)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "0 copied, 6 read and right" in out
+    assert process.returncode == 0 and "0 copied, 6 read and correct" in out
 
 
 def test_progress_says_how_long_it_takes(source, target, capsys, monkeypatch):
