@@ -32,7 +32,8 @@ def get_config(variant="256"):
         raise ValueError(f"the variant is {variant!r}; expected one of {', '.join(variants)}")
     side, batch, shape = variants[variant]
     config = default()
-    config.model.update(name="SiT-XL/2", **shape)
+    # The reference trains with learn_sigma, so weights can be converted in both directions.
+    config.model.update(name="SiT-XL/2", learn_sigma=True, **shape)
     config.data.update(source="latents", image_size=side, channels=4, classes=1000, flip=True)
     config.latents.update(codec="sd-vae")
     config.train.update(steps=400_000, batch=batch)

@@ -34,7 +34,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     that are already complete are kept.
     """
     # A mesh of this process only, since processes finish at different times.
-    setup = Setup(config, sharding.make_mesh(-1, 1, 1, jax.local_devices()))
+    mesh = sharding.make_mesh(-1, 1, 1, jax.local_devices())
+    setup = Setup(config, mesh, sharers=hosts.sharers_of_cores())
     check(
         setup.codec.moments,
         f"latents.codec is {config.latents.codec!r}, which has no latents to store; set it to "
