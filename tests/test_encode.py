@@ -208,6 +208,24 @@ def test_latents_of_other_weights_than_those_that_decode_are_refused(latents, tm
     assert status == 2 and "were encoded with other weights" in err and err.count("\n") == 1
 
 
+def test_latents_of_two_autoencoders_are_not_mixed(images, latents, tmp_path):
+    """Neither when a run continues nor when its samples are decoded; no sheet reads the VAE."""
+    settings = LATENT_SETTINGS | {"train.steps": 1}
+    other = IMAGE_SETTINGS | {"latents.path": goldens.FOLDER / "vae_current"}
+    assert run("encode", tmp_path / "other", other, data__path=images)[0] == 0
+    assert run("train", tmp_path / "run", settings, data__path=latents[0])[0] == 0
+    status, _, err = run(
+        "train", tmp_path / "run", settings, data__path=tmp_path / "other", train__steps=2
+    )
+    assert status == 2 and "encoded with other weights than those that the run" in err
+    assert run("train", tmp_path / "b", settings, data__path=tmp_path / "other")[0] == 0
+    status, _, err = call("--mode", "sample", "--workdir", tmp_path / "b")
+    assert status == 2 and err.count("\n") == 1
+    assert "the latents that the run was trained on were encoded with other weights" in err
+    path = f"--config.latents.path={goldens.FOLDER / 'vae_current'}"
+    assert call("--mode", "sample", "--workdir", tmp_path / "b", path)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
