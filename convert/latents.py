@@ -167,6 +167,11 @@ def _check_folders(src: str, dst: str) -> None:
         os.path.isdir(src),
         f"{src!r} is not a folder; expected a folder of latents: unpack an archive first",
     )
+    check(
+        not latent_cache.holds_latents(src),
+        f"{src!r} already holds latents of this project; train from it with data.source=latents "
+        "and that data.path",
+    )
     storage.check_reachable("DST", dst)
     if not storage.is_remote(dst):
         inner, outer = os.path.realpath(dst), os.path.realpath(src)

@@ -208,6 +208,24 @@ def test_latents_of_other_weights_than_those_that_decode_are_refused(latents, tm
     assert status == 2 and "were encoded with other weights" in err and err.count("\n") == 1
 
 
+def test_latents_of_two_autoencoders_are_not_mixed(images, latents, tmp_path):
+    """Neither when a run continues nor when its samples are decoded; no sheet reads the VAE."""
+    settings = LATENT_SETTINGS | {"train.steps": 1}
+    other = IMAGE_SETTINGS | {"latents.path": goldens.FOLDER / "vae_current"}
+    assert run("encode", tmp_path / "other", other, data__path=images)[0] == 0
+    assert run("train", tmp_path / "run", settings, data__path=latents[0])[0] == 0
+    status, _, err = run(
+        "train", tmp_path / "run", settings, data__path=tmp_path / "other", train__steps=2
+    )
+    assert status == 2 and "encoded with other weights than those that the run" in err
+    assert run("train", tmp_path / "b", settings, data__path=tmp_path / "other")[0] == 0
+    status, _, err = call("--mode", "sample", "--workdir", tmp_path / "b")
+    assert status == 2 and err.count("\n") == 1
+    assert "the latents that the run was trained on were encoded with other weights" in err
+    path = f"--config.latents.path={goldens.FOLDER / 'vae_current'}"
+    assert call("--mode", "sample", "--workdir", tmp_path / "b", path)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -251,6 +269,44 @@ def test_encoding_again_changes_nothing_and_other_settings_are_refused(images, t
     status, _, err = run("encode", tmp_path / "latents", settings, data__image_size=32)
     assert status == 2 and "holds other latents" in err and err.count("\n") == 1
     assert {path.name: path.read_bytes() for path in (tmp_path / "latents").iterdir()} == files
+
+
+@pytest.mark.parametrize("change", ["renamed", "moved"])
+def test_shards_of_other_images_are_not_taken_for_those_of_these(images, tmp_path, change):
+    """As many images as before, in another order or with another label."""
+    shutil.copytree(images, tmp_path / "images")
+    settings = IMAGE_SETTINGS | {"data.path": tmp_path / "images"}
+    broken = tmp_path / "images" / "class1" / "09.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"")
+    # Stopped at the last of three shards.
+    assert run("encode", tmp_path / "latents", settings)[0] == 2
+    broken.write_bytes(whole)
+    first = tmp_path / "images" / "class0" / "00.png"
+    if change == "renamed":
+        first.rename(first.with_name("99.png"))
+    else:
+        first.rename(tmp_path / "images" / "class1" / "00.png")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "latents").iterdir()}
+    status, _, err = run("encode", tmp_path / "latents", settings)
+    assert status == 2 and err.count("\n") == 1
+    assert "holds other latents: source.fingerprint is " in err and "give another folder" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "latents").iterdir()} == files
+
+
+def test_a_repaired_image_does_not_undo_what_is_done(images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    settings = IMAGE_SETTINGS | {
+        "data.path": tmp_path / "images", "encode.shard": 2, "latents.batch": 1,
+    }  # fmt: skip
+    broken = tmp_path / "images" / "class1" / "09.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"")
+    assert run("encode", tmp_path / "latents", settings)[0] == 2
+    broken.write_bytes(whole)
+    status, out, _ = run("encode", tmp_path / "latents", settings)
+    # Without the shards of the batches that were on the device.
+    assert status == 0 and re.search("6 shards, [1-5] of them complete", out)
 
 
 def test_an_unreadable_image_stops_it_or_is_left_out(images, tmp_path):

@@ -10,7 +10,13 @@ import stat
 
 import numpy as np
 
-from sit_jax.data.source import EncodedImages, SourceOptions, check_rgb, first_names
+from sit_jax.data.source import (
+    EncodedImages,
+    SourceOptions,
+    check_rgb,
+    first_names,
+    short_digest,
+)
 from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError, check
 from sit_jax.storage import is_remote
@@ -54,6 +60,11 @@ class FolderSource(EncodedImages):
         except (OSError, ValueError) as error:
             raise self.unreadable(index, error) from error
         return data, self.labels[index]
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with the path or label of any file."""
+        listed = "\0".join(self.files)
+        return short_digest(listed.encode("utf-8", "surrogateescape") + self.labels.tobytes())
 
 
 def _read_file(path: str, max_bytes: int) -> bytes:

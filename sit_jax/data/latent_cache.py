@@ -289,12 +289,7 @@ class CacheWriter:
                     f"{path} cannot be read ({storage.reason(error)}); delete the folder, or give "
                     "another one"
                 ) from error
-            now = _plan_to_json(self.plan)
-            changed = [
-                f"{key} is {now[key]!r} and was {before[key]!r}"
-                for key in now
-                if now[key] != before[key]
-            ]
+            changed = _changes(_plan_to_json(self.plan), before)
             check(
                 not changed,
                 f"{str(self.folder)!r} holds other latents: {'; '.join(changed)[:400]}; give "
@@ -373,6 +368,18 @@ class CacheWriter:
             "none of the examples could be read, so there is nothing to store; check the data set",
         )
         storage.write_text(self.folder / MANIFEST, json.dumps(_to_json(manifest), indent=1))
+
+
+def _changes(now: Mapping[str, Any], before: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return what differs between two plans in words, setting by setting."""
+    changed = []
+    for key in dict.fromkeys([*now, *before]):
+        new, old = now.get(key), before.get(key)
+        if isinstance(new, dict) and isinstance(old, dict):
+            changed += _changes(new, old, f"{prefix}{key}.")
+        elif new != old:
+            changed.append(f"{prefix}{key} is {new!r} and was {old!r}")
+    return changed
 
 
 def check_sha256(path: epath.Path, expected: str) -> None:

@@ -146,6 +146,11 @@ class LatentSource:
         """Return 16 hex digits that change with the stored bytes of a record."""
         return short_digest(self._bytes(index))
 
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with the bytes of a shard, or the labels."""
+        parts = [self.manifest.labels_sha256, *(shard.sha256 for shard in self.manifest.shards)]
+        return short_digest(" ".join(parts).encode())
+
 
 def latent_spec(shape: Shape, dtype: type[np.generic] = np.float16) -> RecordSpec:
     """Return the spec of a record of latents of this height, width and number of channels."""

@@ -79,6 +79,12 @@ class Source(Protocol):
         Raises `UnreadableImage` if they cannot be read.
         """
 
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with the list of records: their files and labels.
+
+        It opens no files, and so stays the same when a broken one is repaired.
+        """
+
 
 class UnreadableImage(UserError):
     """One image is missing or broken. A separate type, so that a pipeline can skip only these."""
@@ -202,3 +208,7 @@ class ArraySource(ImageRecords):
     def digest(self, index: int) -> str:
         """Return 16 hex digits that change with the pixels or the label of a record."""
         return short_digest(self.images[index].tobytes() + self.labels[index].tobytes())
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with the pixels or the label of any record."""
+        return short_digest(self.images.tobytes() + self.labels.tobytes())

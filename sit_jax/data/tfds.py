@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import re
 import threading
 from collections.abc import Mapping
@@ -20,7 +21,13 @@ from etils import epath
 
 from sit_jax import storage
 from sit_jax.data.shards import check_shards
-from sit_jax.data.source import EncodedImages, SourceOptions, UnreadableImage, check_rgb
+from sit_jax.data.source import (
+    EncodedImages,
+    SourceOptions,
+    UnreadableImage,
+    check_rgb,
+    short_digest,
+)
 from sit_jax.data.transforms import Decoding
 from sit_jax.errors import UserError, brief, check, unknown_name
 
@@ -91,6 +98,10 @@ class TfdsSource(EncodedImages):
             " are labelled, such as train",
         )
         return data, np.int32(label)
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with the path of a shard, or which records it has."""
+        return short_digest(json.dumps(self.shards).encode())
 
 
 @functools.cache

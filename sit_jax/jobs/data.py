@@ -84,13 +84,27 @@ def check_encoder(setup: Setup, source: Source) -> None:
 
     It reads the codec's weights. Latents of another project do not say which weights made them.
     """
-    if not isinstance(source, LatentSource) or not setup.codec.has_decoder:
+    if isinstance(source, LatentSource):
+        stored = source.manifest.plan.autoencoder.get("encoder")
+        _check_same_encoder(setup, stored, f"the latents in {source.folder!r}")
+
+
+def check_trained_encoder(setup: Setup, note: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a run's stored latents were encoded with other weights than the codec's.
+
+    `note` is the checkpoint's. A decoder that was trained further for the same encoder is allowed.
+    """
+    latents = note.get("data", {}).get("latents") or {}
+    _check_same_encoder(setup, latents.get("encoder"), "the latents that the run was trained on")
+
+
+def _check_same_encoder(setup: Setup, stored: str | None, what: str) -> None:
+    if stored is None or not setup.codec.has_decoder:
         return
-    stored = source.manifest.plan.autoencoder.get("encoder")
     check(
-        stored in (None, setup.encoder_digest),
-        f"the latents in {source.folder!r} were encoded with other weights than those of the VAE "
-        "that latents.path and latents.repo give; give the VAE that made them, or encode again",
+        stored == setup.encoder_digest,
+        f"{what} were encoded with other weights than those of the VAE that latents.path and "
+        "latents.repo give; give the VAE that made them, or encode again",
     )
 
 
@@ -134,16 +148,30 @@ def describe(source: Source) -> dict[str, Any]:
     }
     if isinstance(source, LatentSource):
         plan = source.manifest.plan
-        description["latents"] = {"scale": list(plan.scale), "shift": list(plan.shift)}
+        description["latents"] = {
+            "scale": list(plan.scale),
+            "shift": list(plan.shift),
+            "encoder": plan.autoencoder.get("encoder"),  # None: another project's, not known
+        }
     return description
 
 
 def check_same_latents(note: Mapping[str, Any], source: Source) -> None:
-    """Raise `UserError` if stored latents have another scale or shift than those trained on."""
+    """Raise `UserError` if stored latents are of another autoencoder than those trained on.
+
+    Their scale or shift differs, or the weights that encoded them, where both are known.
+    """
     trained = note.get("data", {}).get("latents")
     now = describe(source).get("latents")
+    encoders = {latents.get("encoder") for latents in (trained, now) if latents} - {None}
     check(
-        trained in (None, now),
+        len(encoders) < 2,
+        "these latents were encoded with other weights than those that the run was trained on; "
+        "give the latents that it was trained on, or start a new run",
+    )
+    scales = [latents and (latents["scale"], latents["shift"]) for latents in (trained, now)]
+    check(
+        trained is None or scales[0] == scales[1],
         f"these latents are scaled by {_short(now['scale']) if now else 'nothing'}, and those that "
         f"the run was trained on by {_short(trained['scale']) if trained else 'nothing'} (or their "
         "shifts differ); give the latents that it was trained on, or start a new run",

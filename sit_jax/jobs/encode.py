@@ -74,6 +74,8 @@ def make_plan(setup: Setup, source: Source) -> Plan:
     images = record_settings(config.data, source)
     for key in ("subset_seed", "stratified"):  # nothing is drawn
         images.pop(key, None)
+    # So that shards of other images, or of images in another order, do not count as complete.
+    images["fingerprint"] = hosts.broadcast_from_first(source.fingerprint)
     return Plan(
         moments=Moments(
             (height, width, channels), config.encode.dtype, mirrored=config.data.flip, variance=True

@@ -7,6 +7,7 @@ from etils import epath
 
 from sit_jax import hosts, storage
 from sit_jax.image_io import ImageWriter, sheet
+from sit_jax.jobs.data import check_trained_encoder
 from sit_jax.jobs.job import NETWORK, Job
 from sit_jax.jobs.results import OUT, open_results, progress_bar
 from sit_jax.jobs.sampler import (
@@ -34,6 +35,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     check_sample_batch(setup)
     options = config.sample
     weights = restore_weights(setup, workdir, options.weights)
+    check_trained_encoder(setup, weights.note)
     guide = open_guide(config)
     settings = sampler_settings(setup, weights, guide)
     with open_results(

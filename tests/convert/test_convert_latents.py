@@ -328,7 +328,7 @@ def test_a_killed_conversion_continues(tmp_path, monkeypatch, capsys, layout):
     convert(str(src), str(dst), Options())
     assert f"{dst} is already complete\n" in capsys.readouterr().out
     assert snapshot(dst) == snapshot(tmp_path / "alone")
-    with pytest.raises(UserError, match="holds other latents: moments is"):
+    with pytest.raises(UserError, match="holds other latents: moments."):
         convert(str(src), str(dst), Options(dtype="float32"))
 
 
@@ -337,7 +337,7 @@ def test_a_run_does_not_continue_with_other_labels(tmp_path):
     dst = str(tmp_path / "dst")
     convert(str(src), dst, Options())
     write_repa(src, labels=[2, 1, 0, 0, 1, 2, 0])
-    with pytest.raises(UserError, match="holds other latents: source is"):
+    with pytest.raises(UserError, match="holds other latents: source.files is"):
         convert(str(src), dst, Options())
 
 

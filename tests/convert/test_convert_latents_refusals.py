@@ -18,6 +18,7 @@ from convert.latents import Options, convert
 from sit_jax import lock
 from sit_jax.data import latent_cache
 from sit_jax.errors import UserError
+from tests import caches
 from tests.commands import snapshot
 from tests.other_caches import (
     lightning_latent,
@@ -337,6 +338,8 @@ def test_folders_that_are_not_a_cache(tmp_path):
     refused(src, "may be repa or moments; give --layout, which decides")
     save(src / "other.npy", noise(0, 8, 4, 4))
     refused(src, "other.npy is not one of REPA's img-mean-std-.*.npy; remove", layout="repa")
+    caches.write(tmp_path / "ours", caches.make_plan())
+    refused(tmp_path / "ours", "already holds latents of this project; train from it")
     refused(tmp_path / "gs:" / "x", "does not exist")
     with pytest.raises(UserError, match="'gs://bucket/x' is not on a local disk"):
         convert("gs://bucket/x", str(tmp_path / "dst"), Options())

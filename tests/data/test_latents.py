@@ -113,12 +113,12 @@ def test_a_plan_without_shards_can_be_withdrawn(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "float16"}, "moments is .*float16"),
+        ({"dtype": "float16"}, "moments.dtype is .float16. and was .float32."),
         ({"scale": (1.0, 1.0, 1.0)}, "scale is"),
         ({"class_names": ("bee", "ant")}, "class_names is"),
         ({"examples": 24}, "examples is 24 and was 23"),
-        ({"autoencoder": {"name": "sd-vae"}}, "autoencoder is"),
-        ({"source": {"path": "elsewhere"}}, "source is"),
+        ({"autoencoder": {"name": "sd-vae"}}, "autoencoder.name is"),
+        ({"source": {"path": "elsewhere"}}, "source.path is .elsewhere. and was"),
     ],
 )
 @pytest.mark.parametrize("is_complete", [True, False])
