@@ -135,7 +135,23 @@ def test_every_image_is_read_and_what_cannot_be_is_named(tmp_path):
     sheet = np.asarray(Image.open(folder / "data.png"))
     np.testing.assert_array_equal(sheet[2:26:3, 2:26:3], pixels[0])
     assert not sheet[28:52, 28:52].any()  # image 6
+    assert card["sizes"] == {
+        "images": 6, "width": [8, 8, 8], "height": [8, 8, 8], "smaller_than_image_size": 0,
+    }  # fmt: skip
     assert "images of a class: 2 ('bee') to 3 ('ant'), 5 in all" in out and "unreadable: 2" in out
+
+
+def test_the_sizes_of_the_files_are_listed(tmp_path):
+    for index, size in enumerate([(20, 30), (7, 9), (40, 8), (12, 16)]):
+        (tmp_path / "data" / "cat").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(tmp_path / "data" / "cat" / f"{index}.png")
+    command = [*TINY, *FOLDER, *flags(data__path=tmp_path / "data", data__classes=1)]
+    out = succeed(*command, "--mode", "data", "--workdir", tmp_path / "run")
+    card, _ = card_of(tmp_path / "run", "folder")
+    assert card["sizes"] == {
+        "images": 4, "width": [7, 16, 40], "height": [8, 12, 30], "smaller_than_image_size": 1,
+    }  # fmt: skip
+    assert "width 7, 16, 40; height 8, 12, 30; 1 are smaller than data.image_size" in out
 
 
 def test_results_may_lie_outside_of_the_workdir(tmp_path, trained):

@@ -153,6 +153,14 @@ class EncodedImages(ImageRecords):
         except Exception as error:  # Pillow's decoders raise a dozen types for broken data
             raise self.unreadable(index, error) from error
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image as it is stored. Raises `UnreadableImage`."""
+        data, _ = self.encoded(index)
+        try:
+            return transforms.open_image(data, self.decoding).size
+        except Exception as error:  # those of `example`
+            raise self.unreadable(index, error) from error
+
     def digest(self, index: int) -> str:
         """Return 16 hex digits that change with the encoded image or the label of a record."""
         data, label = self.encoded(index)

@@ -16,11 +16,11 @@ from etils import epath
 from sit_jax import hosts, sharding, storage
 from sit_jax.data import latent_cache, pipeline, statistics
 from sit_jax.data.latents import LatentSource
-from sit_jax.data.source import Source
+from sit_jax.data.source import EncodedImages, Source, UnreadableImage
 from sit_jax.data.statistics import ChannelSums
 from sit_jax.errors import UserError
 from sit_jax.image_io import encode_png, to_uint8
-from sit_jax.jobs.data import open_source, read_in_order, record_settings
+from sit_jax.jobs.data import draw, open_source, read_in_order, record_settings
 from sit_jax.jobs.job import SHEET, Job
 from sit_jax.jobs.results import OUT, make_sheet, open_results, progress_bar
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches, set_up
@@ -33,6 +33,7 @@ _PICTURE = "data.png"
 _SHOWN = 64  # images of the sheet
 _THREADS = 8
 _BATCH = 64
+_SIZED = 10_000  # images whose size is looked at, at most
 _LISTED = 5  # unreadable files in the printed summary
 
 # How far the mean and the spread of normalised latents may lie from 0 and 1. A scale or shift for
@@ -201,6 +202,41 @@ def read_all(setup: Setup, source: Source) -> Contents:
     )
 
 
+def _sizes(source: EncodedImages, indices: Sequence[int]) -> dict[str, Any] | None:
+    """Return the sizes of stored images at these indices; None if none can be read.
+
+    Only their headers are decoded. An image smaller than data.image_size is enlarged.
+    """
+
+    def size(index: int) -> tuple[int, int] | None:
+        try:
+            return source.size(index)
+        except UnreadableImage:
+            return None
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(_THREADS) as threads,
+        progress_bar(len(indices), "image", desc="sizes") as bar,
+    ):
+        sizes = []
+        for found in threads.map(size, indices):
+            bar.update()
+            sizes += [found] if found else []
+    if not sizes:
+        return None
+    widths, heights = np.array(sizes).T
+    return {
+        "images": len(sizes),
+        "width": _least_median_most(widths),
+        "height": _least_median_most(heights),
+        "smaller_than_image_size": int((np.min(sizes, axis=1) < source.image_size).sum()),
+    }
+
+
+def _least_median_most(values: np.ndarray) -> list[int]:
+    return [int(values.min()), int(np.median(values)), int(values.max())]
+
+
 def _reason(source: Source, index: int) -> str:
     """Return why a record cannot be read."""
     try:
@@ -277,6 +313,9 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         contents = read_all(setup, source)
         card = describe_data(setup, source, contents.counts)
         card |= {"unreadable": contents.unreadable}
+        if isinstance(source, EncodedImages):
+            drawn = sorted(draw(setup, source, min(len(source), _SIZED)))
+            card["sizes"] = hosts.broadcast_from_first(lambda: _sizes(source, drawn))
         if contents.sums:
             card["statistics"] = _statistics(source, contents.sums)
         decode: Decode | str = ""
@@ -301,6 +340,12 @@ def summary(card: Mapping[str, Any]) -> Iterator[str]:
     )
     yield f"unreadable: {len(card['unreadable']):,}"
     yield from _first_lines(card["unreadable"])
+    if sizes := card.get("sizes"):
+        width, height = ("{}, {}, {}".format(*sizes[side]) for side in ("width", "height"))
+        yield (
+            f"sizes of {sizes['images']:,} images (least, median, most): width {width}; height "
+            f"{height}; {sizes['smaller_than_image_size']:,} are smaller than data.image_size"
+        )
     if "statistics" in card:
         values = card["statistics"]
         yield f"{values['of']}: mean {_listed(values['mean'])}, std {_listed(values['std'])}"
