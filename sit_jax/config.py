@@ -36,6 +36,7 @@ CHANGEABLE = (
     "train.ema_decay",
     "data.path",
     "data.workers",
+    "data.read_ahead",
     "data.skip_unreadable",
     "data.max_pixels",
     "data.subset_seed",

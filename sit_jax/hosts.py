@@ -159,6 +159,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def memory() -> int:
+    """Return the bytes of this machine's memory. Not collective."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def sharers_of_cores() -> int:
     """Return the number of the run's processes that use this one's cores, itself included.
 

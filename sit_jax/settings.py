@@ -190,6 +190,12 @@ class Data:
         "processes that read images; 0: threads of the main process; none: chosen by the source "
         "and the machine",
     )
+    read_ahead: int | None = setting(
+        None,
+        Between(1, 1_024),
+        "batches that each of these reads ahead; none: 8, or fewer where they would take more than "
+        "a quarter of the memory",
+    )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

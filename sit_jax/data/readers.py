@@ -16,10 +16,12 @@ import numpy as np
 from sit_jax.errors import UserError, check
 from sit_jax.record import Record
 
-# Threads that read in each process, each a batch at a time; twice as many batches are held in
-# memory. Decoding and resizing release the interpreter lock, so a few threads help. Beyond these,
-# use `workers`.
+# Threads that read in each process, each a batch at a time. Decoding and resizing release the
+# interpreter lock, so a few threads help. Beyond these, use `workers`.
 _THREADS = 4
+# Batches that each process reads ahead where memory allows, and the part of memory they may take.
+_READ_AHEAD = 8
+_READ_AHEAD_SHARE = 1 / 4
 # Reader processes that are chosen without being asked for.
 _MOST_CHOSEN = 32
 _SHARED_MEMORY = "/dev/shm"
@@ -29,12 +31,20 @@ _BATCHES_PER_READER = 4
 _BATCHES_HELD = 4
 
 
-def iterate(dataset: grain.MapDataset, start: int, *, workers: int, batch_bytes: int) -> "Batches":
+def iterate(
+    dataset: grain.MapDataset,
+    start: int,
+    *,
+    workers: int,
+    batch_bytes: int,
+    read_ahead: int = _READ_AHEAD,
+) -> "Batches":
     """Return an iterator of elements `start`, `start + 1`, ... of `dataset`, read ahead.
 
-    A large `start` costs nothing. `workers` processes read them, or threads of this process if 0.
-    In-memory sources are faster without processes. Processes need absl's flags to be parsed.
-    `close()` the iterator to end its threads and processes.
+    A large `start` costs nothing. `workers` processes read them, or threads of this process if 0;
+    each process holds up to `read_ahead` of them. In-memory sources are faster without processes.
+    Processes need absl's flags to be parsed. `close()` the iterator to end its threads and
+    processes.
 
     Raises `UserError` if the processes need more shared memory than there is, and from the iterator
     if one of them dies.
@@ -42,7 +52,8 @@ def iterate(dataset: grain.MapDataset, start: int, *, workers: int, batch_bytes:
     needed = _needed(workers, batch_bytes)
     free, _ = _shared_memory()
     check(free >= needed, f"shared memory is too small: {_explanation(workers, needed)}")
-    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
+    threads = min(_THREADS, read_ahead)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
     ahead = dataset.slice(slice(start, None)).to_iter_dataset(options)
     processes = grain.MultiprocessingOptions(num_workers=workers)
     return Batches(iter(ahead.mp_prefetch(processes, _outlive_signals)), workers, needed)
@@ -64,6 +75,15 @@ def choose_workers(cores: int, sharers: int, batch_bytes: int) -> tuple[int, str
         f"{_SHARED_MEMORY} has {_size(free)} free, too little for {wanted}: start a container with "
         f"{_flag(needed)}"
     )
+
+
+def choose_read_ahead(memory: int, processes: int, batch_bytes: int) -> int:
+    """Return how many batches each of the processes that share this machine's memory reads ahead.
+
+    `memory` is in bytes.
+    """
+    room = int(_READ_AHEAD_SHARE * memory / (processes * batch_bytes))
+    return max(1, min(_READ_AHEAD, room))
 
 
 def _needed(workers: int, batch_bytes: int) -> int:

@@ -226,7 +226,7 @@ def kind_of_draw(source: Source) -> str:
 def record_settings(data: Data, source: Source) -> dict[str, Any]:
     """Return the settings of the data that decide which image a record holds, and how to draw."""
     settings = dataclasses.asdict(data)
-    for key in ("workers", "flip", "skip_unreadable", "max_pixels"):
+    for key in ("workers", "read_ahead", "flip", "skip_unreadable", "max_pixels"):
         del settings[key]
     if data.name is None:  # as in results of earlier versions, which had no such setting
         del settings["name"]
@@ -401,4 +401,8 @@ def _read_ahead(
 ) -> readers.Batches:
     """Return the batches of `dataset`, each of up to `rows` rows, from number `start`."""
     size = pipeline.batch_bytes(setup.record_spec, rows)
-    return readers.iterate(dataset, start, workers=workers, batch_bytes=size)
+    read_ahead = setup.config.data.read_ahead
+    if read_ahead is None:
+        processes = max(1, workers) * setup.sharers
+        read_ahead = readers.choose_read_ahead(hosts.memory(), processes, size)
+    return readers.iterate(dataset, start, workers=workers, batch_bytes=size, read_ahead=read_ahead)

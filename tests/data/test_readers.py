@@ -189,3 +189,19 @@ def test_batches_held_to_the_end_leave_no_shared_memory():
         check=False,
     )
     assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_fewer_batches_are_read_ahead_where_memory_is_short():
+    assert readers.choose_read_ahead(64 * 10**9, 1, 10**6) == 8
+    assert readers.choose_read_ahead(64 * 10**9, 4, 10**9) == 4
+    assert readers.choose_read_ahead(10**9, 32, 10**9) == 1
+
+
+@pytest.mark.parametrize("read_ahead", [1, 3, 20])
+def test_how_far_is_read_ahead_changes_no_batch(read_ahead):
+    dataset, _ = open_batches(workers=0)
+    with contextlib.closing(
+        readers.iterate(dataset, 2, workers=0, batch_bytes=1024, read_ahead=read_ahead)
+    ) as batches:
+        for k in range(2, 30):
+            np.testing.assert_array_equal(next(batches)["label"], dataset[k]["label"])
