@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from sit_jax import hosts
 from sit_jax.errors import UserError, check
 from sit_jax.record import Record
 
@@ -52,7 +53,8 @@ def iterate(
     needed = _needed(workers, batch_bytes)
     free, _ = _shared_memory()
     check(free >= needed, f"shared memory is too small: {_explanation(workers, needed)}")
-    threads = min(_THREADS, read_ahead)
+    # As many as there are cores for each process: more of them would only take turns.
+    threads = min(_THREADS, read_ahead, max(1, hosts.cores() // workers) if workers else _THREADS)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
     ahead = dataset.slice(slice(start, None)).to_iter_dataset(options)
     processes = grain.MultiprocessingOptions(num_workers=workers)
