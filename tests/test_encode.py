@@ -101,13 +101,12 @@ def test_the_moments_of_each_image_and_its_mirror_image_are_stored(images, laten
     folder, out = latents
     setup, source = opened(IMAGE_SETTINGS, data__path=images)
     _, stored = opened(LATENT_SETTINGS, data__path=folder)
+    moments_of = jax.jit(setup.codec.moments)
     assert len(stored) == len(source) == IMAGES and stored.class_names == source.class_names
     for index in range(IMAGES):
         for mirrored in (False, True):
             record = source.read(index, mirrored)
-            expected = setup.codec.moments(
-                setup.codec_params, {"image": jnp.asarray(record["image"])[None]}
-            )
+            expected = moments_of(setup.codec_params, {"image": record["image"][None]})
             read = stored.read(index, mirrored)
             # Other batches compile to other orders of summation.
             np.testing.assert_allclose(read["moments"], expected[0], rtol=2e-5, atol=2e-5)
