@@ -7,7 +7,7 @@ Takes about 6 minutes on 2 idle cores, and 1 minute with --latents. The first ne
 torchvision and scikit-image: pip install -e ".[benchmark]".
 
 Photographs of 500x375 pixels, parts of those of scikit-learn and scikit-image as JPEG files, are
-decoded, cropped to 256 pixels and mirrored at random, in batches of 16. The other side is
+decoded, cropped to 256 pixels and mirrored at random, in batches of 64. The other side is
 torchvision's ImageFolder with the transform of the PyTorch reference in a DataLoader with as many
 workers. Every turn reads what was read ahead before its time starts. A ratio is torchvision's time
 over ours in one pair of turns, and its lower quartile must reach the target. Before that, the crops
@@ -37,9 +37,9 @@ from tests.benchmarks import sides
 TARGETS = {"1 worker": 1.3, "2 workers": 1.3}
 RECORDS_PER_SECOND = 15_000
 SIZE = 256
-BATCH = 16
+BATCH = 64
 READ_AHEAD = 24  # batches, more than either side holds
-TIMED = 24  # batches of a turn
+TIMED = 8  # batches of a turn
 LATENTS = 8192
 LATENT_BATCH = 256
 
