@@ -174,17 +174,22 @@ def test_missing_and_cut_shards_are_named(cache):
         open_folder(cache)
 
 
-def test_swapped_shards_are_noticed_at_the_first_record(cache):
-    first, second, *_ = shards(cache)
+@pytest.mark.parametrize("other", [1, 2])
+def test_swapped_shards_are_noticed_at_the_first_record(cache, other):
+    """Also where the labels are the same, as in shards 0 and 2."""
+    first, second = (shards(cache)[number] for number in (0, other))
     data = first.read_bytes()
     assert len(data) == len(second.read_bytes())
     first.write_bytes(second.read_bytes())
     second.write_bytes(data)
     source = open_folder(cache)
-    with pytest.raises(UserError, match=f"{first.name} is another shard: it holds example 5"):
+    message = f"{first.name} is another shard: it holds example {5 * other} "
+    with pytest.raises(UserError, match=message) as error:
         source.read(0)
-    assert not isinstance(pytest.raises(UserError, source.read, 7).value, UnreadableImage)
-    source.read(10)
+    assert not isinstance(error.value, UnreadableImage)
+    with pytest.raises(UserError, match=f"{second.name} is another shard"):
+        source.read(5 * other + 2)
+    source.read(15)
 
 
 def test_a_damaged_record_is_named_and_others_are_read(cache):
