@@ -1,7 +1,7 @@
 """The exception for a user's mistake; main prints it as one line and exits with status 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -49,3 +49,33 @@ def require(value: T | None, message: str) -> T:
     if value is None:
         raise UserError(message)
     return value
+
+
+def check_tensors(
+    source: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    remedy: str = "",
+) -> None:
+    """Compare the tensors of `source` with the expected ones, both as name -> shape.
+
+    Raises UserError that names the missing, unexpected and mis-shaped tensors.
+    """
+    problems = [
+        f"{name} is missing, expected shape {list(shape)}"
+        for name, shape in expected.items()
+        if name not in shapes
+    ]
+    problems += [
+        f"{name} of shape {list(shape)} is unexpected"
+        for name, shape in shapes.items()
+        if name not in expected
+    ]
+    problems += [
+        f"{name} has shape {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != tuple(shape)
+    ]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{source} does not fit: {'; '.join(problems[:4])}{more}{remedy}")

@@ -27,7 +27,7 @@ def as_features(images_bhwc: np.ndarray) -> np.ndarray:
     columns = w // block
     tiled = images_bhwc[:, : rows * block, : columns * block]
     blocks = tiled.reshape(n, rows, block, columns, block, c)
-    return blocks.mean(axis=(2, 4)).reshape(n, -1) / 255.0
+    return blocks.mean(axis=(2, 4)).reshape(n, rows * columns * c) / 255.0
 
 
 def fit_components(features_nd: np.ndarray, components: int) -> Any:

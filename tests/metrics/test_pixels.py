@@ -59,3 +59,7 @@ def test_the_classifier_names_the_class_of_the_nearest_images():
     features = centres[labels] + rng.normal(size=(60, 2))
     classifier = pixels.fit_classifier(features, labels)
     np.testing.assert_array_equal(classifier.predict(centres), [0, 1, 2])
+
+
+def test_no_images_have_no_features():
+    assert pixels.as_features(np.zeros((0, 40, 33, 3), np.uint8)).shape == (0, 20 * 16 * 3)
