@@ -83,15 +83,10 @@ def check_input(path: str) -> None:
     raise UserError(f"{path!r} is a folder; give {inside}")
 
 
-@contextlib.contextmanager
-def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
-    """Yield a temporary path beside `out`, a file or workdir of about `size` bytes.
+def check_output(out: str, overwrite: bool) -> None:
+    """Raise UserError if `out` is remote, or already exists and `overwrite` is not set.
 
-    The temporary path is renamed to `out` when the block ends, and removed if the block fails.
-
-    Raises UserError if `out` already exists and `overwrite` is not set, is a folder other than a
-    workdir, is in use by a run that is training, or cannot be written. First completes or removes
-    what a conversion to the same path that was killed has left.
+    First completes or removes what a conversion to the same path that was killed has left.
     """
     path = epath.Path(out)
     storage.clean_up(path.parent, path.name)
@@ -103,6 +98,20 @@ def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
         overwrite or not path.exists(),
         f"{out!r} already exists; give another name, or --overwrite to replace it",
     )
+
+
+@contextlib.contextmanager
+def output(out: str, size: int, overwrite: bool) -> Iterator[epath.Path]:
+    """Yield a temporary path beside `out`, a file or workdir of about `size` bytes.
+
+    The temporary path is renamed to `out` when the block ends, and removed if the block fails.
+
+    Raises UserError if `out` already exists and `overwrite` is not set, is a folder other than a
+    workdir, is in use by a run that is training, or cannot be written. First completes or removes
+    what a conversion to the same path that was killed has left.
+    """
+    check_output(out, overwrite)
+    path = epath.Path(out)
     check(
         not path.is_dir() or (path / "config.json").exists(),
         f"{out!r} is a folder but not a workdir, so --overwrite does not replace it; "

@@ -19,12 +19,12 @@ from etils import epath
 
 from convert import checkpoint_file, cli, labels, objective, recipe, record
 from convert.checkpoint_file import AdamWMoments, CheckpointFile, SiTArchitecture, StateDict
-from convert.names import LABEL_TABLE, POSITION, check_tensors, params_from_torch, torch_shapes
+from convert.names import LABEL_TABLE, POSITION, params_from_torch, torch_shapes
 from convert.torch_file import in_memory
 from sit_jax import config as config_lib
 from sit_jax import sharding, storage, train_state
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.errors import UserError, check
+from sit_jax.errors import UserError, check, check_tensors
 from sit_jax.jobs.setup import Setup
 from sit_jax.laws import in_group
 from sit_jax.models.embeddings import position_embedding

@@ -157,30 +157,3 @@ def torch_shapes(params: Any, size: Size) -> dict[str, tuple[int, ...]]:
     # Broadcast zeros have any shape, but take the memory of a single number.
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
     return {name: value.shape for name, value in params_to_torch(zeros, size)}
-
-
-def check_tensors(
-    source: str, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Compare the tensors of `source` with the expected ones, both as name -> shape.
-
-    Raises UserError that names the missing, unexpected and mis-shaped tensors.
-    """
-    problems = [
-        f"{name} is missing, expected shape {list(shape)}"
-        for name, shape in expected.items()
-        if name not in shapes
-    ]
-    problems += [
-        f"{name} of shape {list(shape)} is unexpected"
-        for name, shape in shapes.items()
-        if name not in expected
-    ]
-    problems += [
-        f"{name} has shape {list(shapes[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and tuple(shapes[name]) != tuple(shape)
-    ]
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{source} does not fit: {'; '.join(problems[:4])}{more}")

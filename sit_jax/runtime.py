@@ -50,8 +50,13 @@ def use_compilation_cache() -> None:
     They go to $JAX_COMPILATION_CACHE_DIR, or to the user's cache folder.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "sit_jax", "xla"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "xla"))
+
+
+def cache_folder() -> str:
+    """Return this project's folder in the user's cache folder; it need not exist."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "sit_jax")
 
 
 def keep_host_memory() -> None:

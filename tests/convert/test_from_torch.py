@@ -197,7 +197,7 @@ def test_the_workdir_trains_and_samples(tmp_path, quiet_machine, capsys):
     )
     assert main.main(["--workdir", run, "--mode", "sample"]) == 0
     assert main.main(["--workdir", run, "--mode", "sample", "--config.sample.weights=raw"]) == 0
-    assert len(list((tmp_path / "run" / "samples").glob("step0-*/00000*.png"))) == 8
+    assert len(list((tmp_path / "run" / "samples").glob("step0-*/images/00000*.png"))) == 8
     assert main.main(["--workdir", run, "--config.train.steps=2", "--config.data.workers=0"]) == 0
     assert "training from step 0 to 2" in capsys.readouterr().out
     _, step, state = opened(tmp_path / "run")

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from convert.names import POSITION, TABLE, check_tensors, params_from_torch, params_to_torch
+from convert.names import POSITION, TABLE, params_from_torch, params_to_torch
 from convert.torch_file import read_torch_file
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, check_tensors
 from sit_jax.models.sizes import SIZES, Size
 from tests import checkpoints, goldens
 

@@ -228,7 +228,9 @@ def test_what_is_not_a_file_is_refused_with_what_to_give(tmp_path):
         given = str(pathlib.Path(tmp_path, name))
         for convert in (
             lambda given: from_torch.convert(given, str(tmp_path / "new")),
-            lambda given: inception.convert(given, str(tmp_path / "new.safetensors")),
+            lambda given: inception.convert(
+                given, str(tmp_path / "new.safetensors"), any_weights=True
+            ),
             cli.check_input,
         ):
             with pytest.raises(UserError, match=message):
