@@ -19,6 +19,7 @@ def get_config():
         solver="heun", steps=25, cfg_scale=1.5, count=100, batch=100, columns=10, scale=6
     )
     config.likelihood.update(split="test", batch=128)
+    config.excess.update(test_split="test")
     config.checkpoint.update(every=600)
     config.log.update(every=100, sheet_every=600, sheet_count=100)
     return config

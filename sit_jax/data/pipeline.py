@@ -81,17 +81,23 @@ def batch_bytes(spec: RecordSpec, rows: int) -> int:
 
 
 def in_order(
-    source: Source, indices: Sequence[int], *, batch_size: int, skip_unreadable: bool
+    source: Source,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    skip_unreadable: bool,
+    mirrored: bool = False,
 ) -> grain.MapDataset:
     """Return the records of these indices, each once and in this order, in batches.
 
-    The last batch may be smaller. An element holds the record's arrays with a leading axis b, and
-    "index" and "skipped", int32 [b]. An image that cannot be read raises `UserError`, or with
-    `skip_unreadable` is all zeros, its "skipped" 1.
+    With `mirrored`, they are the records of the mirror images. The last batch may be smaller. An
+    element holds the record's arrays with a leading axis b, and "index" and "skipped", int32 [b].
+    An image that cannot be read raises `UserError`, or with `skip_unreadable` is all zeros, its
+    "skipped" 1.
     """
     read = functools.partial(_read_or_blank if skip_unreadable else _read, source)
     numbers = grain.MapDataset.source(indices)
-    return numbers.map(functools.partial(_with_index, read)).batch(batch_size)
+    return numbers.map(functools.partial(_with_index, read, mirrored)).batch(batch_size)
 
 
 def pad(batch: Record, size: int) -> Record:
@@ -197,8 +203,8 @@ def _read_or_blank(source: Source, example: Example) -> Record:
         return {**blank, "skipped": np.int32(1)}
 
 
-def _with_index(read: Callable[[Example], Record], index: int) -> Record:
-    return {"index": np.int32(index), **read((index, False))}
+def _with_index(read: Callable[[Example], Record], mirrored: bool, index: int) -> Record:
+    return {"index": np.int32(index), **read((index, mirrored))}
 
 
 @functools.cache

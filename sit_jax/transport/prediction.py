@@ -24,6 +24,17 @@ def check_prediction(name: str) -> None:
         raise unknown_name("prediction", name, PREDICTIONS)
 
 
+def from_means(
+    path: Path, prediction: str, data: jax.Array, noise: jax.Array, t_b: jax.Array
+) -> jax.Array:
+    """Return the network's output that E[x1 | x] and E[x0 | x] stand for."""
+    check_prediction(prediction)
+    t = expand_time(t_b, data)
+    if prediction == "velocity":
+        return path.d_alpha(t) * data + path.d_sigma(t) * noise
+    return noise if prediction == "noise" else -noise / path.sigma(t)
+
+
 def to_noise(
     path: Path, prediction: str, output: jax.Array, x: jax.Array, t_b: jax.Array
 ) -> jax.Array:
@@ -63,7 +74,7 @@ def to_velocity(
     t = expand_time(t_b, x)
     noise = to_noise(path, prediction, output, x, t_b)
     data = (x - path.sigma(t) * noise) / path.alpha(t)
-    return path.d_alpha(t) * data + path.d_sigma(t) * noise
+    return from_means(path, "velocity", data, noise, t_b)
 
 
 def velocity_field(predict: Predict, path: Path, prediction: str) -> Predict:

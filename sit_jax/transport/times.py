@@ -35,3 +35,21 @@ def training_times(
         logits = mean + std * jax.random.normal(key, (n,), jnp.float32)
         return rescale(interval, jax.nn.sigmoid(logits))
     raise unknown_name("time distribution", distribution, DISTRIBUTIONS)
+
+
+def quantiles(
+    interval: Interval,
+    u: jax.Array,
+    distribution: str = "uniform",
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> jax.Array:
+    """Return the times below which a share u in [0, 1] of the `training_times` lies, like u.
+
+    Raises UserError for an unknown distribution.
+    """
+    if distribution == "uniform":
+        return rescale(interval, u)
+    if distribution == "logit-normal":
+        return rescale(interval, jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u)))
+    raise unknown_name("time distribution", distribution, DISTRIBUTIONS)
