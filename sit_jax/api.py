@@ -103,6 +103,7 @@ class Run:
         if labels is not None:
             labels_n = _whole_numbers(labels)
             options |= {"labels": tuple(labels_n.tolist()), "count": len(labels_n)}
+            options = {"label_draw": "balanced", "labels_file": None} | options
         if noise is not None:
             noise = _checked("noise", noise, self._setup.input_shape, np.float32)
             options["count"] = len(noise)
@@ -116,9 +117,10 @@ class Run:
             f"count is {brief(count)}, but labels or noise are given for {options.get('count')} "
             "samples; leave count out",
         )
-        setup = self._with("sample", options, without=("columns", "scale"))
-        size = min(setup.config.sample.count, setup.config.sample.batch)
-        batch = dataclasses.replace(setup.config.sample, batch=self._padded_size(size))
+        setup = self._with("sample", options, without=("columns", "scale", "format"))
+        size = min(setup.config.sample.count, setup.sample_batch)
+        padded = self._padded_size(size)
+        batch = dataclasses.replace(setup.config.sample, batch=padded, microbatch=None)
         setup = dataclasses.replace(setup, config=dataclasses.replace(setup.config, sample=batch))
         draw = self._sampler(setup, from_noise=noise is not None)
 
@@ -298,7 +300,15 @@ class Run:
     def _sampler(self, setup: Setup, from_noise: bool) -> Callable:
         """Return the compiled sampler for these options, compiled at their first use."""
         # The compiled program does not depend on labels, count or the layout of sheets.
-        key = dataclasses.replace(setup.config.sample, labels=(), count=1, columns=1, scale=1)
+        key = dataclasses.replace(
+            setup.config.sample,
+            labels=(),
+            label_draw="balanced",
+            labels_file=None,
+            count=1,
+            columns=1,
+            scale=1,
+        )
         if (key, from_noise) not in self._samplers:
             guide = sampler.open_guide(setup.config)
             make = sampler.make_sampler_from_noise if from_noise else sampler.make_sampler

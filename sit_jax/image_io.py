@@ -6,8 +6,12 @@ Shapes: b images, h height, w width, c channels (1 or 3). All arrays are NumPy a
 import io
 import itertools
 import os
+import re
+import struct
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from etils import epath
@@ -15,6 +19,10 @@ from PIL import Image
 
 from sit_jax import storage
 from sit_jax.errors import UserError
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_NUMBERED = re.compile(r"\d{6,}\.png")
+_THREADS = 16  # that read and write files
 
 
 def to_uint8(x_bhwc: np.ndarray) -> np.ndarray:
@@ -36,6 +44,36 @@ def encode_png(image_hwc: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def is_intact_png(data: bytes, shape: tuple[int, int, int] | None = None) -> bool:
+    """Return True if the bytes are a complete PNG whose checksums hold, as `encode_png` writes.
+
+    `shape` (h, w, c) is that of the image, if it is known. Nothing is decoded.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return False
+    start = len(_PNG_SIGNATURE)
+    header = b""
+    while start + 12 <= len(data):  # a chunk: length, kind, content, checksum of kind and content
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 8 + length
+        if len(data) < end + 4:
+            return False
+        if struct.unpack_from(">I", data, end) != (zlib.crc32(data[start + 4 : end]),):
+            return False
+        if kind == b"IHDR":
+            header = data[start + 8 : end]
+        if kind == b"IEND":
+            return len(header) == 13 and (shape is None or _is_header_of(header, shape))
+        start = end + 4
+    return False
+
+
+def _is_header_of(header: bytes, shape: tuple[int, int, int]) -> bool:
+    width, height, bits, colour = struct.unpack_from(">IIBB", header)
+    channels = {0: 1, 2: 3}.get(colour)  # grey or RGB
+    return (height, width, channels, bits) == (*shape, 8)
+
+
 def sheet(images_bhwc: np.ndarray, columns: int, *, scale: int = 1, pad: int = 2) -> np.ndarray:
     """Arrange uint8 images row by row in one uint8 image (H, W, c); empty cells are white.
 
@@ -53,7 +91,7 @@ def sheet(images_bhwc: np.ndarray, columns: int, *, scale: int = 1, pad: int = 2
 
 
 def write_npz(
-    path: epath.PathLike, count: int, arrays: Iterable[np.ndarray], **others: np.ndarray
+    path: epath.PathLike, count: int, arrays: Iterable[np.ndarray], /, **others: np.ndarray
 ) -> None:
     """Write `count` arrays of one shape and type as `arr_0` [count, ...] of an .npz file.
 
@@ -86,7 +124,7 @@ def _zip_entry(name: str) -> zipfile.ZipInfo:
 class ImageWriter:
     """Writes one PNG per index to `folder` (local or gs://): `000123.png`, longer past 999,999.
 
-    Every file in it is complete, so a job that was killed only needs to write the `missing` ones.
+    A job that was killed needs to write only the `missing` ones.
     """
 
     def __init__(self, folder: epath.PathLike):
@@ -96,6 +134,12 @@ class ImageWriter:
     def write(self, index: int, image_hwc: np.ndarray) -> None:
         """Write a uint8 image (c = 1 or 3) as the file of its index, replacing an older one."""
         storage.write_bytes(self.folder / _file_name(index), encode_png(image_hwc))
+
+    def write_all(self, images: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Write images, given with their indices, several at a time."""
+        for batch in _batched(images):
+            with ThreadPoolExecutor(_THREADS) as threads:
+                list(threads.map(lambda entry: self.write(*entry), batch))
 
     def read(self, index: int) -> np.ndarray:
         """Return the uint8 image (h, w, c) that was written for the index.
@@ -111,14 +155,58 @@ class ImageWriter:
             ) from error
         return image[..., None] if image.ndim == 2 else image
 
+    def read_all(self, indices: Iterable[int]) -> Iterator[np.ndarray]:
+        """Yield the image of each index in this order, as `read`, several read at a time."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for batch in _batched(indices):
+                yield from threads.map(self.read, batch)
+
     def remove(self, index: int) -> None:
         """Delete the file of an index, if it exists, so that it counts as missing."""
         (self.folder / _file_name(index)).unlink(missing_ok=True)
 
     def missing(self, n: int) -> list[int]:
-        """Return the indices in range(n) without a file, in ascending order."""
-        names = {path.name for path in self.folder.iterdir()}
-        return [index for index in range(n) if _file_name(index) not in names]
+        """Return the indices in range(n) without an intact file, in ascending order."""
+        absent, damaged = self.survey(n)
+        return sorted([*absent, *damaged])
+
+    def survey(
+        self, n: int, shape: tuple[int, int, int] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return the indices in range(n) without a file, and those whose file is damaged.
+
+        So is a file that is not an image of this shape (h, w, c), if one is given. The contents of
+        all files are checked.
+        """
+        names = set(self.names())
+        absent = [index for index in range(n) if _file_name(index) not in names]
+        present = [index for index in range(n) if _file_name(index) in names]
+
+        def is_intact(index: int) -> bool:
+            try:
+                return is_intact_png((self.folder / _file_name(index)).read_bytes(), shape)
+            except OSError:
+                return False
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            intact = list(threads.map(is_intact, present))
+        return absent, [index for index, good in zip(present, intact, strict=True) if not good]
+
+    def names(self) -> list[str]:
+        """Return the names of the files of all indices, in no order."""
+        return numbered_images(self.folder)
+
+
+def numbered_images(folder: epath.Path) -> list[str]:
+    """Return the names in a folder that an `ImageWriter` gives its files."""
+    return [path.name for path in folder.iterdir() if _NUMBERED.fullmatch(path.name)]
+
+
+def _batched(items: Iterable) -> Iterator[Sequence]:
+    """Yield the items a few at a time, so that they are not all in memory."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, 4 * _THREADS)):
+        yield batch
 
 
 def _file_name(index: int) -> str:

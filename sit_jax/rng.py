@@ -29,3 +29,15 @@ def normal_by_index(
     The row of index i depends only on (seed, stream, i), however rows are batched.
     """
     return jax.vmap(lambda i: jax.random.normal(key(seed, stream, i), shape, jnp.float32))(indices)
+
+
+def integers_by_index(seed: int, stream: str, indices: np.ndarray, high: int) -> np.ndarray:
+    """Draw whole numbers below `high`, each equally likely, int32 [n].
+
+    That of index i depends only on (seed, stream, i) and `high`.
+    """
+
+    def draw(index: jax.Array) -> jax.Array:
+        return jax.random.randint(key(seed, stream, index), (), 0, high)
+
+    return np.asarray(jax.vmap(draw)(jnp.asarray(indices, jnp.int32)))

@@ -173,6 +173,15 @@ def model_hooks(mesh: Mesh, dtype: Any, grad_dtype: Any) -> ModelHooks:
     )
 
 
+def local_hooks(dtype: Any, grad_dtype: Any) -> ModelHooks:
+    """Return SiT's hooks inside `solve_per_device`: `gather` only casts, and nothing is placed."""
+
+    def gather(variables: Any) -> Any:
+        return jax.tree.map(lambda value: value.astype(dtype).astype(grad_dtype), variables)
+
+    return ModelHooks(gather, *[lambda x: x] * 4)
+
+
 def _conjugate(forward: Callable, backward: Callable) -> Callable:
     """Return the identity, with one constraint on its input and another on its gradient."""
     # For x [b, ...] the value of `constrained` is x, placed on the mesh by `forward`; its gradient
@@ -292,6 +301,39 @@ def per_device(mesh: Mesh) -> Callable[[Callable], Callable]:
     return lambda apply: jax.shard_map(
         apply, mesh=mesh, in_specs=(PartitionSpec(), BATCH), out_specs=BATCH
     )
+
+
+def is_data_parallel(mesh: Mesh) -> bool:
+    """Return True if every device holds all parameters, and only the batch is split."""
+    return mesh.shape["data"] == mesh.size
+
+
+def solve_per_device(mesh: Mesh, solve: Callable) -> Callable:
+    """Return `solve(weights, batch) -> (a tree of rows, n)`, run on every device separately.
+
+    Each device takes all weights and its own rows of the batch, and the n that is returned is the
+    largest. No device waits for another one, and all run the program that a single device would:
+    the rows do not depend on the number of devices, not even by rounding.
+    """
+
+    def solve_rows(weights: Any, batch: Any) -> tuple[Any, jax.Array]:
+        rows, n = solve(weights, batch)
+        return rows, n[None]
+
+    # check_vma: the loops of the solvers mix what is equal on all devices with what is not.
+    mapped = jax.shard_map(
+        solve_rows,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), BATCH),
+        out_specs=(BATCH, BATCH),
+        check_vma=False,
+    )
+
+    def solve_all(weights: Any, batch: Any) -> tuple[Any, jax.Array]:
+        rows, n_of_devices = mapped(weights, batch)
+        return rows, jnp.max(n_of_devices)
+
+    return solve_all
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:

@@ -91,8 +91,8 @@ def rows(workdir):
 
 
 def pictures(folder):
-    """Return the pixels of each numbered PNG by file name."""
-    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("0*.png")}
+    """Return the pixels of each PNG in the folder images/ of results by file name."""
+    return {path.name: np.asarray(Image.open(path)) for path in folder.glob("images/0*.png")}
 
 
 def write_images(folder, *names):

@@ -1,4 +1,4 @@
-"""Print samples of fixed weights, 2 per device at a time, as JSON, for test_sampler.py."""
+"""Print samples of fixed weights, 8 per device at a time, as JSON, for test_sampler.py."""
 
 import json
 
@@ -21,8 +21,8 @@ SOLVERS = {
     "dopri5": [("sample.steps", "none"), ("sample.rtol", "0.1"), ("sample.error_norm", "sample")],
     "shark": [("sample.steps", "4")],
 }
-COUNT = 16
-PER_DEVICE = 2
+COUNT = 64
+PER_DEVICE = 8
 
 
 def draw(solver: str, mesh: list) -> list[str]:

@@ -183,7 +183,7 @@ def test_training_from_latents_equals_training_with_the_autoencoder(images, late
     status, _, err = call("--mode", "sample", "--workdir", tmp_path / "latents")
     assert (status, err) == (0, "")
     (folder,) = (tmp_path / "latents" / "samples").iterdir()
-    assert np.asarray(Image.open(folder / "000003.png")).shape == (16, 16, 3)
+    assert np.asarray(Image.open(folder / "images" / "000003.png")).shape == (16, 16, 3)
 
 
 def test_training_from_latents_needs_the_autoencoder_only_for_sheets(latents, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from sit_jax import hosts
 from sit_jax.errors import UserError
 from tests import caches
-from tests.commands import DIGITS, flags, pictures, rows
+from tests.commands import DIGITS, flags, pictures, rows, snapshot
 from tests.processes import Processes
 
 STEPS = 20
@@ -148,8 +148,7 @@ def test_two_processes_sample_the_same_bytes(one, two, tmp_path):
     Processes(tmp_path, ["--workdir", workdir, "--mode", "sample"], count=1, devices=8).succeed()
     (folder,) = (workdir / "samples").iterdir()
     assert len(pictures(samples_of_two)) == 8
-    for path in folder.iterdir():
-        assert (samples_of_two / path.name).read_bytes() == path.read_bytes(), path.name
+    assert snapshot(samples_of_two) == snapshot(folder)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -108,7 +108,9 @@ def draw_samples(workdir, *arguments):
     folder = max(
         (workdir / "samples").iterdir(), key=lambda path: (path / "sheet.png").stat().st_mtime_ns
     )
-    images = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
+    images = np.stack(
+        [np.asarray(Image.open(path)) for path in sorted(folder.glob("images/0*.png"))]
+    )
     return images.astype(int), json.loads((folder / "settings.json").read_text())
 
 

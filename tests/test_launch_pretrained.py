@@ -348,7 +348,9 @@ def test_a_complete_run_on_a_small_model_in_the_published_format(tmp_path):
     output, folder = sample("sde")
     assert "depth 12, width 384, 6 heads, patch 8" in output
     assert "input 8x8x4, 1000 classes" in output
-    images = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
+    images = np.stack(
+        [np.asarray(Image.open(path)) for path in sorted(folder.glob("images/0*.png"))]
+    )
     assert images.shape == (8, 64, 64, 3) and (images.std(axis=(1, 2, 3)) > 1).all()
     assert np.asarray(Image.open(folder / "sheet.png")).shape == (2 * 66 + 2, 4 * 66 + 2, 3)
     settings = json.loads((folder / "settings.json").read_text())
@@ -362,7 +364,7 @@ def test_a_complete_run_on_a_small_model_in_the_published_format(tmp_path):
     output, second_folder = sample("sde")
     assert second_folder == folder
     assert "sampling 0 of 8 images" in output and "parameters; sees" not in output
-    images = list(folder.glob("0*.png"))
+    images = list(folder.glob("images/0*.png"))
     checkpoints = list((folder.parents[1] / "checkpoints").rglob("*"))
     kept = [path for path in [*images, *checkpoints] if path.is_file()]
     assert len(kept) > 8 and all(path.stat().st_mtime_ns == times[path] for path in kept)

@@ -287,8 +287,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(run_copy,
 def test_samples_are_pngs_a_sheet_and_their_settings(sampled):
     _, folder = sampled
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [f"{i:06d}.png" for i in range(8)] + ["settings.json", "sheet.png"]
+        ["images", "settings.json", "sheet.png"]
     )
+    assert sorted(path.name for path in (folder / "images").iterdir()) == [
+        f"{i:06d}.png" for i in range(8)
+    ]
     images = pictures(folder)
     assert all(image.shape == (8, 8) for image in images.values())
     assert len({image.tobytes() for image in images.values()}) == 8
@@ -304,16 +307,16 @@ def test_samples_are_pngs_a_sheet_and_their_settings(sampled):
 def test_existing_samples_are_not_drawn_again(sampled):
     workdir, folder = sampled
     before = snapshot(workdir)
-    written_at = {path: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+    written_at = {path: path.stat().st_mtime_ns for path in folder.glob("images/0*.png")}
     assert "sampling 0 of 8" in succeed("--workdir", workdir, "--mode", "sample")
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("0*.png")} == written_at
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("images/0*.png")} == written_at
     assert snapshot(workdir) == before
 
 
 def test_a_deleted_sample_is_drawn_again_byte_for_byte(sampled):
     workdir, folder = sampled
     before = snapshot(workdir)
-    (folder / "000003.png").unlink()
+    (folder / "images" / "000003.png").unlink()
     assert "sampling 1 of 8" in succeed("--workdir", workdir, "--mode", "sample")
     assert snapshot(workdir) == before
 

@@ -14,6 +14,7 @@ from sit_jax import main
 from sit_jax.data.latents import open_latents
 from sit_jax.data.source import SourceOptions
 from tests import caches
+from tests.commands import snapshot
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / "configs" / "latents.py"
 SETTINGS = {
@@ -91,7 +92,7 @@ def test_samples_are_latents_in_the_units_of_their_autoencoder(run):
     # The image is the first three channels of x, of which 3 is white.
     expected = np.clip(x[..., :3] / 3, -1, 1) * 127.5 + 128
     for index in range(5):
-        image = np.asarray(Image.open(folder / f"{index:06d}.png")).astype(float)
+        image = np.asarray(Image.open(folder / "images" / f"{index:06d}.png")).astype(float)
         assert np.abs(image - expected[index]).max() <= 1.01
     assert (workdir / "sheets" / "step_00000003.png").exists()
 
@@ -109,21 +110,26 @@ def test_the_interface_of_python_gives_the_same_latents(run):
 def test_missing_samples_are_drawn_again_and_nothing_else_changes(run):
     workdir, _ = run
     folder = samples_of(workdir)
-    before = {path.name: path.read_bytes() for path in folder.rglob("*.np?")}
-    (folder / "000002.png").unlink()
-    (folder / "latents" / "000002.npy").unlink()
-    (folder / "samples.npz").unlink()
-    assert call("--mode", "sample", "--workdir", workdir)[0] == 0
-    after = {path.name: path.read_bytes() for path in folder.rglob("*.np?")}
-    assert after.keys() == before.keys()
-    changed = {name for name in before if before[name] != after[name]}
-    # The batch of one sample is padded to the same size.
-    assert changed == set()
-    (folder / "latents" / "000001.npy").unlink()
-    status, _, err = call("--mode", "sample", "--workdir", workdir)
-    assert status == 2 and "000001.npy cannot be read" in err and "delete 000001.png" in err
-    (folder / "000001.png").unlink()
-    assert call("--mode", "sample", "--workdir", workdir)[0] == 0
+    before = snapshot(folder)
+    (folder / "images" / "000002.png").unlink()
+    status, out, _ = call("--mode", "sample", "--workdir", workdir)
+    # The image is made from the latents.
+    assert status == 0 and "sampling 0 of 5" in out and snapshot(folder) == before
+    (folder / "samples.npz").write_bytes(before["samples.npz"][:1000])
+    status, out, _ = call("--mode", "sample", "--workdir", workdir)
+    assert "samples.npz is damaged; its samples are drawn again" in out
+    assert status == 0 and "sampling 5 of 5" in out and snapshot(folder) == before
+
+
+def test_latents_may_be_written_without_images(run, tmp_path):
+    workdir, _ = run
+    with_images = snapshot(samples_of(workdir))
+    status, _, _ = call(
+        "--mode", "sample", "--workdir", workdir, "--out", tmp_path, "--config.sample.format=npz"
+    )
+    assert status == 0
+    expected = {name: data for name, data in with_images.items() if "images" not in name}
+    assert snapshot(samples_of(tmp_path)) == expected
 
 
 def test_the_network_sees_normalised_latents(run):

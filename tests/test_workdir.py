@@ -237,7 +237,7 @@ def test_labels_that_mean_other_classes_are_refused(folder_run, old, new, words)
     run, data = folder_run
     (data / old).rename(data / new)
     before = snapshot(data.parent / "run")
-    for mode in ("train", "likelihood", "sweep", "invert", "quality"):
+    for mode in ("train", "likelihood", "sweep", "invert", "quality", "excess"):
         message = refusal(*run[: 3 if mode != "train" else None], "--mode", mode)
         assert "these are other classes than the run was trained on" in message
         assert words in message

@@ -39,7 +39,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
 
     For each image, numbered in the order of the draw: 000000.npz with `noise` [h, w, c] as the
     network sees it, `label`, the RMS `error` of the round trip, and `index` and `sha256` of the
-    image in the source; 000000.png, the image beside its reconstruction. For all: sheet.png,
+    image in the source; images/000000.png, the image beside its reconstruction. For all: sheet.png,
     settings.json and summary.json. Images that already exist are kept, unless they have changed.
     """
     setup = set_up(config)
@@ -54,7 +54,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     source = hosts.run_on_all(lambda: open_source(setup))
     drawn = draw(setup, source, options.count)
     count = len(drawn)
-    weights = restore_weights(setup, workdir, options.weights)
+    weights = restore_weights(setup, workdir, options.weights, options.checkpoint)
     check_same_classes(weights.note, source)
     guide = open_guide(config)
     settings = sampler_settings(setup, weights, guide)
@@ -74,7 +74,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
             print(f"they are {kind_of_draw(source)} of {len(source):,}")
         position_of = {index: position for position, index in enumerate(drawn)}
         indices = [drawn[position] for position in missing]
-        batches = read_in_order(setup, source, indices, options.batch, skip_unreadable=False)
+        batches = read_in_order(setup, source, indices, setup.sample_batch, skip_unreadable=False)
         invert = make_inverter(setup, guide)
         with progress_bar(len(missing), "image") as bar:
             for batch in batches:
@@ -104,7 +104,7 @@ def _invert(
     Raises `UserError` if a trajectory is not finite.
     """
     size = len(batch["index"])
-    padded = pipeline.pad(batch, setup.config.sample.batch)
+    padded = pipeline.pad(batch, setup.sample_batch)
     condition = setup.conditioning.from_records(padded)
     noise_bhwc, images_bhwc, error_b, evaluations = hosts.to_host(
         invert(params, padded["index"], padded, condition)
@@ -182,8 +182,11 @@ def _write_summary(results: Results, count: int, of: int) -> None:
 
 def _refuse_unused_settings(flags: argparse.Namespace, overrides: Overrides) -> None:
     """Raise `UserError` for settings of samples that mean nothing for images of the data set."""
+    own_labels = "which inverts images of the data set under their own labels"
     reasons = {
-        "sample.labels": "which inverts images of the data set under their own labels",
+        "sample.labels": own_labels,
+        "sample.label_draw": own_labels,
+        "sample.labels_file": own_labels,
         "sample.frames": "which writes only the noise and the reconstruction",
     }
     for key, _ in overrides:

@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import functools
 import hashlib
-import io
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,15 +14,17 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from sit_jax import hosts, storage
-from sit_jax.errors import UserError
-from sit_jax.image_io import ImageWriter, encode_png, sheet, write_npz
+from sit_jax import hosts, metric_log, storage
+from sit_jax.image_io import ImageWriter, encode_png, numbered_images, sheet
 from sit_jax.jobs.job import Flag
 from sit_jax.jobs.workdir import open_for_writing
 from sit_jax.settings import Config
 
 Row = dict[str, Any]
+SUMMARY = "summary.json"
 _ROWS = "results.jsonl"
+_IMAGES = "images"
+_LINE_EVERY_S = 60.0
 
 
 OUT = Flag(
@@ -45,6 +48,7 @@ def open_results(
     digest = hashlib.sha256(text.encode()).hexdigest()[:6]
     folder = epath.Path(flags.out or workdir) / kind / f"{name}-{digest}"
     with open_for_writing(folder):
+        hosts.broadcast_from_first(lambda: _move_images(folder))
         results = Results(folder)
         results.write_text("settings.json", text + "\n")
         yield results
@@ -53,18 +57,42 @@ def open_results(
 class Results:
     """The results of a job in one folder.
 
-    Results are PNG images by index, or rows of results.jsonl, or both. All processes call every
-    method, in the same order. Process 0 writes rows and files; images are split among processes.
+    Results are PNG images by index in images/, or rows of results.jsonl, or both. All processes
+    call every method, in the same order, unless its docstring says otherwise. Process 0 writes rows
+    and files; images are split among processes.
     """
 
     def __init__(self, folder: epath.Path):
         self.folder = folder
-        self._images = ImageWriter(folder)
-        self._arrays = folder / "latents"
+
+    @functools.cached_property
+    def images(self) -> ImageWriter:
+        """The folder of images. Not collective."""
+        return ImageWriter(self.folder / _IMAGES)
 
     def missing_images(self, count: int) -> list[int]:
-        """Return the indices below `count` that have no image yet."""
-        return hosts.broadcast_from_first(lambda: self._images.missing(count))
+        """Return the indices below `count` that have no intact image yet."""
+        return hosts.broadcast_from_first(lambda: sorted(self.survey_images(count)))
+
+    def survey_images(self, count: int, shape: tuple[int, int, int] | None = None) -> set[int]:
+        """Return the indices without an intact image of this shape. Only process 0 calls this.
+
+        Prints which images are damaged, and whether there are more than `count`.
+        """
+        images = self.images
+        absent, damaged = images.survey(count, shape)
+        if damaged:
+            listed = ", ".join(f"{index:06d}.png" for index in damaged[:8])
+            print(
+                f"{len(damaged)} images in {images.folder} are damaged and are made again: {listed}"
+            )
+        more = len(images.names()) - (count - len(absent))
+        if more:
+            print(
+                f"{images.folder} holds {more} more images than the {count} asked for now; "
+                "programs that read the folder count them too"
+            )
+        return {*absent, *damaged}
 
     def own_rows(self, size: int) -> Iterator[int]:
         """Yield the rows that this process writes of a batch of `size`, which every process has."""
@@ -72,38 +100,11 @@ class Results:
 
     def write_image(self, index: int, image_hwc: np.ndarray) -> None:
         """Write the image of an index. Call it last: the image marks the index as complete."""
-        self._images.write(index, image_hwc)
-
-    def write_array(self, index: int, array: np.ndarray) -> None:
-        """Write an array of an index, before its image."""
-        file = io.BytesIO()
-        np.save(file, array)
-        self._arrays.mkdir(exist_ok=True)
-        storage.write_bytes(self._arrays / _array_name(index), file.getvalue())
-
-    def write_arrays(self, name: str, count: int, labels: np.ndarray) -> None:
-        """Write the arrays of all indices below `count`, of equal shapes, into one .npz file.
-
-        They are `arr_0` [count, ...], beside `labels` [count].
-        """
-        if not hosts.is_first():
-            return
-        arrays = (self._read_array(index) for index in range(count))
-        write_npz(self.folder / name, count, arrays, labels=labels)
-
-    def _read_array(self, index: int) -> np.ndarray:
-        path = self._arrays / _array_name(index)
-        try:
-            return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path} cannot be read ({storage.reason(error)}); delete {index:06d}.png in "
-                f"{str(self.folder)!r}, and give the same command again"
-            ) from error
+        self.images.write(index, image_hwc)
 
     def remove_image(self, index: int) -> None:
         """Delete the image of an index, which is then missing. Only process 0 calls this."""
-        self._images.remove(index)
+        self.images.remove(index)
 
     def read_rows(self, names: Iterable[str]) -> list[Row]:
         """Return the rows written so far. A row without all these names is not one of the job's."""
@@ -124,8 +125,11 @@ class Results:
         hosts.gather(None)
         if hosts.is_first():
             shown = range(min(count, config.log.sheet_count))
-            images = np.stack([self._images.read(index) for index in shown])
-            self.write_bytes("sheet.png", encode_png(make_sheet(config, images)))
+            self.write_sheet(config, np.stack(list(self.images.read_all(shown))))
+
+    def write_sheet(self, config: Config, images_bhwc: np.ndarray) -> None:
+        """Write sheet.png, beside the folder of images."""
+        self.write_bytes("sheet.png", encode_png(make_sheet(config, images_bhwc)))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file beside the results."""
@@ -138,7 +142,18 @@ class Results:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
-        self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+        self.write_text(SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def _move_images(folder: epath.Path) -> None:
+    """Move the images of an earlier version, which lay beside the sheet, into their own folder."""
+    names = numbered_images(folder)
+    if not names:
+        return
+    (folder / _IMAGES).mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).replace(folder / _IMAGES / name)
+    print(f"the {len(names)} images in {folder} are now in {folder / _IMAGES}")
 
 
 def make_sheet(config: Config, images_bhwc: np.ndarray) -> np.ndarray:
@@ -146,13 +161,50 @@ def make_sheet(config: Config, images_bhwc: np.ndarray) -> np.ndarray:
     return sheet(images_bhwc, config.sample.columns, scale=config.sample.scale)
 
 
-def progress_bar(total: int, unit: str, **options: Any) -> tqdm:
-    """Return a progress bar with an ETA, shown by process 0 if stderr is a terminal."""
-    return tqdm(total=total, unit=unit, disable=hosts.tqdm_disabled(), **options)
+class Progress(tqdm):
+    """A progress bar of process 0. Where stderr is not a terminal: a line a minute on stdout."""
+
+    def __init__(self, total: int, unit: str, **options: Any):
+        super().__init__(total=total, unit=unit, disable=hosts.tqdm_disabled(), **options)
+        self._prints_lines = self.disable and hosts.is_first()
+        self._units = f"{unit}s"
+        self._done = 0
+        self._printed_at = time.monotonic()
+        self._first: tuple[float, int] | None = None  # time and number done after the first update
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Add to what is done."""
+        if self._prints_lines:
+            self._done += int(n or 0)
+            self._print_if_due()
+        return super().update(n)
+
+    def _print_if_due(self) -> None:
+        now = time.monotonic()
+        if self._first is None:  # the first update may have waited for the compiler
+            self._first = now, self._done
+        began_at, began_with = self._first
+        if now - self._printed_at < _LINE_EVERY_S or self._done == began_with:
+            return
+        self._printed_at = now
+        rate = (self._done - began_with) / (now - began_at)
+        left = tqdm.format_interval((self.total - self._done) / rate)
+        print(
+            f"{self._done:,} of {self.total:,} {self._units}, {rate:.3g} {self._units}/s, {left} "
+            "left",
+            flush=True,
+        )
 
 
-def _array_name(index: int) -> str:
-    return f"{index:06d}.npy"
+def warn(text: str) -> None:
+    """Print a warning to stderr, from process 0."""
+    if hosts.is_first():
+        metric_log.warn(text)
+
+
+def progress_bar(total: int, unit: str, **options: Any) -> Progress:
+    """Return a `Progress` with an ETA."""
+    return Progress(total, unit, **options)
 
 
 def _lines(rows: Sequence[Row]) -> str:

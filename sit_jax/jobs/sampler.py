@@ -1,6 +1,7 @@
 """Compiles the sampler of a setup, and draws images with it a batch at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from etils import epath
 
 from sit_jax import config as config_lib
 from sit_jax import hosts, rng, sharding
+from sit_jax.data.source import short_digest
 from sit_jax.errors import check, require
 from sit_jax.image_io import to_uint8
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches, set_up
@@ -19,7 +21,7 @@ from sit_jax.laws import in_group
 from sit_jax.sampling import ode, sde
 from sit_jax.sampling.brownian import keyed_draw
 from sit_jax.sampling.guidance import with_guidance
-from sit_jax.settings import Config, Sample
+from sit_jax.settings import Config, Sample, get
 from sit_jax.transport.interval import Interval, ode_interval, sde_interval
 from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
 
@@ -41,11 +43,15 @@ class Samples(NamedTuple):
 class Guide:
     """A weaker network to guide away from, with its weights.
 
-    `network` is (params, x_bhwc, t_b, condition) -> like x_bhwc.
+    `network` is that of `setup`, for `weights`.
     """
 
     weights: Weights
-    network: Callable[..., jax.Array]
+    setup: Setup
+
+    def network(self, local: Setup) -> Callable[..., jax.Array]:
+        """Return (params, x_bhwc, t_b, condition) -> like x_bhwc, to run where `local` runs."""
+        return dataclasses.replace(self.setup, is_per_device=local.is_per_device).network
 
 
 def make_sampler(setup: Setup, guide: Guide | None = None) -> Sampler:
@@ -100,17 +106,35 @@ def _sample_from_noise(
     condition: Any,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     options = setup.config.sample
-    guided = _guided(setup, guide, params, condition)
-    x_bhwc = jax.lax.with_sharding_constraint(noise_bhwc, sharding.batch_sharding(setup.mesh))
-    if options.solver in sde.SOLVERS:
-        x, evaluations = _solve_sde(setup, guided, x_bhwc, indices_b)
+
+    def solve(local: Setup, both_params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        noise_bhwc, indices_b, condition = batch
+        guided = _guided(local, guide, both_params, condition)
+        if options.solver in sde.SOLVERS:
+            return _solve_sde(local, guided, noise_bhwc, indices_b)
+        return _solve_ode(local, guided, noise_bhwc, _interval(local), options.frames)
+
+    if _is_solved_per_device(setup):
+        local = dataclasses.replace(setup, is_per_device=True)
+        run = sharding.solve_per_device(setup.mesh, functools.partial(solve, local))
     else:
-        x, evaluations = _solve_ode(setup, guided, x_bhwc, _interval(setup), options.frames)
+        run = functools.partial(solve, setup)
+    x_bhwc = jax.lax.with_sharding_constraint(noise_bhwc, sharding.batch_sharding(setup.mesh))
+    x, evaluations = run(params, (x_bhwc, indices_b, condition))
     x_bfhwc = x if options.frames else x[:, None]
     # The codec decodes all frames as one batch: [b, f, h, w, c] -> [b*f, h, w, c] and back.
     images = setup.codec.decode(codec_params, x_bfhwc.reshape(-1, *setup.input_shape))
     images_bfhwc = images.reshape(*x_bfhwc.shape[:2], *images.shape[1:])
     return images_bfhwc, None if setup.codec.has_decoder else x_bfhwc, evaluations
+
+
+def _is_solved_per_device(setup: Setup) -> bool:
+    """Return True if no device needs anything of another one, neither parameters nor errors."""
+    options = setup.config.sample
+    is_coupled = (
+        options.solver in ode.ADAPTIVE and not options.grid and options.error_norm == "batch"
+    )
+    return sharding.is_data_parallel(setup.mesh) and not is_coupled
 
 
 def make_inverter(setup: Setup, guide: Guide | None = None) -> Callable:
@@ -150,7 +174,7 @@ def _guided(setup: Setup, guide: Guide | None, both_params: Any, condition: Any)
 
     def unconditional(x: jax.Array, t_b: jax.Array) -> jax.Array:
         if guide:
-            return guide.network(guide_params, x, t_b, condition)
+            return guide.network(setup)(guide_params, x, t_b, condition)
         return setup.network(params, x, t_b, setup.conditioning.null_like(condition))
 
     low, high = options.cfg_interval
@@ -203,9 +227,28 @@ def _solve_sde(
 
 
 def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
-    """Return the label of each sample index, int32: the chosen labels, or all classes, in turn."""
-    labels = setup.config.sample.labels or range(setup.config.data.classes)
-    return np.asarray(labels, np.int32)[indices % len(labels)]
+    """Return the label of each sample index, int32, as sample.label_draw says.
+
+    Without sample.labels they are of all classes. A label of sample.labels_file is that of the
+    sample with its number.
+    """
+    options = setup.config.sample
+    labels = setup.sample_labels
+    if options.label_draw == "random":
+        return labels[rng.integers_by_index(options.seed, "sample label", indices, len(labels))]
+    return labels[indices % len(labels)]
+
+
+def check_label_count(setup: Setup, key: str = "sample.count") -> None:
+    """Raise `UserError` if sample.labels_file has fewer labels than the samples of a setting."""
+    options = setup.config.sample
+    count = len(hosts.run_on_all(lambda: setup.sample_labels))
+    wanted = get(setup.config, key)
+    check(
+        options.labels_file is None or count >= wanted,
+        f"sample.labels_file {options.labels_file!r} holds {count:,} labels, but {key} is "
+        f"{wanted:,}; give a label for each sample, or lower {key}",
+    )
 
 
 def sample_images(
@@ -216,7 +259,7 @@ def sample_images(
     The last batch is padded to the size of the others, and its padding dropped. Raises
     `UserError` if a sample is not finite.
     """
-    size = setup.config.sample.batch
+    size = setup.sample_batch
     for start in range(0, len(indices), size):
         chunk = indices[start : start + size]
         padded = np.pad(chunk, (0, size - len(chunk)), mode="edge").astype(np.int32)
@@ -228,18 +271,44 @@ def sample_images(
         yield Samples(chunk, to_uint8(images), x, int(evaluations))
 
 
+def whole_microbatches(
+    setup: Setup, missing: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which samples to draw for those that are missing: (indices_n, is_missing_n).
+
+    A microbatch, the rows of a device in one call, is always the same samples in the same order,
+    so that kills and other numbers of devices leave no trace in the rounding. Past `count`, the
+    last sample stands in.
+    """
+    size = setup.sample_batch // sharding.batch_shards(setup.mesh)
+    microbatches = np.unique(missing // size)
+    indices = (microbatches[:, None] * size + np.arange(size)).ravel()
+    return np.minimum(indices, count - 1), np.isin(indices, missing)
+
+
 def to_latents(note: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
     """Return latents in the units of their autoencoder: z = x / scale + shift, float32.
 
     x is [..., c]. `note` is the checkpoint's. Raises `UserError` if the run was not trained on
     stored latents.
     """
+    scale, shift = _latent_units(note)
+    return x / scale + shift
+
+
+def from_latents(note: Mapping[str, Any], z: np.ndarray) -> np.ndarray:
+    """Return x = scale (z - shift), the inverse of `to_latents`."""
+    scale, shift = _latent_units(note)
+    return scale * (z - shift)
+
+
+def _latent_units(note: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     latents = require(
         note.get("data", {}).get("latents"),
         "the checkpoint does not record the scale of its latents, since it was not trained on "
         "stored ones; set latents.codec to the autoencoder of the run",
     )
-    return x / np.float32(latents["scale"]) + np.float32(latents["shift"])
+    return np.asarray(latents["scale"], np.float32), np.asarray(latents["shift"], np.float32)
 
 
 def check_finite(images_bhwc: np.ndarray, indices: np.ndarray) -> None:
@@ -278,7 +347,7 @@ def open_guide(config: Config) -> Guide | None:
         "give a run with the same data and transport",
     )
     setup = set_up(dataclasses.replace(config, model=guide_config.model, train=guide_config.train))
-    return Guide(restore_weights(setup, folder, config.sample.weights), setup.network)
+    return Guide(restore_weights(setup, folder, config.sample.weights), setup)
 
 
 def sampler_name(options: Sample, step: int) -> str:
@@ -290,17 +359,27 @@ def sampler_name(options: Sample, step: int) -> str:
 
 def sampler_settings(setup: Setup, weights: Weights, guide: Guide | None) -> dict[str, Any]:
     """Return everything that a sampler's images depend on."""
+    settings = {"step": weights.step, "checkpoint": weights.digest, **drawing_settings(setup)}
+    if guide:
+        settings["guide"] = {"step": guide.weights.step, "checkpoint": guide.weights.digest}
+    return settings | setup.codec_settings()
+
+
+def drawing_settings(setup: Setup) -> dict[str, Any]:
+    """Return what a sampler's images depend on besides weights."""
     config = setup.config
     settings: dict[str, Any] = {
-        "step": weights.step,
-        "checkpoint": weights.digest,
         "sample": dataclasses.asdict(config.sample),
         "transport": dataclasses.asdict(config.transport),
         "precision": {"compute": config.precision.compute, "matmul": config.precision.matmul},
     }
-    for key in ("count", "batch", "columns", "scale"):  # these change no image
+    sample = settings["sample"]
+    # The digest names the checkpoint, and the others change no image.
+    for key in ("checkpoint", "count", "batch", "microbatch", "format", "columns", "scale"):
         if key != "scale" or not config.sample.frames:  # but strips of frames are enlarged
-            del settings["sample"][key]
-    if guide:
-        settings["guide"] = {"step": guide.weights.step, "checkpoint": guide.weights.digest}
-    return settings | setup.codec_settings()
+            del sample[key]
+    if sample["label_draw"] == "balanced":  # as earlier versions, which had neither setting
+        del sample["label_draw"]
+    if sample.pop("labels_file") is not None:
+        sample["labels_file"] = short_digest(setup.sample_labels.tobytes())
+    return settings

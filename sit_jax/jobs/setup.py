@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from sit_jax import hosts, optimizer, rng, sharding, train_state
 from sit_jax.data.sources import SOURCES
 from sit_jax.errors import check
+from sit_jax.jobs.labels import read_labels
 from sit_jax.latents import CODECS
 from sit_jax.latents.codec import Codec
 from sit_jax.models import attention
@@ -40,6 +41,8 @@ class Setup:
     mesh: Mesh
     images: int | None = None  # in the data set, once a training run has opened it
     sharers: int = 1  # processes of the run that use the cores of this one, itself included
+    # Whether the network runs inside `sharding.solve_per_device`, on the rows of one device.
+    is_per_device: bool = False
 
     @property
     def knows_steps(self) -> bool:
@@ -101,6 +104,29 @@ class Setup:
         """Height, width and channels of the network's input."""
         return self.codec.shape(self.record_spec)
 
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image that the codec decodes."""
+        x = jax.ShapeDtypeStruct((sharding.batch_shards(self.mesh), *self.input_shape), jnp.float32)
+        decoded = jax.eval_shape(self.codec.decode, self.codec.abstract_params, x)
+        return decoded.shape[1:]
+
+    @functools.cached_property
+    def sample_labels(self) -> np.ndarray:
+        """The labels to draw samples of, int32 [k]."""
+        sample, classes = self.config.sample, self.config.data.classes
+        if sample.labels_file is not None:
+            return read_labels(sample.labels_file, classes)
+        return np.asarray(sample.labels or range(classes), np.int32)
+
+    @property
+    def sample_batch(self) -> int:
+        """The number of samples drawn at a time, over all devices."""
+        sample = self.config.sample
+        if sample.microbatch is None:
+            return sample.batch
+        return sample.microbatch * sharding.batch_shards(self.mesh)
+
     @property
     def path(self) -> Path:
         """The interpolant."""
@@ -117,8 +143,11 @@ class Setup:
         model = self.config.model
         dtype = jnp.dtype(self.config.precision.compute)
         grad_dtype = jnp.dtype(self.config.precision.grad_reduce)
-        hooks = sharding.model_hooks(self.mesh, dtype, grad_dtype)
         height, _, channels = self.input_shape
+        if self.is_per_device:
+            hooks = sharding.local_hooks(dtype, grad_dtype)
+        else:
+            hooks = sharding.model_hooks(self.mesh, dtype, grad_dtype)
         return SiT(
             size=self.size,
             input_size=height,
@@ -129,11 +158,7 @@ class Setup:
             remat=model.remat,
             dtype=dtype,
             attend=self.attend,
-            gather=hooks.gather,
-            shard=hooks.shard,
-            replicate=hooks.replicate,
-            broadcast=hooks.broadcast,
-            split=hooks.split,
+            **hooks._asdict(),
         )
 
     @functools.cached_property
@@ -145,7 +170,8 @@ class Setup:
             count = tokens(self.input_shape[0], self.size.patch)
             name = attention.choose(platform, self.config.precision.compute, count)
         kernel = attention.KERNELS[name]
-        return kernel if name == "einsum" else sharding.on_each_device(self.mesh, kernel)
+        is_local = name == "einsum" or self.is_per_device
+        return kernel if is_local else sharding.on_each_device(self.mesh, kernel)
 
     def init_params(self) -> Any:
         """Return fresh parameters, a function of the seed only."""
@@ -167,7 +193,8 @@ class Setup:
         layers: Sequence[int] = (),
     ) -> Any:
         """Apply the network: like x, or with `layers` as `SiT` returns it."""
-        variables = {"params": sharding.gather_ends(self.mesh, params)}
+        complete = params if self.is_per_device else sharding.gather_ends(self.mesh, params)
+        variables = {"params": complete}
         return self.model.apply(variables, x_bhwc, t_b, condition, layers=layers)
 
     @property
@@ -259,7 +286,7 @@ def check_train_batch(setup: Setup) -> None:
 
 def check_sample_batch(setup: Setup) -> None:
     """Raise `UserError` unless sample.batch divides evenly over the devices."""
-    check_batch(setup.mesh, "sample.batch", setup.config.sample.batch)
+    check_batch(setup.mesh, "sample.batch", setup.sample_batch)
 
 
 def check_batch(mesh: Mesh, key: str, size: int) -> None:

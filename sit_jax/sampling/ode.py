@@ -206,7 +206,11 @@ def _norm(x: State) -> jax.Array:
 
     With it, the scalar log p controls the step size as much as the image does.
     """
-    return jnp.max(jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(x)]))
+    # The barriers keep XLA from fusing the sums with what comes before and after them, which would
+    # round them differently on one device and on several.
+    x = jax.lax.optimization_barrier(x)
+    norm = jnp.max(jnp.stack([jnp.sqrt(jnp.mean(leaf**2)) for leaf in jax.tree.leaves(x)]))
+    return jax.lax.optimization_barrier(norm)
 
 
 def _first_step(

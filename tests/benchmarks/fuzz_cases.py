@@ -124,7 +124,8 @@ class Command(_WithRun):
         settings = list(config_lib.flatten(Config()))
         program, arguments = draw.choice(
             [("main", [*TINY, "--workdir", "new"]), ("from_torch", ["run.pt", "new"]),
-             ("to_torch", ["run", "new.pt"]), ("inception", ["run.pt", "new.safetensors"])]
+             ("to_torch", ["run", "new.pt"]),
+             ("inception", ["run.pt", "new.safetensors", "--any_weights"])]
             + [("main", [*run, "--mode", mode]) for mode in JOBS]
         )  # fmt: skip
         arguments = list(arguments)
@@ -162,7 +163,7 @@ class Checkpoint(_WithRun):
 
     @staticmethod
     def _samples(run: pathlib.Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in run.glob("samples/*/0*.png")}
+        return {path.name: path.read_bytes() for path in run.glob("samples/*/images/0*.png")}
 
     def run(self, draw: Draw) -> Outcome:
         """Damage one to three files and give a command."""
@@ -233,7 +234,7 @@ class Torch(_WithRun):
             heads = [] if path.stem == "run" else ["--num_heads", "2"]
             program, arguments = draw.choice(
                 [("from_torch", [path.name, "new", *heads])] * 4
-                + [("inception", [path.name, "new.safetensors"])]
+                + [("inception", [path.name, "new.safetensors", "--any_weights"])]
             )
             outcome = judge(program, arguments)
             # What says that it is refused has not left anything.

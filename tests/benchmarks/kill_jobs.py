@@ -61,6 +61,10 @@ JOBS = {
     "sample": _mode(
         "sample", "samples", sample__count=160, sample__batch=8, sample__frames=3, sample__steps=4
     ),
+    "sample npz": _mode(
+        "sample", "samples", sample__format="npz", sample__count=2000, sample__microbatch=8,
+        sample__steps=20,
+    ),
     "sweep": _mode(
         "sweep", "sweeps", sweep__count=40, sweep__steps="2,3", sweep__solvers="euler,heun",
         sweep__reference_count=100,

@@ -9,9 +9,9 @@ Takes about 50 minutes on 2 shared cores. Children run the command line on a tin
 - train: killed at random times, every second time during a save. Each child takes the lock of the
   dead one over. Parameters, EMA, moments and log rows are compared with those of a run that was
   never killed.
-- sample, sweep, invert, likelihood, quality, from_torch, to_torch and the two with --overwrite:
-  killed at random times after their first write. Their files are compared byte by byte, without
-  the seconds, and no other file is left.
+- sample, sample npz, sweep, invert, likelihood, quality, from_torch, to_torch and the two with
+  --overwrite: killed at random times after their first write. Their files are compared byte by
+  byte, without the seconds, and no other file is left.
 - lock: a second run in the workdir of one that trains is refused, and the first is not disturbed.
 - disk: on a file system that is full, each ends in one line; with room again it ends as if nothing
   had happened. This mounts a tmpfs, which needs root, and is skipped otherwise.

@@ -103,7 +103,7 @@ def _train_step(setup: Setup) -> _Program:
 
 
 def _sampler(setup: Setup) -> _Program:
-    batch = setup.config.sample.batch
+    batch = setup.sample_batch
     rows = jax.ShapeDtypeStruct((batch,), np.int32, sharding=sharding.batch_sharding(setup.mesh))
     params = (setup.abstract_state.params, None)  # None: guidance by the network itself
     return _Program(
