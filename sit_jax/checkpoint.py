@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from sit_jax import hosts, manifest, storage
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, check
 
 _RECORD = "run.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's suffix for a folder until it renames it
@@ -71,6 +71,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._manager = self._open()
+        self._protected: int | None = None
         self._finishing: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
 
@@ -107,6 +108,24 @@ class Checkpoints:
         if step is not None:
             hosts.check_all_see(self._folder / str(step) / manifest.NAME)
         return step, problems
+
+    def check_complete(self, step: int) -> None:
+        """Raise `UserError` unless the checkpoint of this step is complete and undamaged."""
+        self._manager.reload()
+
+        def find_problem() -> str | None:
+            if step not in self._steps():
+                saved = ", ".join(map(str, sorted(self._steps())))
+                return f"it is not among those saved ({saved or 'none'})"
+            return manifest.problem(self._folder / str(step), step, self._run)
+
+        problem = hosts.broadcast_from_first(find_problem)
+        check(
+            problem is None,
+            f"checkpoint {step} of {os.fspath(self._folder)!r} cannot be used: {problem}; give "
+            "another sample.checkpoint, or none for the newest",
+        )
+        hosts.check_all_see(self._folder / str(step) / manifest.NAME)
 
     def _find_newest_complete(self) -> tuple[int | None, list[str]]:
         problems: list[str] = []
@@ -176,6 +195,10 @@ class Checkpoints:
         targets = (self._folder / name for name in names)
         folder.rename(next(target for target in targets if not target.exists()))
         return True
+
+    def protect(self, step: int | None) -> None:
+        """Keep this step, however old; the one that was protected before is no longer."""
+        self._protected = step
 
     def wait(self) -> None:
         """Wait until everything saved so far is complete in all processes.
@@ -260,7 +283,8 @@ class Checkpoints:
         oldest_kept = finished[-self._keep_last :][0] if self._keep_last else 0
         # All steps, not only those with a manifest: a kill during a deletion leaves some without.
         for step in steps:
-            if step < oldest_kept and not (self._keep_every and step % self._keep_every == 0):
+            is_kept = step == self._protected or (self._keep_every and step % self._keep_every == 0)
+            if step < oldest_kept and not is_kept:
                 # Not by Orbax: its deletion waits for all processes, and only process 0 is here.
                 (self._folder / str(step)).rmtree()
         for suffix in (_UNFINISHED, _DAMAGED):

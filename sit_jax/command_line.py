@@ -64,9 +64,12 @@ def parse_elsewhere(argv: Sequence[str]) -> tuple[argparse.Namespace, Overrides]
     check(flags.config != "", "--config is empty; expected a file such as configs/digits.py")
     job = JOBS[flags.mode]
     if job.uses_devices:
-        if flags.workdir is None:
-            _refuse("the following arguments are required: --workdir")
-        check(flags.workdir, "--workdir is empty; expected a folder such as runs/digits")
+        if flags.workdir is None and not any(
+            getattr(flags, name) for name in job.instead_of_workdir
+        ):
+            others = "".join(f" (or --{name})" for name in job.instead_of_workdir)
+            _refuse(f"the following arguments are required: --workdir{others}")
+        check(flags.workdir != "", "--workdir is empty; expected a folder such as runs/digits")
     for flag, modes in _flags_by_modes():
         # A switch is False unless given; any other flag is None, and may be given empty.
         is_given = getattr(flags, flag.name) not in (None, False)

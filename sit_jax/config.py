@@ -54,6 +54,8 @@ CHANGEABLE = (
     "sample.",
     "likelihood.",
     "sweep.",
+    "evaluate.",
+    "excess.",
     "checkpoint.",
     "encode.",
     "log.",

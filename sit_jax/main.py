@@ -100,6 +100,8 @@ def load_config(flags: argparse.Namespace, overrides: Overrides) -> Config:
 
 def _load_config(flags: argparse.Namespace, overrides: Overrides) -> Config:
     if not flags.workdir:
+        if JOBS[flags.mode].instead_of_workdir and not flags.config:
+            return config_lib.from_values(config_lib.default().to_dict(), overrides)
         check(
             flags.config,
             f"--mode {flags.mode} needs --config, such as --config configs/digits.py, or --workdir",

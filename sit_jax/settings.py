@@ -16,6 +16,7 @@ from sit_jax.errors import check
 from sit_jax.latents import CODECS, dequantise
 from sit_jax.latents.sd_vae import VaeOptions
 from sit_jax.laws import Between, anything, choice, setting, user_path
+from sit_jax.metrics.features import EXTRACTORS
 from sit_jax.models.sit import REMAT_POLICIES
 from sit_jax.models.sizes import SIZES
 from sit_jax.optimizer import SCHEDULES
@@ -25,6 +26,8 @@ from sit_jax.sampling.sde import SdeOptions
 from sit_jax.transport import diffusion, losses, paths, prediction, times
 
 WEIGHTS = {"ema": "ema", "raw": "params"}  # a name in a config -> the item of a checkpoint
+SAMPLE_FORMATS = ("png", "npz", "both")
+LABEL_DRAWS = ("balanced", "random")
 DTYPES = ("float32", "bfloat16")
 MATMUL_PRECISIONS = ("default", "high", "highest")
 
@@ -181,8 +184,8 @@ class Data:
     subset_seed: int = setting(
         0,
         _seed,
-        "seed of the part of the data that sweep, quality, invert and likelihood draw, balanced "
-        "over the classes; tfds: uniform",
+        "seed of the part of the data that sweep, quality, invert, likelihood and excess draw, "
+        "balanced over the classes; tfds: uniform",
     )
     workers: int | None = setting(
         None,
@@ -331,10 +334,13 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """The sampler, for --mode sample, invert, sweep and quality, and for sheets during training."""
+    """The sampler, for --mode sample, invert, sweep, quality, excess, and sheets in training."""
 
     weights: str = choice(
         "ema", WEIGHTS, "ema: the moving average of the parameters; raw: the parameters"
+    )
+    checkpoint: int | None = setting(
+        None, _count_or_0, "step of the checkpoint to use; none: the newest complete one"
     )
     solver: str = choice(
         "dopri5",
@@ -389,10 +395,28 @@ class Sample:
     )
     count: int = setting(64, Between(1, 10_000_000), "number of samples")
     batch: int = setting(64, _batch, "samples drawn at a time, over all devices")
+    microbatch: int | None = setting(
+        None, _batch, "samples drawn at a time by each device; none: sample.batch over all devices"
+    )
+    format: str = choice(
+        "png",
+        SAMPLE_FORMATS,
+        "files of --mode sample. png: one for each image; npz: only samples.npz, as ADM's "
+        "evaluation reads it; both",
+    )
     labels: tuple[int, ...] = setting(
-        (),
-        Between(0, 999_999),
-        "class labels, repeated in turn up to count; (): all classes in turn",
+        (), Between(0, 999_999), "class labels to draw samples of; (): all classes"
+    )
+    label_draw: str = choice(
+        "balanced",
+        LABEL_DRAWS,
+        "which label a sample gets. balanced: each in turn; random: uniformly, by seed and index",
+    )
+    labels_file: str | None = setting(
+        None,
+        user_path,
+        "file of one label for each sample: text, .npy, or .npz with arr_1 or labels; none: "
+        "sample.labels",
     )
     seed: int = setting(0, _seed, "seed of the samples")
     frames: int | None = setting(
@@ -500,6 +524,23 @@ class Sweep:
         ("SBDM",), diffusion.FORMS, "values of sample.diffusion_form, for SDE solvers"
     )
     cfg_scales: tuple[float, ...] = setting((1.0,), _cfg_scale, "values of sample.cfg_scale")
+    cfg_intervals: tuple[float, ...] = setting(
+        (),
+        _time,
+        "values of sample.cfg_interval: first, last, first, last, ...; (): only that of sample",
+    )
+    checkpoints: tuple[int, ...] = setting(
+        (), _count_or_0, "steps of the checkpoints to compare; (): that of sample.checkpoint"
+    )
+    weights: tuple[str, ...] = choice(
+        (), WEIGHTS, "weights to compare, ema and raw; (): those of sample.weights"
+    )
+    features: str = choice(
+        "pixels",
+        ("pixels", *EXTRACTORS),
+        "pixels: their principal components, and a classifier of the labels, for small images; "
+        "or a network's features, as in evaluate.features",
+    )
     count: int = setting(1000, Between(2, 10_000_000), "number of samples that each sampler draws")
     reference_count: int = setting(
         10_000, _count, "real images to draw and compare with, at most; in --mode quality too"
@@ -507,6 +548,77 @@ class Sweep:
     components: int = setting(
         64, Between(1, 100_000), "principal components of the pixels that the Frechet distance uses"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """--mode evaluate and stats: the features by which images are compared."""
+
+    features: tuple[str, ...] = choice(
+        ("inception",),
+        (*EXTRACTORS, "pixels"),
+        "inception: FID as ADM computes it; inception-pytorch-fid: with that project's resizing; "
+        "dinov2; pixels: principal components, which need no weights",
+    )
+    inception: str | None = setting(
+        None,
+        user_path,
+        "Inception weights, a file of convert.inception; none: the one in the user's cache folder",
+    )
+    dinov2: str | None = setting(
+        None, user_path, "DINOv2 weights, a file of convert.dinov2; none: as for inception"
+    )
+    batch: int | None = setting(
+        None,
+        _batch,
+        "images of which a device computes the features at a time; none: 64, or 8 on a CPU",
+    )
+    reference: str | None = setting(
+        None,
+        user_path,
+        "statistics or images to compare with, as --reference; none: images of the data source",
+    )
+    count: int | None = setting(
+        None,
+        _count,
+        "real images to draw from the data source; none: all of them, or in training evaluate.kept",
+    )
+    kept: int = setting(
+        10_000,
+        _count,
+        "real images, a random draw, that precision, recall and KID compare with",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Excess:
+    """--mode excess: the loss above that of the best possible prediction for the training set."""
+
+    split: str | None = setting(
+        None, anything, "split that the run was trained on; none: data.split"
+    )
+    test_split: str | None = setting(
+        None, anything, "another split, of images that the run has not seen; none: do without"
+    )
+    labels: str = choice(
+        "data",
+        ("data", "null", "dropout"),
+        "data: each image's own label; null: the null label for all; dropout: as in training, the "
+        "null label with probability train.label_dropout",
+    )
+    strata: int = setting(
+        20, Between(1, 1_000), "parts of the training times, equally probable, with a row each"
+    )
+    draws: int = setting(
+        1000, Between(2, 2**24), "draws of an image, noise and a time in each of these parts"
+    )
+    batch: int = setting(256, _batch, "draws evaluated at a time, over all devices")
+    samples: int = setting(
+        1_000,
+        Between(0, 1_000_000),
+        "samples to compare with the nearest training images; 0: none",
+    )
+    seed: int = setting(0, _seed, "seed of these draws")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,6 +641,13 @@ class Log:
         10_000, _count_or_0, "steps between sheets, grids of samples from the EMA; 0: never"
     )
     sheet_count: int = setting(64, Between(1, 10_000), "number of samples on a sheet")
+    scores_every: int = setting(
+        0,
+        _count_or_0,
+        "steps between scores, such as FID, of samples from the EMA (see evaluate); the checkpoint "
+        "with the best score is kept; 0: never",
+    )
+    scores_count: int = setting(1000, Between(4, 10_000_000), "number of samples that are scored")
     tensorboard: bool = setting(True, anything, "write TensorBoard event files")
     wandb_project: str | None = setting(
         None, anything, "log to this project of Weights & Biases; none: do not"
@@ -588,6 +707,8 @@ class Config:
     sample: Sample = Sample()
     likelihood: Likelihood = Likelihood()
     sweep: Sweep = Sweep()
+    evaluate: Evaluate = Evaluate()
+    excess: Excess = Excess()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     precision: Precision = Precision()

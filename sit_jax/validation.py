@@ -85,6 +85,8 @@ def check_null_label(config: Config, uses: Callable[[str], bool]) -> None:
     ]
     if uses("likelihood.labels") and config.likelihood.labels == "null":
         wanted.append("likelihood.labels 'null' evaluates it; set likelihood.labels=data")
+    if uses("excess.labels") and config.excess.labels == "null":
+        wanted.append("excess.labels 'null' evaluates it; set excess.labels=data")
     check(
         config.train.label_dropout > 0 or not wanted,
         "train.label_dropout is 0, so that no null label is trained, but "
@@ -119,6 +121,16 @@ def _check_sampler(sample: Sample) -> None:
         f"sample.guide is {sample.guide!r}, but sample.cfg_scale is {sample.cfg_scale:g}, which "
         "turns guidance off; set it above 1",
     )
+    for key, value, remedy in (
+        ("labels", sample.labels, "()"),
+        ("label_draw", sample.label_draw == "random", "balanced"),
+    ):
+        check(
+            sample.labels_file is None or not value,
+            f"sample.labels_file is {brief(sample.labels_file)}, which gives every sample its "
+            f"label, but sample.{key} is {brief(getattr(sample, key))}; set sample.{key}={remedy}, "
+            "or sample.labels_file=none",
+        )
     low_high = sample.cfg_interval
     check(
         len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1,
@@ -139,6 +151,13 @@ def _check_likelihood(config: Config) -> None:
 def _check_sweep(sweep: Sweep) -> None:
     for key in ("solvers", "steps", "cfg_scales"):
         check(getattr(sweep, key), f"sweep.{key} is empty; give one or more")
+    times = sweep.cfg_intervals
+    check(
+        len(times) % 2 == 0
+        and all(low < high for low, high in zip(times[::2], times[1::2], strict=True)),
+        f"sweep.cfg_intervals is {times}; expected pairs of times with first < last, such as "
+        "0,1,0.1,0.9",
+    )
     check(
         sweep.forms or not set(sweep.solvers) & set(sde.SOLVERS),
         "sweep.forms is empty, but sweep.solvers has SDE solvers; give a form, such as SBDM",

@@ -90,6 +90,8 @@ def make_loop(events):
             recorder,
             watcher.Watcher(setup, recorder, recorder, {}),
             {},
+            None,
+            {},
         ),
     )
 

@@ -38,6 +38,10 @@ NO_NULL = "train.label_dropout is 0, so that no null label is trained, but "
             {"sample__cfg_scale": 1, "likelihood__labels": "null"},
             "likelihood.labels 'null' evaluates it; set likelihood.labels=data",
         ),
+        (
+            {"sample__cfg_scale": 1, "excess__labels": "null"},
+            "excess.labels 'null' evaluates it; set excess.labels=data",
+        ),
     ],
 )
 def test_a_null_label_that_would_not_be_trained_is_refused_before_training(
@@ -80,12 +84,14 @@ def test_a_run_without_label_dropout_samples_unguided_and_cannot_pretend(run_cop
     succeed(*sample, *guided)
 
 
-@pytest.mark.parametrize("mode", ["sample", "invert", "quality", "sweep", "likelihood"])
+@pytest.mark.parametrize("mode", ["sample", "invert", "quality", "sweep", "likelihood", "excess"])
 def test_a_mode_checks_only_the_batches_that_it_uses(tmp_path, monkeypatch, mode):
     """Without a run, the check after those of the batches is the one for checkpoints."""
     monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 3)
-    key = "likelihood.batch" if mode == "likelihood" else "sample.batch"
-    command = ("--config", DIGITS, "--workdir", tmp_path / "new", "--mode", mode)
+    key = {"likelihood": "likelihood.batch", "excess": "excess.batch"}.get(mode, "sample.batch")
+    command = ["--config", DIGITS, "--workdir", tmp_path / "new", "--mode", mode]
+    if mode == "excess":
+        command += flags(excess__samples=0)  # which would use sample.batch too
     assert f"{key} = 8 is not divisible by the 3 devices" in refusal(*command, f"--config.{key}=8")
     assert "has no checkpoints; train first" in refusal(*command, f"--config.{key}=9")
 
@@ -122,10 +128,15 @@ def test_a_mesh_of_another_machine_names_the_flags_that_fit_this_one(run_copy, m
         (
             "sample",
             "data.path",
-            "train, sweep, invert, likelihood, quality, encode, data, preflight",
+            "train, evaluate, stats, sweep, invert, likelihood, quality, excess, encode, data, "
+            "preflight",
         ),
-        ("sweep", "sample.cfg_scale", "train, sample, invert, quality, preflight"),
-        ("invert", "sample.labels", "train, sample, quality, preflight"),
+        (
+            "sweep",
+            "sample.cfg_scale",
+            "train, sample, evaluate, invert, quality, excess, preflight",
+        ),
+        ("invert", "sample.labels", "train, sample, evaluate, quality, preflight"),
         ("likelihood", "train.steps", "train, preflight"),
         ("quality", "likelihood.batch", "train, likelihood"),
         ("preflight", "checkpoint.every", "train"),

@@ -11,6 +11,7 @@ import tomllib
 import numpy as np
 import pytest
 
+from convert import inception
 from sit_jax import command_line, main
 from sit_jax.config import flatten
 from sit_jax.errors import UserError
@@ -75,13 +76,19 @@ TINY_SWEEP = flags(
 TINY_LIKELIHOOD = flags(
     likelihood__count=8, likelihood__batch=8, likelihood__solver="euler", likelihood__steps=2
 )
+TINY_EXCESS = flags(
+    excess__strata=2, excess__draws=4, excess__batch=8, excess__samples=4, sample__steps=2,
+    sample__batch=8,
+)  # fmt: skip
 MODES = {
     "train": (TINY[2:], "trained to step"),  # TINY without its --config FILE
     "sample": (TINY_SAMPLE, "sheet: "),
+    "evaluate": (TINY_SAMPLE + flags(sweep__components=4), "report: "),
     "sweep": (TINY_SAMPLE + TINY_SWEEP, "plot: "),
     "invert": (TINY_SAMPLE, "round trip: RMS error"),
     "likelihood": (TINY_LIKELIHOOD, "bits/dim: "),
     "quality": (TINY_SAMPLE, "samples are read as their label"),
+    "excess": (TINY_EXCESS, "images: model "),
     "encode": ([], "records of 2 classes"),
     "data": ([], "card: "),
 }
@@ -216,6 +223,10 @@ def check(command, capsys):
         check_unpacking(command)
     elif words[0] == "bash" and words[1].startswith("launch/"):
         check_script(words)
+    elif words[:2] == ["python", "-m"] and words[2:] == ["convert.inception"]:
+        with pytest.raises(SystemExit) as ended:  # without arguments it would download
+            inception.main(["--help"])
+        assert ended.value.code == 0
     elif words[:3] != ["python", "-m", "sit_jax.main"]:
         pytest.fail(f"README has {command!r}, which this test does not know how to check")
     elif "--help" in words or "--help-config" in words:

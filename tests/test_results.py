@@ -19,8 +19,8 @@ def test_results_may_lie_outside_of_a_workdir_that_stays_as_it_is(run_copy, tmp_
     assert snapshot(run_copy) == before
     message = refusal("--workdir", run_copy, "--out", tmp_path / "out")
     assert (
-        "--out is for --mode sample, sweep, invert, likelihood, quality, encode, data, not train"
-        in message
+        "--out is for --mode sample, evaluate, stats, sweep, invert, likelihood, quality, "
+        "excess, encode, data, not train" in message
     )
     assert "--out is empty" in refusal("--workdir", run_copy, "--mode", "sample", "--out=")
 

@@ -357,13 +357,18 @@ def read_in_order(
     batch_size: int,
     *,
     skip_unreadable: bool,
+    mirrored: bool = False,
 ) -> Iterator[Record]:
     """Yield batches of the records at `indices`, in that order, on the host.
 
-    The last batch may be smaller.
+    With `mirrored`, they are the records of the mirror images. The last batch may be smaller.
     """
     dataset = pipeline.in_order(
-        source, indices, batch_size=batch_size, skip_unreadable=skip_unreadable
+        source,
+        indices,
+        batch_size=batch_size,
+        skip_unreadable=skip_unreadable,
+        mirrored=mirrored,
     )
     workers, _ = choose_workers(setup, batch_size)
     if setup.config.data.workers is None:  # more would have nothing to read

@@ -27,8 +27,10 @@ NETWORK = (
 # Those of every solver, for jobs that choose the solver or its steps in their own way:
 SAMPLER = (
     "sample.weights",
+    "sample.checkpoint",
     "sample.seed",
     "sample.batch",
+    "sample.microbatch",
     "sample.time_shift",
     "sample.error_norm",
     "sample.cfg_channels",
@@ -73,6 +75,8 @@ class Job:
     check_batches: Callable[[Setup], None] = _accept_batches
     # False for a job that only compiles: it needs no workdir and claims no device.
     uses_devices: bool = True
+    # Flags of which one is enough without a workdir and a config. Settings are then the defaults.
+    instead_of_workdir: tuple[str, ...] = ()
 
     def takes(self, key: str) -> bool:
         """Return True if the job uses the setting."""

@@ -20,6 +20,7 @@ from sit_jax.image_io import encode_png
 from sit_jax.jobs import sampler
 from sit_jax.jobs.results import make_sheet
 from sit_jax.jobs.setup import Setup
+from sit_jax.jobs.training_scores import TrainingScores
 from sit_jax.jobs.watcher import Watcher
 from sit_jax.metric_log import MetricLog, Progress, warn
 from sit_jax.train_state import TrainState
@@ -39,8 +40,15 @@ class Loop:
         progress: Progress,
         watcher: Watcher,
         data: Mapping[str, Any],
+        scores: TrainingScores | None,
+        carried_scores: Mapping[str, Any],
     ):
-        """Prepare to train. `data` describes the data set, for the checkpoints."""
+        """Prepare to train. `data` describes the data set, for the checkpoints.
+
+        `carried_scores` are what the checkpoint holds of earlier scores.
+        """
+        self._scores = scores
+        self._carried_scores = carried_scores
         self._setup = setup
         self._workdir = workdir
         self._checkpoints = checkpoints
@@ -67,6 +75,8 @@ class Loop:
         config = self._setup.config
         codec_params = self._setup.codec_params if self._setup.encodes_images else {}
         self._saved = start
+        if start:  # that step has no scores yet if the run was stopped there
+            self._score_if_due(start, state.ema)
         for step in range(start + 1, self._setup.steps + 1):
             # Dispatch the step. Nothing here waits for the devices.
             batch = next(batches)
@@ -81,8 +91,11 @@ class Loop:
                 jax.block_until_ready(scalars)
                 jax.profiler.stop_trace()
                 profile = None
+            is_stopping = is_last and step < self._setup.steps
+            if not is_stopping:  # a run that goes on from here scores this step first
+                self._score_if_due(step, state.ema)
             # Save, then draw a sheet of samples, which does not count as training time.
-            if is_last or step % config.checkpoint.every == 0:
+            if is_last or step % config.checkpoint.every == 0 or self._is_best(step):
                 self._save(step, state)
             if self._is_sheet_due(step):
                 with self._watcher.paused():
@@ -94,6 +107,26 @@ class Loop:
     def _is_sheet_due(self, step: int) -> bool:
         every = self._setup.config.log.sheet_every
         return bool(every) and (step == self._setup.steps or step % every == 0)
+
+    def _score_if_due(self, step: int, ema: Any) -> None:
+        """Log the scores of a step, and protect its checkpoint if they are the best so far."""
+        if self._scores is None or not self._scores.is_due(step):
+            return
+        self._watcher.write_due_line()
+        with self._watcher.paused():
+            try:
+                values = self._scores.compute(step, self._sampler, ema)
+            except UserError as error:  # as for a sheet
+                self._progress.write(f"no scores at step {step}: {error}")
+                return
+        self._log.scalars(step, values)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        best = " (the best so far)" if self._is_best(step) else ""
+        self._progress.write(f"step {step}: {shown}{best}")
+
+    def _is_best(self, step: int) -> bool:
+        best = self._scores.best if self._scores else None
+        return best is not None and best.step == step
 
     def _save(self, step: int, state: TrainState) -> None:
         if step == self._saved:
@@ -107,11 +140,18 @@ class Loop:
             "data": self._data,
             "log": self._watcher.to_carry(),
         }
+        # A run that goes on without scores keeps its best checkpoint.
+        scores = self._scores.to_carry() if self._scores else self._carried_scores
+        if scores:
+            note["scores"] = scores
+            self._checkpoints.protect(scores["best"]["step"] if scores["best"] else None)
         try:
             self._checkpoints.wait()
         except UserError as error:  # the previous save failed: warn, and try this one
             warn(str(error))
         self._checkpoints.save(step, state.items(), note)
+        if self._scores:
+            self._scores.write_best(self._workdir)
 
     def _draw_sheet(self, step: int, ema: Any) -> None:
         config = self._setup.config

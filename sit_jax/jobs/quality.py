@@ -6,6 +6,7 @@ The classifier sees pixels, so this is for small images such as digits, not for 
 import argparse
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from sit_jax.jobs.job import NETWORK, SHEET, Flag, Job, Overrides
 from sit_jax.jobs.results import OUT, make_sheet, open_results
 from sit_jax.jobs.sampler import (
     Guide,
+    check_label_count,
     labels_of,
     make_sampler,
     open_guide,
@@ -40,6 +42,7 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     """
     setup = set_up(config)
     check_sample_batch(setup)
+    check_label_count(setup)
     # With the config's guidance first, then without, in order of decreasing scale.
     scales = sorted({config.sample.cfg_scale, 1.0}, reverse=True)
     minimums = _minimums(flags)
@@ -49,7 +52,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
         f"scale{'s' * (len(scales) > 1)}; give as many fractions or fewer",
     )
     source = hosts.run_on_all(lambda: open_source(setup))
-    weights = restore_weights(setup, workdir, config.sample.weights)
+    sample = config.sample
+    weights = restore_weights(setup, workdir, sample.weights, sample.checkpoint)
     check_same_classes(weights.note, source)
     guide = open_guide(config)
     real = read_real_images(setup, source, config.sweep.reference_count)
@@ -88,7 +92,11 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
                 results.write_bytes("sheet.png", encode_png(sheet))
         results.write_summary(summary)
         print(f"sheet: {results.folder / 'sheet.png'}")
-    for minimum, (scale, agreement) in zip(minimums, summary["agreement"].items(), strict=False):
+    _check_minimums(minimums, summary["agreement"])
+
+
+def _check_minimums(minimums: Sequence[float], agreements: Mapping[str, float]) -> None:
+    for minimum, (scale, agreement) in zip(minimums, agreements.items(), strict=False):
         check(
             agreement >= minimum,
             f"{scale}: {agreement:.1%} of the samples are read as their label, below --minimum "

@@ -1,12 +1,11 @@
-"""`--mode sweep`: compare many samplers on one checkpoint, quality against cost."""
+"""`--mode sweep`: compare checkpoints, guidance and samplers, quality against cost."""
 
 import argparse
-import csv
 import dataclasses
-import io
+import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +20,15 @@ from sit_jax.jobs.data import (
     open_source,
     read_real_images,
 )
+from sit_jax.jobs.evaluation import recipe
+from sit_jax.jobs.evaluation.feature_sets import PIXELS, extract_features, open_space
+from sit_jax.jobs.evaluation.references import REFERENCE, digest, open_reference
+from sit_jax.jobs.evaluation.scores import FEWEST, measured_in, scores
 from sit_jax.jobs.job import NETWORK, SAMPLER, Job
-from sit_jax.jobs.results import OUT, Row, open_results, progress_bar
+from sit_jax.jobs.results import OUT, Results, Row, open_results, progress_bar
 from sit_jax.jobs.sampler import (
     Guide,
+    Sampler,
     labels_of,
     make_sampler,
     open_guide,
@@ -32,50 +36,50 @@ from sit_jax.jobs.sampler import (
     sampler_settings,
 )
 from sit_jax.jobs.setup import Setup, check_sample_batch, set_up
+from sit_jax.jobs.sweep_tables import KEY, as_csv, as_markdown, best_rows, label, plot
 from sit_jax.jobs.workdir import Weights, restore_weights
-from sit_jax.metrics.frechet import feature_statistics, frechet_distance
+from sit_jax.metrics.frechet import frechet_distance
+from sit_jax.metrics.moments import feature_statistics
 from sit_jax.metrics.pixels import as_features, fit_classifier, fit_components
 from sit_jax.sampling import ode, sde
 from sit_jax.settings import Config, Sample, Sweep
 
-
-class Measure(NamedTuple):
-    """How a measure of quality is shown."""
-
-    format: str  # in the table
-    label: str  # of the plot's axis
-    scale: str  # of the plot's axis
-
-
-MEASURES = {
-    "frechet": Measure("{:.3f}", "Frechet distance (principal components)", "log"),
-    "agreement": Measure("{:.1%}", "label agreement (SVC)", "linear"),
-}
-KEY = ("solver", "steps", "rtol", "diffusion_form", "cfg_scale")  # these identify a sampler
-COLUMNS = (*KEY, "evaluations", "networks", *MEASURES, "seconds")
-_FORMATS = {"evaluations": "{:g}", "networks": "{:g}", "seconds": "{:.1f}"}
-_FORMATS |= {name: measure.format for name, measure in MEASURES.items()}
-
-# (uint8 images, labels) -> {name in MEASURES: value}
+# (uint8 images, labels) -> {name of a measure: value}
 Evaluator = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
+class Real(NamedTuple):
+    """What samples are compared with."""
+
+    evaluate: Evaluator
+    measures: tuple[str, ...]
+    floor: Mapping[str, float]  # measures of real images
+    text: str
+    settings: Mapping[str, Any]
+
+
 def sampler_grid(sweep: Sweep, sample: Sample) -> list[Sample]:
-    """Return the samplers of a sweep: solvers x steps x guidance scales.
+    """Return the samplers of a sweep: guidance intervals and scales x solvers x steps.
 
     SDE solvers are also combined with diffusion forms. Adaptive solvers take the tolerances, if
     any are given, instead of steps.
     """
     grid = []
-    for cfg_scale, solver in itertools.product(sweep.cfg_scales, sweep.solvers):
+    intervals = _pairs(sweep.cfg_intervals) or [sample.cfg_interval]
+    for scale, interval, solver in itertools.product(sweep.cfg_scales, intervals, sweep.solvers):
+        if scale == 1 and interval != intervals[0]:  # without guidance, intervals are all alike
+            continue
         base = dataclasses.replace(
             sample,
             solver=solver,
-            cfg_scale=cfg_scale,
+            cfg_scale=scale,
+            cfg_interval=interval,
             count=sweep.count,
             times=(),
             frames=None,
             labels=(),
+            label_draw="balanced",
+            labels_file=None,
         )
         if solver in ode.ADAPTIVE and sweep.rtols:
             grid += [
@@ -89,16 +93,60 @@ def sampler_grid(sweep: Sweep, sample: Sample) -> list[Sample]:
     return grid
 
 
-def row_key(options: Sample) -> Row:
-    """Return the columns that identify a sampler; those that its solver does not use are None."""
+def _pairs(times: Sequence[float]) -> list[tuple[float, ...]]:
+    return [tuple(times[start : start + 2]) for start in range(0, len(times), 2)]
+
+
+def row_key(options: Sample, step: int) -> Row:
+    """Return the columns that identify a row; those that its solver does not use are None."""
     is_sde = options.solver in sde.SOLVERS
+    is_guided = options.cfg_scale > 1
     return {
+        "step": step,
+        "weights": options.weights,
         "solver": options.solver,
         "steps": options.steps,
         "rtol": options.rtol if options.steps is None else None,
         "diffusion_form": options.diffusion_form if is_sde else None,
         "cfg_scale": options.cfg_scale,
+        "cfg_first": options.cfg_interval[0] if is_guided else None,
+        "cfg_last": options.cfg_interval[1] if is_guided else None,
     }
+
+
+def open_real(setup: Setup, note: Mapping[str, Any], flags: argparse.Namespace) -> Real:
+    """Return what samples are compared with: pixels of the data set, or features of a network."""
+    name = setup.config.sweep.features
+    if name == PIXELS:
+        if setup.config.evaluate.reference is not None:
+            print(
+                "note: evaluate.reference is for a network's features; pixels are compared with "
+                "the data set"
+            )
+        source = hosts.run_on_all(lambda: open_source(setup))
+        check_same_classes(note, source)
+        real = read_real_images(setup, source, setup.config.sweep.reference_count)
+        evaluate, between_halves = make_evaluator(real, setup.config.sweep.components)
+        text = (
+            f"compared with {len(real.images):,} real images, {kind_of_draw(source)} of "
+            f"{len(source):,}, whose halves are a Frechet distance of {between_halves:.3f} apart"
+        )
+        floor = {"frechet": between_halves}
+        return Real(evaluate, ("frechet", "agreement"), floor, text, real.settings)
+    reference = open_reference(setup, flags.reference)
+    space = open_space(name, setup.config.evaluate, setup.mesh)
+    features = reference.features(space)
+
+    def evaluate_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        drawn = extract_features(space, [images], len(images), None, "features")
+        return {name: score.value for name, score in scores(space, drawn, features).items()}
+
+    settings = {
+        "features": recipe.describe_spaces([space]),
+        "reference": {"place": reference.place, "digest": digest(reference, features)},
+    }
+    text = f"compared with {reference.place} in the space of {space.name} features"
+    return Real(evaluate_features, measured_in(space, features), {}, text, settings)
 
 
 def make_evaluator(real: RealImages, components_kept: int) -> tuple[Evaluator, float]:
@@ -130,20 +178,18 @@ def make_evaluator(real: RealImages, components_kept: int) -> tuple[Evaluator, f
 
 
 def measure(
-    config: Config, options: Sample, params: Any, guide: Guide | None, evaluate: Evaluator
+    setup: Setup, sampler: Sampler, options: Sample, weights: Weights, evaluate: Evaluator
 ) -> Row:
     """Return the row of one sampler: draw its images, measure them and drop them."""
-    setup = set_up(dataclasses.replace(config, sample=options))
-    sampler = make_sampler(setup, guide)
     indices = np.arange(options.count)
-    next(sample_images(setup, sampler, params, indices[:1]))  # compiles, outside the time measured
+    next(sample_images(setup, sampler, weights.params, indices[:1]))  # compiles, outside the time
     began = time.perf_counter()
-    batches = list(sample_images(setup, sampler, params, indices))
+    batches = list(sample_images(setup, sampler, weights.params, indices))
     seconds = time.perf_counter() - began
     images = np.concatenate([batch.images_bfhwc[:, -1] for batch in batches])
     evaluations = float(np.mean([batch.evaluations for batch in batches]))
     return {
-        **row_key(options),
+        **row_key(options, weights.step),
         "evaluations": evaluations,
         "networks": evaluations * (2 if options.cfg_scale > 1 else 1),
         **evaluate(images, labels_of(setup, indices)),
@@ -154,66 +200,122 @@ def measure(
 def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     """Write workdir/sweeps/NAME/{results.jsonl, table.csv, table.md, plot.png}.
 
-    Samplers that already have a row are kept.
+    Rows that were measured before are kept.
     """
+    sweep = config.sweep
+    check(
+        flags.reference is None or sweep.features != PIXELS,
+        "--reference is for features of a network, and sweep.features=pixels compares with the "
+        "data set; set sweep.features=inception, or leave out --reference",
+    )
+    check(
+        sweep.features == PIXELS or sweep.count >= FEWEST,
+        f"sweep.count is {sweep.count}; expected {FEWEST} or more for a network's features",
+    )
     setup = set_up(config)
     check_sample_batch(setup)
-    sweep = config.sweep
-    source = hosts.run_on_all(lambda: open_source(setup))
-    weights = restore_weights(setup, workdir, config.sample.weights)
-    check_same_classes(weights.note, source)
+    kinds = sweep.weights or (config.sample.weights,)
+    steps = sweep.checkpoints or (config.sample.checkpoint,)
+
+    @functools.lru_cache(maxsize=1)  # only one set of weights is in memory
+    def restore(step: int | None, kind: str) -> Weights:
+        return restore_weights(setup, workdir, kind, step)
+
+    pairs = list(itertools.product(steps, kinds))
+    notes = [dataclasses.replace(restore(*pair), params=None) for pair in pairs]
     guide = open_guide(config)
-    real = read_real_images(setup, source, sweep.reference_count)
-    evaluate, between_halves = make_evaluator(real, sweep.components)
-    name = f"step{weights.step}-{config.sample.weights}-count{sweep.count}"
-    with open_results(
-        flags, workdir, "sweeps", name, _results_settings(setup, weights, guide, real)
-    ) as results:
-        rows = results.read_rows(COLUMNS)
+    real = open_real(setup, notes[0].note, flags)
+    settings = _results_settings(setup, notes, kinds, guide, real)
+    columns = (*KEY, "evaluations", "networks", *real.measures, "seconds")
+    name = f"step{notes[0].step}-{kinds[0]}-count{sweep.count}"
+    with open_results(flags, workdir, "sweeps", name, settings) as results:
+        defaults = row_key(dataclasses.replace(config.sample, weights=kinds[0]), notes[0].step)
+        rows = [_with_new_columns(row, defaults) for row in results.read_rows(real.measures)]
         measured = {_key(row) for row in rows}
         grid = sampler_grid(sweep, config.sample)
-        missing = [options for options in grid if _key(row_key(options)) not in measured]
+        combined = [
+            (pair, dataclasses.replace(options, weights=pair[1]), found.step)
+            for pair, found in zip(pairs, notes, strict=True)
+            for options in grid
+        ]
+        # A value that is given twice is measured once.
+        wanted = list({_key(row_key(*item[1:])): item for item in combined}.values())
+        missing = [item for item in wanted if _key(row_key(*item[1:])) not in measured]
         print(
-            f"{len(missing)} of {len(grid)} samplers at step {weights.step}, {sweep.count} images "
-            f"each, into {results.folder}"
+            f"{len(missing)} of {len(wanted)} samplers, {sweep.count} images each, from "
+            f"{_in_words(notes, kinds)}, into {results.folder}"
         )
-        print(
-            f"compared with {len(real.images):,} real images, {kind_of_draw(source)} of "
-            f"{len(source):,}, whose halves are a Frechet distance of {between_halves:.3f} apart",
-            flush=True,
-        )
+        print(real.text, flush=True)
+        sampler_of = functools.cache(lambda options: _make_sampler(config, options, guide))
         with progress_bar(len(missing), "sampler") as bar:
-            for options in missing:
-                bar.set_postfix_str(_label(row_key(options)))
+            for pair, options, step in missing:
+                shown = label(row_key(options, step))
+                bar.set_postfix_str(shown)
+                # The sampler takes weights as an argument: one is compiled for all of them.
+                compiled = sampler_of(dataclasses.replace(options, weights="ema", checkpoint=None))
                 try:
-                    row = measure(config, options, weights.params, guide, evaluate)
+                    row = measure(*compiled, options, restore(*pair), real.evaluate)
                 except UserError as error:  # this sampler's images are not finite; others may be
-                    bar.write(f"warning: {_label(row_key(options))}: {error}")
+                    bar.write(f"warning: {shown}: {error}")
                 else:
                     rows.append(row)
                     results.add_rows([row])
                 bar.update()
-        requested = {_key(row_key(options)) for options in grid}
+        requested = {_key(row_key(*item[1:])) for item in wanted}
         rows = [row for row in rows if _key(row) in requested]
         rows.sort(key=lambda row: (row["cfg_scale"], row["networks"]))
         check(rows, "no sampler gave finite images; check whether training diverged")
-        results.write_text("table.csv", as_csv(rows))
-        results.write_text("table.md", as_markdown(rows))
-        if hosts.is_first():
-            results.write_bytes("plot.png", plot(rows, between_halves))
-        print(as_markdown(rows))
-        print(f"plot: {results.folder / 'plot.png'}")
+        _write(results, rows, columns, real)
+
+
+def _make_sampler(config: Config, options: Sample, guide: Guide | None) -> tuple[Setup, Sampler]:
+    setup = set_up(dataclasses.replace(config, sample=options))
+    return setup, make_sampler(setup, guide)
+
+
+def _write(results: Results, rows: Sequence[Row], columns: Sequence[str], real: Real) -> None:
+    results.write_text("table.csv", as_csv(rows, columns))
+    text = as_markdown(rows, columns)
+    results.write_text("table.md", text)
+    if hosts.is_first():
+        results.write_bytes("plot.png", plot(rows, real.measures, real.floor))
+    print(text)
+    for line in best_rows(rows, real.measures):
+        print(line)
+    print(f"plot: {results.folder / 'plot.png'}")
+
+
+def _in_words(notes: Sequence[Weights], kinds: Sequence[str]) -> str:
+    steps = ", ".join(dict.fromkeys(str(found.step) for found in notes))
+    return f"{' and '.join(kinds)} weights of step {steps}"
+
+
+def _with_new_columns(row: Row, defaults: Row) -> Row:
+    """Return a row with the columns that an earlier version did not write."""
+    if row["cfg_scale"] == 1:
+        defaults = defaults | {"cfg_first": None, "cfg_last": None}
+    return {name: row.get(name, defaults[name]) for name in KEY} | row
 
 
 def _results_settings(
-    setup: Setup, weights: Weights, guide: Guide | None, real: RealImages
+    setup: Setup,
+    notes: Sequence[Weights],
+    kinds: Sequence[str],
+    guide: Guide | None,
+    real: Real,
 ) -> dict[str, Any]:
     """Return every setting that the rows depend on, except those that identify a row."""
-    settings = sampler_settings(setup, weights, guide) | real.settings
-    for name in ("count", "components"):
-        settings[name] = getattr(setup.config.sweep, name)
-    for name in (*KEY, "atol", "times", "frames", "labels"):
+    sweep = setup.config.sweep
+    settings = sampler_settings(setup, notes[0], guide) | dict(real.settings)
+    settings["count"] = sweep.count
+    if sweep.features == PIXELS:
+        settings["components"] = sweep.components
+    identify = ["solver", "steps", "rtol", "diffusion_form", "cfg_scale"]
+    identify += ["cfg_interval"] * bool(sweep.cfg_intervals) + ["weights"] * bool(sweep.weights)
+    for name in (*identify, "atol", "times", "frames", "labels"):
         del settings["sample"][name]
+    if len(notes) > 1:  # otherwise as earlier versions
+        settings["checkpoints"] = [[found.step, found.digest] for found in notes]
     return settings
 
 
@@ -221,80 +323,10 @@ def _key(row: Mapping[str, Any]) -> tuple:
     return tuple(row[name] for name in KEY)
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    steps = f"rtol {row['rtol']:g}" if row["steps"] is None else f"{row['steps']} steps"
-    return f"{_series(row)} cfg {row['cfg_scale']:g}, {steps}"
-
-
-def _series(row: Mapping[str, Any]) -> str:
-    """Return the name of the sampler's line in the plot."""
-    parts = [row["solver"], row["diffusion_form"], "adaptive" if row["rtol"] else None]
-    return " ".join(part for part in parts if part)
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a header and one line per sampler. Columns that do not apply are empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as a Markdown table."""
-
-    def cell(name: str, value: Any) -> str:
-        return "" if value is None else _FORMATS.get(name, "{}").format(value)
-
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    lines += [" | ".join(cell(name, row[name]) for name in COLUMNS) for row in rows]
-    return "".join(f"| {line} |\n" for line in lines)
-
-
-def plot(rows: Sequence[Mapping[str, Any]], real_frechet: float) -> bytes:
-    """Return a PNG of each measure against network evaluations.
-
-    Each solver has a line, each guidance scale a column.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    scales = sorted({row["cfg_scale"] for row in rows})
-    figure = Figure(figsize=(6 * len(scales), 4 * len(MEASURES)), layout="constrained")
-    axes = figure.subplots(len(MEASURES), len(scales), sharex=True, sharey="row", squeeze=False)
-    for column, scale in enumerate(scales):
-        for series, points in _lines(row for row in rows if row["cfg_scale"] == scale):
-            networks = [point["networks"] for point in points]
-            for axis, name in zip(axes[:, column], MEASURES, strict=True):
-                values = [point[name] for point in points]
-                axis.plot(networks, values, marker="o", ms=3, label=series)
-        axes[0, column].axhline(
-            real_frechet, color="grey", ls=":", label="halves of the real images"
-        )
-        axes[0, column].set(title=f"cfg scale {scale:g}", xscale="log")
-        axes[-1, column].set(xlabel="network evaluations")
-        axes[0, column].legend(fontsize="x-small")
-    for axis, shown in zip(axes[:, 0], MEASURES.values(), strict=True):
-        axis.set(ylabel=shown.label, yscale=shown.scale)
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """Yield (name, rows by network evaluations) of each line of the plot."""
-    series: dict[str, list] = {}
-    for row in rows:
-        series.setdefault(_series(row), []).append(row)
-    for name, points in series.items():
-        yield name, sorted(points, key=lambda row: row["networks"])
-
-
 JOB = Job(
     run,
-    "compare solvers, steps, tolerances and guidance by quality and cost",
-    flags=(OUT,),
+    "compare checkpoints, guidance and samplers by quality and cost",
+    flags=(OUT, REFERENCE),
     memory="sample.batch or sweep.count",
     check_batches=check_sample_batch,
     uses=(
@@ -302,6 +334,7 @@ JOB = Job(
         *SAMPLER,
         "data.",
         "sweep.",
+        "evaluate.",
         "sample.diffusion_norm",
         "sample.last_step",
         "sample.last_step_size",

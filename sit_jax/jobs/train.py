@@ -42,6 +42,7 @@ from sit_jax.jobs.setup import (
     in_precision,
     set_up,
 )
+from sit_jax.jobs.training_scores import TrainingScores
 from sit_jax.jobs.watcher import Watcher
 from sit_jax.jobs.workdir import (
     check_trained_with,
@@ -182,7 +183,7 @@ def _set_up(config: Config) -> Setup:
 
 def _check_batches(setup: Setup) -> None:
     check_train_batch(setup)
-    if setup.config.log.sheet_every:
+    if setup.config.log.sheet_every or setup.config.log.scores_every:
         check_sample_batch(setup)
 
 
@@ -266,7 +267,7 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
     """
     setup, source = _open_data(_set_up(config))
     steps = setup.steps
-    if setup.encodes_images or config.log.sheet_every:
+    if setup.encodes_images or config.log.sheet_every or config.log.scores_every:
         _ = setup.codec_params  # read now, so that an error leaves no folder behind
         check_encoder(setup, source)
     with contextlib.ExitStack() as stack:
@@ -288,6 +289,10 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
                 f"--profile starts at step {profile[0]}; expected one of {start + 1} to {steps}, "
                 "which are to be trained",
             )
+        carried_scores = note.get("scores", {})
+        scores = None
+        if config.log.scores_every:
+            scores = TrainingScores(setup, carried_scores)
         batches = stack.enter_context(open_batches(setup, source, start))
         # Unreadable data stops the run here, before anything is written.
         first = hosts.run_on_all(lambda: next(batches))
@@ -303,7 +308,17 @@ def train(config: Config, workdir: epath.Path, profile: tuple[int, int] | None =
         print(f"training from step {start} to {steps}", flush=True)
         progress = stack.enter_context(Progress(start, steps))
         watcher = Watcher(setup, log, progress, note.get("log", {}))
-        loop = Loop(setup, workdir, checkpoints, log, progress, watcher, describe(source))
+        loop = Loop(
+            setup,
+            workdir,
+            checkpoints,
+            log,
+            progress,
+            watcher,
+            describe(source),
+            scores,
+            carried_scores,
+        )
         reached = loop.run(make_train_step(setup), state, batches, start, stop, profile)
         checkpoints.wait()
     if reached < steps:

@@ -81,11 +81,13 @@ class Weights:
     note: Mapping[str, Any]  # of the checkpoint
 
 
-def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> Weights:
-    """Return the newest checkpoint's EMA (weights "ema") or parameters ("raw").
+def restore_weights(
+    setup: Setup, workdir: epath.Path, weights: str, step: int | None = None
+) -> Weights:
+    """Return the EMA (weights "ema") or the parameters ("raw") of a checkpoint; None: the newest.
 
-    Raises `UserError` if there is no complete checkpoint, or if it was trained with other settings
-    of the network.
+    Raises `UserError` if there is no complete checkpoint of that step, or if it was trained with
+    other settings of the network.
     """
     item = WEIGHTS[weights]
     folder = workdir / "checkpoints"
@@ -94,6 +96,9 @@ def restore_weights(setup: Setup, workdir: epath.Path, weights: str) -> Weights:
         f"{str(workdir)!r} has no checkpoints; train first, with --mode train",
     )
     with Checkpoints(folder, train_state.CHECKPOINT_ITEMS) as checkpoints:
+        if step is not None:
+            checkpoints.check_complete(step)
+            return _restore_weights(setup, workdir, checkpoints, step, item)
         while True:
             step = require(
                 newest_step(checkpoints),
