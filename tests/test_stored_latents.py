@@ -194,6 +194,22 @@ def test_modes_that_compare_images_are_refused(run, mode):
     assert status == 2 and "holds no images to compare with" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("evaluate", []),
+        ("sweep", ["--config.sweep.features=inception"]),
+        ("train", ["--config.log.scores_every=2", "--config.train.steps=400"]),
+    ],
+)
+def test_false_colours_are_not_scored(run, mode, flags, tmp_path):
+    np.savez(tmp_path / "x.npz", np.zeros((9, 4, 4, 3), np.uint8))
+    reference = f"--config.evaluate.reference={tmp_path / 'x.npz'}"
+    status, _, err = call("--mode", mode, "--workdir", run[0], reference, *flags)
+    assert status == 2 and "'stored' has no decoder, so that samples are not" in err
+    assert err.count("\n") == 1
+
+
 def test_images_are_not_stored_latents(tmp_path):
     status, _, err = train(tmp_path / "run", data__source="digits", data__path="none")
     assert status == 2 and "latents.codec is 'stored', but data.source gives images" in err

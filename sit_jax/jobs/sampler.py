@@ -239,6 +239,16 @@ def labels_of(setup: Setup, indices: np.ndarray) -> np.ndarray:
     return labels[indices % len(labels)]
 
 
+def check_decoder(setup: Setup) -> None:
+    """Raise `UserError` unless samples are images: false colours cannot be scored."""
+    check(
+        setup.codec.has_decoder,
+        f"latents.codec {setup.config.latents.codec!r} has no decoder, so that samples are not "
+        "images to score; set latents.codec to the autoencoder of the latents, or decode "
+        "samples.npz and give the images as --samples of --mode evaluate",
+    )
+
+
 def check_label_count(setup: Setup, key: str = "sample.count") -> None:
     """Raise `UserError` if sample.labels_file has fewer labels than the samples of a setting."""
     options = setup.config.sample

@@ -29,6 +29,7 @@ from sit_jax.jobs.results import OUT, Results, Row, open_results, progress_bar
 from sit_jax.jobs.sampler import (
     Guide,
     Sampler,
+    check_decoder,
     labels_of,
     make_sampler,
     open_guide,
@@ -133,6 +134,7 @@ def open_real(setup: Setup, note: Mapping[str, Any], flags: argparse.Namespace) 
         )
         floor = {"frechet": between_halves}
         return Real(evaluate, ("frechet", "agreement"), floor, text, real.settings)
+    check_decoder(setup)
     reference = open_reference(setup, flags.reference)
     space = open_space(name, setup.config.evaluate, setup.mesh)
     features = reference.features(space)

@@ -21,7 +21,13 @@ from sit_jax.jobs.evaluation.feature_sets import (
 )
 from sit_jax.jobs.evaluation.references import Reference, digest, open_reference
 from sit_jax.jobs.evaluation.scores import MEASURES, scores
-from sit_jax.jobs.sampler import Sampler, check_label_count, drawing_settings, sample_images
+from sit_jax.jobs.sampler import (
+    Sampler,
+    check_decoder,
+    check_label_count,
+    drawing_settings,
+    sample_images,
+)
 from sit_jax.jobs.setup import Setup
 from sit_jax.metrics import weight_files
 from sit_jax.metrics.features import EXTRACTORS
@@ -47,6 +53,7 @@ class TrainingScores:
 
         Raises `UserError` if there is nothing to compare with.
         """
+        check_decoder(setup)
         self._setup = setup
         self._count = setup.config.log.scores_count
         check_label_count(setup, "log.scores_count")

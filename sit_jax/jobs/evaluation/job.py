@@ -30,6 +30,7 @@ from sit_jax.jobs.evaluation.scores import FEWEST, MEASURES, Score
 from sit_jax.jobs.job import NETWORK, Flag, Job
 from sit_jax.jobs.results import OUT, Results, open_results, warn
 from sit_jax.jobs.sample import Drawn, draw_samples
+from sit_jax.jobs.sampler import check_decoder
 from sit_jax.jobs.setup import Setup, check_sample_batch, set_up
 from sit_jax.settings import Config
 
@@ -72,6 +73,8 @@ def run(config: Config, workdir: epath.Path, flags: argparse.Namespace) -> None:
     Without --samples, the samples of the workdir's run are drawn first, as --mode sample does.
     """
     setup = set_up(config)
+    if flags.samples is None:
+        check_decoder(setup)
     reference = open_reference(setup, flags.reference)
     spaces = open_spaces(setup, reference)
     if flags.samples is None:
