@@ -128,6 +128,11 @@ class Setup:
         return sample.microbatch * sharding.batch_shards(self.mesh)
 
     @property
+    def batch_matmul(self) -> str:
+        """The precision of float32 matmuls outside of training."""
+        return self.config.precision.matmul or "highest"
+
+    @property
     def path(self) -> Path:
         """The interpolant."""
         return path_by_name(self.config.transport.path)
@@ -316,7 +321,7 @@ def jit_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Cal
     By default a TPU computes a float32 matmul in bfloat16. That is enough for training, but not
     for samples and measurements.
     """
-    matmul = setup.config.precision.matmul or "highest"
+    matmul = setup.batch_matmul
     return jax.jit(in_precision(function, matmul), out_shardings=out_shardings)
 
 

@@ -28,6 +28,7 @@ from sit_jax.jobs.evaluation.references import (
 from sit_jax.jobs.evaluation.report import Section, as_html, as_markdown
 from sit_jax.jobs.evaluation.scores import FEWEST, MEASURES, Score
 from sit_jax.jobs.job import NETWORK, Flag, Job
+from sit_jax.jobs.render import markdown_table
 from sit_jax.jobs.results import OUT, Results, open_results, warn
 from sit_jax.jobs.sample import Drawn, draw_samples
 from sit_jax.jobs.sampler import check_decoder
@@ -164,6 +165,7 @@ def _recipe(
 ) -> dict[str, Any]:
     """Return everything that the numbers depend on."""
     first = evaluations[0]
+    precision = {"compute": setup.config.precision.compute, "matmul": setup.batch_matmul}
     height, width, channels = samples.shape
     return {
         "command": recipe.command(
@@ -185,7 +187,11 @@ def _recipe(
             "digest": digest(reference, first.reference),
         },
         "features": recipe.describe_spaces([item.space for item in evaluations]),
-        **({"run": {**drawn.settings, "evaluations": drawn.evaluations}} if drawn else {}),
+        **(
+            {"run": {**drawn.settings, "evaluations": drawn.evaluations, "precision": precision}}
+            if drawn
+            else {}
+        ),
         **recipe.environment(),
         "config": dataclasses.asdict(setup.config),
     }
@@ -219,8 +225,7 @@ def _write(
     title = f"Evaluation of {made['samples']['place']}"
     results.write_text("report.md", as_markdown(title, sections))
     results.write_text("report.html", as_html(title, sections))
-    for row in rows:
-        print(f"{row[0]:>50}  {row[1]:>10}  {row[2]}")
+    print(markdown_table(header, rows))
     print(f"report: {results.folder / 'report.html'}")
 
 
