@@ -276,7 +276,7 @@ def test_statistics_of_other_features_or_weights_are_refused(place, tmp_path):
     assert "mu is [1024]" in message and "of another space" in message
     stats = ["--mode", "stats", *place.settings, "--out", tmp_path]
     message = refusal(*stats, "--reference", place.statistics)
-    assert "holds statistics already" in message
+    assert "already holds statistics" in message
     assert not list(tmp_path.rglob("summary.json"))
 
 

@@ -278,7 +278,10 @@ def test_what_takes_longer_than_the_rest_of_the_budget_is_left_out(tmp_path):
 
 
 def test_a_child_that_hangs_is_stopped(monkeypatch, tmp_path):
-    # Without a task, the child asks the frameworks what they find, which takes seconds.
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
     with open(tmp_path / "log", "w") as log:
         start = time.monotonic()
         child = Child([], {}, log, seconds=0)

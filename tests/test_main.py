@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_continues(run_copy,
 def test_samples_are_pngs_a_sheet_and_their_settings(sampled):
     _, folder = sampled
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["images", "settings.json", "sheet.png"]
+        ["images", "settings.json", "sheet.png", "summary.json"]
     )
     assert sorted(path.name for path in (folder / "images").iterdir()) == [
         f"{i:06d}.png" for i in range(8)

@@ -151,10 +151,10 @@ def test_inverted_images_are_a_draw_and_redone_when_they_change(run_and_data):
     pathlib.Path(source.files[index]).write_bytes(
         pathlib.Path(source.files[(index + 1) % 6]).read_bytes()
     )
-    picture = (folder / "000001.png").read_bytes()
+    picture = (folder / "images" / "000001.png").read_bytes()
     assert "inverting 1 of 4 images" in succeed(*arguments)
     after = entries()
-    assert len(after) == 12 and (folder / "000001.png").read_bytes() != picture
+    assert len(after) == 12 and (folder / "images" / "000001.png").read_bytes() != picture
     assert str(after[1]["sha256"]) != str(before[1]["sha256"])
     assert (after[1]["noise"] != before[1]["noise"]).any()
     for number in (0, 2, 3):
