@@ -15,6 +15,7 @@ _USAGE = """\
 python -m sit_jax.main --config configs/digits.py --workdir runs/digits
        python -m sit_jax.main --workdir runs/digits --mode sample --config.sample.cfg_scale=4
        python -m sit_jax.main --config configs/digits.py --mode preflight --topology v5e:4x4
+       python -m sit_jax.main --mode evaluate --samples X --reference Y
        python -m sit_jax.main --help-config [SECTION]"""
 _EPILOG = """\
 Settings are flags: --config.train.steps=1000, --config.sample.labels=3,1,4. --help-config lists
