@@ -425,7 +425,7 @@ class Sample:
         "also write this many images along each sample's trajectory, as one strip; none: do not",
     )
     columns: int = setting(10, Between(1, 1_000), "columns of sheet.png, the grid of images")
-    scale: int = setting(1, Between(1, 64), "whole-number enlargement of sheet.png")
+    scale: int = setting(1, Between(1, 64), "factor by which sheet.png is enlarged")
 
     @property
     def grid(self) -> int | tuple[float, ...] | None:

@@ -27,7 +27,7 @@ def command(workdir, **settings):
 
 
 def draw(workdir, out, **settings):
-    """Draw samples; return what is printed and their folder."""
+    """Draw samples; return the printed text and their folder."""
     printed = succeed(*command(workdir, **settings), "--out", out)
     (folder,) = (out / "samples").iterdir()
     return printed, folder

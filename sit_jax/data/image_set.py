@@ -266,6 +266,8 @@ def _open_npz(path: str) -> ImageSet:
             if first < last:
                 yield images[numbers[first:last] - start]
             start += len(images)
+            if last == len(numbers) and start < count:  # at the end, the checksum is compared
+                return
 
     return ImageSet(path, count, (height, width, channels), read, labels)
 

@@ -15,7 +15,8 @@ from sit_jax.jobs.sampler import jit_sampler, labels_of
 from sit_jax.jobs.setup import Setup, set_up
 from sit_jax.settings import Config, Data, Model, Precision, Sample
 from tests.benchmarks import gpu_kernels
-from tests.benchmarks.gpu_sides import CHANNELS, CLASSES, INPUT, SCALE, UNITS, Task, examples
+from tests.benchmarks.gpu_sides import SCALE, UNITS, Task
+from tests.benchmarks.torch_speed import CHANNELS, CLASSES, INPUT, examples
 
 _PRECISION = {"bfloat16": Precision(compute="bfloat16"), "TF32": Precision(matmul="default")}
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from sit_jax.models.sizes import forward_flops, size_by_name
 from tests.benchmarks import gpu_kernels
-from tests.benchmarks.gpu_sides import CHANNELS, INPUT
+from tests.benchmarks.torch_speed import CHANNELS, INPUT
 
 _TITLES = {
     "training": ("training step", "ms", "images/s"),

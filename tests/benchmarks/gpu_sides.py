@@ -26,9 +26,6 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-INPUT = 32
-CHANNELS = 4
-CLASSES = 1000
 SCALE = 4.0
 UNITS = {"training": 2, "sampling": 10}  # steps or evaluations of a program
 # The formats of each side; training takes the first.
@@ -48,18 +45,6 @@ class Task(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.side} {self.part} {self.format} batch {self.batch}"
-
-
-def examples(batch: int) -> dict[str, np.ndarray]:
-    """Return random images x1 and noise x0 [b, h, w, c], times t [b] and labels [b]."""
-    draw = np.random.default_rng(0)
-    x1, x0 = draw.standard_normal((2, batch, INPUT, INPUT, CHANNELS), np.float32)
-    return {
-        "x1": x1,
-        "x0": x0,
-        "t": draw.random(batch, np.float32),
-        "condition": draw.integers(0, CLASSES + 1, batch),
-    }
 
 
 def machine() -> dict[str, Any]:

@@ -10,7 +10,7 @@ is lost if the machine is taken away.
 
 - Training: ours with its defaults in bfloat16; PyTorch in bfloat16 autocast with torch.compile and
   fused AdamW; and eager in TF32, as published. All with AdamW and an EMA in float32, at the largest
-  of --batches that fits ours and torch.compile, each alone on the card.
+  of --batches that fits ours and torch.compile, each by itself on the card.
 - Sampling: Euler with guidance, in bfloat16 (PyTorch: compiled) and in TF32 (PyTorch: eager).
 - Profile: the time by kind of kernel (gpu_kernels.py), and the largest kernels in the JSON.
 
@@ -66,7 +66,7 @@ class Run:
         self.results = {"model": options.model, "card": {}, "rows": [], "notes": []}
 
     def save(self) -> None:
-        """Write what is known beside the last version, then put it in its place."""
+        """Write the results so far. A kill leaves the file before or the new one, never a part."""
         out = self.options.out
         texts = {"gpu_speed.json": json.dumps(self.results, indent=1)}
         if self.results["card"]:
@@ -85,12 +85,12 @@ class Run:
         """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
-    def enough(self, seconds: float, what: str) -> bool:
-        """Return whether so much time is left; say what is left out if not."""
+    def enough(self, seconds: float, part: str) -> bool:
+        """Return whether the time suffices; otherwise say that `part` is left out."""
         if self.left() >= seconds:
             return True
         left = max(0, self.left())
-        self.say(f"{what}: left out, as it takes about {seconds:.0f} s and {left:.0f} s remain")
+        self.say(f"{part}: left out, as it takes about {seconds:.0f} s and {left:.0f} s remain")
         return False
 
     def row(self, task: Task) -> dict:
@@ -206,7 +206,7 @@ def training(run: Run, repeats: int, rounds: int, profile: bool) -> None:
     pair = largest(run, ["ours", "torch.compile"], repeats, profile and rounds == 1)
     largest(run, ["torch eager"], repeats, profile)
     for number in range(2, rounds + 1):
-        pair.reverse()  # a, b, b, a: what drifts affects both
+        pair.reverse()  # a, b, b, a: a drift affects both sides
         for task in pair:
             visit(run, task, repeats, profile and number == rounds)
 

@@ -10,7 +10,8 @@ import torch
 from sit_jax.models.sizes import size_by_name
 from tests import torch_sit
 from tests.benchmarks import gpu_kernels
-from tests.benchmarks.gpu_sides import CHANNELS, CLASSES, INPUT, SCALE, UNITS, Task, examples
+from tests.benchmarks.gpu_sides import SCALE, UNITS, Task
+from tests.benchmarks.torch_speed import CHANNELS, CLASSES, INPUT, examples
 
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

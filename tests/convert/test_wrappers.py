@@ -113,8 +113,8 @@ DICTS = {
         "callbacks": {"a": {"best": 1.0}},
         "hyper_parameters": {"width": 16},
     },
-    "model alone": lambda w: {"model": w},
-    "ema alone": lambda w: {"ema": w, "step": 7},
+    "only the model": lambda w: {"model": w},
+    "only the ema": lambda w: {"ema": w, "step": 7},
     "net": lambda w: {"net": prefixed(w, "module."), "optimizer": {"param_groups": [1]}},
     "params_ema": lambda w: {"params_ema": w},
 }

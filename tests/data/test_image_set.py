@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sit_jax.data import image_set
+from sit_jax.data.npz import NpzFile
 from sit_jax.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (150, 6, 5, 3), np.uint8)
@@ -104,6 +105,24 @@ def test_equal_pixels_have_equal_digests_wherever_they_are(tmp_path):
     (different,) = np.flatnonzero(image_set.hashes(changed) != hashes[0])
     assert different == 7
     assert image_set.digest(hashes[0]) != image_set.digest(hashes[0][::-1])
+
+
+def test_only_the_part_of_an_npz_that_is_wanted_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_set, "_NPZ_CHUNK", 1000)  # pieces of 11 images
+    np.savez(tmp_path / "x.npz", IMAGES)
+    found = open_images(str(tmp_path / "x.npz"))
+    pieces = []
+    rows = NpzFile.rows
+
+    def counted(*arguments):
+        for piece in rows(*arguments):
+            pieces.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(NpzFile, "rows", counted)
+    wanted = np.array([2, 13, 20])
+    np.testing.assert_array_equal(np.concatenate(list(found.read(wanted))), IMAGES[wanted])
+    assert pieces == [11, 11]
 
 
 def refused(path, *parts):

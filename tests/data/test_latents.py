@@ -1,4 +1,4 @@
-"""Stored latents: what is written is read back, and damage is named."""
+"""Stored latents are read as they were written, and errors name the damage."""
 
 import dataclasses
 import json

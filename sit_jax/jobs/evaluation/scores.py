@@ -59,7 +59,8 @@ def scores(space: Space, samples: FeatureSet, reference: FeatureSet) -> dict[str
         result[name] = _frechet(samples, reference, feature)
     if "logits" in space.widths:
         mean, spread = _inception_score(samples.rows["logits"])
-        result["inception_score"] = Score(mean, spread / np.sqrt(_SPLITS))
+        parts = min(_SPLITS, len(samples.rows["logits"]))
+        result["inception_score"] = Score(mean, spread / np.sqrt(parts))
     if len(reference.rows["pool"]) > _NEIGHBOURS:
         result |= _rows(samples.rows["pool"], reference.rows["pool"])
     return result
