@@ -11,11 +11,14 @@ import time
 import numpy as np
 import pytest
 
+from sit_jax import config as config_lib
 from sit_jax import image_io
 from sit_jax.errors import UserError
 from sit_jax.jobs import results
 from sit_jax.jobs.parts import Parts
-from tests.commands import ROOT, flags, pictures, refusal, snapshot, succeed
+from sit_jax.jobs.sampler import whole_microbatches
+from sit_jax.jobs.setup import set_up
+from tests.commands import DIGITS, ROOT, flags, pictures, refusal, snapshot, succeed
 from tests.processes import MAIN, TIMEOUT_S, run_python
 
 # A microbatch of 4, which 18 is not a multiple of.
@@ -306,3 +309,10 @@ def kill_after_a_part(arguments, out):
             time.sleep(0.01)
         child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
+
+
+def test_missing_samples_are_drawn_in_the_microbatches_of_the_first_time():
+    setup = set_up(config_lib.load(DIGITS, [("sample.batch", "4")]))
+    indices, is_missing = whole_microbatches(setup, np.array([1, 2, 9]), 10)
+    assert indices.tolist() == [0, 1, 2, 3, 8, 9, 9, 9]  # the last sample fills the last one
+    assert np.flatnonzero(is_missing)[:3].tolist() == [1, 2, 5]

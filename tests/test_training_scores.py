@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from sit_jax.jobs import training_scores
+from sit_jax.jobs import loop, training_scores
 from tests.commands import TINY, call, flags, refusal, succeed
 
 SCORES = [
@@ -75,6 +75,16 @@ def test_a_stopped_run_has_the_scores_of_an_undisturbed_one(scored, tmp_path):
     assert mine.keys() == theirs.keys()
     for step, row in mine.items():
         assert row == theirs[step]
+
+
+def test_a_run_that_stops_at_a_due_step_scores_it_when_it_goes_on(scored, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_must_stop", lambda step, stop: step == 6)
+        assert "stopped at step 6 of 12" in succeed(*SCORES, "--workdir", workdir)
+    assert list(rows(workdir)) == [2, 4]
+    succeed(*SCORES, "--workdir", workdir)
+    assert rows(workdir) == rows(scored[0])
 
 
 def test_without_weights_pixels_serve_and_are_named(tmp_path, monkeypatch):
