@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from sit_jax.jobs.evaluation import scores
 from tests.commands import call, flags, refusal
 
 DIGITS = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
@@ -213,6 +214,15 @@ def test_only_sample_count_images_are_evaluated_and_grey_ones_in_every_format(ru
     more, *_ = evaluate(*arguments, *flags(sample__count=48))
     first, *_ = evaluate(*arguments, *flags(sample__count=40))
     assert first["recipe"]["samples"]["count"] == 40 < more["recipe"]["samples"]["count"]
+    assert first["recipe"]["config"]["sample"]["checkpoint"] == 4  # the newest one, by its step
     npz, *_ = evaluate(*arguments, *flags(sample__count=40, sample__format="npz"))
     assert npz["scores"] == first["scores"]
     assert npz["recipe"]["samples"]["digest"] == first["recipe"]["samples"]["digest"]
+
+
+def test_the_inception_score_of_samples_sorted_by_class_is_that_of_random_parts(capsys):
+    logits = np.repeat(9 * np.eye(10), 30, axis=0)
+    mean, _ = scores._inception_score(logits)
+    assert mean > 8 and "the samples are sorted by class" in capsys.readouterr().err
+    mixed, _ = scores._inception_score(np.tile(9 * np.eye(10), (30, 1)))
+    assert mixed > 9 and capsys.readouterr().err == ""

@@ -124,3 +124,10 @@ def test_scores_of_another_sampler_are_not_compared(scored, tmp_path):
     succeed("--workdir", workdir, *flags(train__steps=14, sample__steps=1, sample__cfg_scale=9.0))
     after = json.loads((workdir / "best.json").read_text())
     assert after["step"] == 14 and after["space"] != before["space"]
+
+
+def test_too_few_labels_are_refused(tmp_path):
+    np.save(tmp_path / "labels.npy", np.arange(9))
+    labels = flags(sample__labels_file=tmp_path / "labels.npy")
+    message = refusal(*SCORES, "--workdir", tmp_path / "run", *labels)
+    assert "holds 9 labels, but log.scores_count is 16" in message
