@@ -1,4 +1,4 @@
-"""Embeddings of time, position and patches."""
+"""Embeddings of time, labels, position and patches."""
 
 import math
 
@@ -22,6 +22,29 @@ def time_frequencies(dim: int = 256, max_period: float = 10_000.0) -> jax.Array:
     """Return the frequencies of `time_features`, float32 [dim//2]: max_period^(-k/(dim//2))."""
     half = dim // 2
     return jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+
+
+@jax.custom_jvp
+def lookup(table_nd: jax.Array, row_b: jax.Array) -> jax.Array:
+    """Return the rows [b, d] of a table; NaN for a row that it does not have.
+
+    Its gradient is a product. That of a plain lookup is a scatter, which GPUs compute with atomic
+    additions: in another order, and so with other rounding, each time.
+    """
+    return jnp.take(table_nd, row_b, axis=0)
+
+
+@lookup.defjvp
+def _lookup_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # lookup(T) = H T with the one-hot rows H [b, n], so a tangent dT gives H dT, and jax derives
+    # from that the gradient H^T g [n, d]. A custom_jvp, unlike a custom_vjp, has both derivatives.
+    table_nd, row_b = primals
+    tangent_nd, _ = tangents
+    rows = len(table_nd)
+    row_b = jnp.where(row_b < 0, row_b + rows, row_b)  # as jnp.take counts from the end
+    one_hot_bn = jax.nn.one_hot(row_b, rows, dtype=tangent_nd.dtype)
+    tangent_bd = jnp.matmul(one_hot_bn, tangent_nd, precision=jax.lax.Precision.HIGHEST)
+    return lookup(table_nd, row_b), tangent_bd
 
 
 def position_embedding(width: int, grid: int) -> np.ndarray:

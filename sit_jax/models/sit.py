@@ -19,7 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from sit_jax.errors import check, unknown_name
 from sit_jax.models.attention import einsum
 from sit_jax.models.conditioning import Condition
-from sit_jax.models.embeddings import patchify, position_embedding, time_features, unpatchify
+from sit_jax.models.embeddings import (
+    lookup,
+    patchify,
+    position_embedding,
+    time_features,
+    unpatchify,
+)
 from sit_jax.models.linear import Linear
 from sit_jax.models.sizes import Size, tokens
 
@@ -165,6 +171,17 @@ class TimeEmbedder(nn.Module):
         return Linear(self.width, kernel_init=_normal, name="fc2")(nn.silu(hidden))
 
 
+class LabelEmbedder(nn.Module):
+    """The table of label embeddings: int32 [b] -> float32 [b, width]."""
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self, label_b: jax.Array) -> jax.Array:
+        return lookup(self.param("embedding", _normal, (self.rows, self.width)), label_b)
+
+
 class FinalLayer(nn.Module):
     """Modulated norm and projection to patches: [b, t, d] -> [b, t, features]."""
 
@@ -252,9 +269,7 @@ class SiT(nn.Module):
         """Return the embedding [b, d] that modulates every layer."""
         width = self.size.width
         # This embedder is the only place that knows a condition is a label.
-        embed_condition = nn.Embed(
-            self.classes + 1, width, embedding_init=_normal, name="y_embedder"
-        )
+        embed_condition = LabelEmbedder(self.classes + 1, width, name="y_embedder")
         t_b = self.replicate(t_b)
         condition = self.replicate(condition)
         time_bd = TimeEmbedder(width, name="t_embedder")(t_b)
