@@ -162,21 +162,26 @@ class Setup:
             qk_norm=model.qk_norm,
             remat=model.remat,
             dtype=dtype,
+            kernel=self.kernel,
             attend=self.attend,
             **hooks._asdict(),
         )
 
+    @property
+    def kernel(self) -> str:
+        """The name of the fastest attention kernel."""
+        if self.config.model.attention != "auto":
+            return "einsum"
+        platform = self.mesh.devices.flat[0].platform
+        count = tokens(self.input_shape[0], self.size.patch)
+        return attention.choose(platform, self.config.precision.compute, count)
+
     @functools.cached_property
     def attend(self) -> Callable:
-        """The fastest attention: (q, k, v) [b, heads, tokens, head width] -> like q."""
-        name = "einsum"
-        if self.config.model.attention == "auto":
-            platform = self.mesh.devices.flat[0].platform
-            count = tokens(self.input_shape[0], self.size.patch)
-            name = attention.choose(platform, self.config.precision.compute, count)
-        kernel = attention.KERNELS[name]
-        is_local = name == "einsum" or self.is_per_device
-        return kernel if is_local else sharding.on_each_device(self.mesh, kernel)
+        """Attention with that kernel: (q, k, v) [b, heads, tokens, head width] -> like q."""
+        attend = attention.KERNELS[self.kernel]
+        is_local = self.kernel == "einsum" or self.is_per_device
+        return attend if is_local else sharding.on_each_device(self.mesh, attend)
 
     def init_params(self) -> Any:
         """Return fresh parameters, a function of the seed only."""

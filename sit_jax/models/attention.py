@@ -5,6 +5,7 @@ Shape suffixes as in `sit`: s heads, t queries, u keys, h head width.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,18 @@ def cudnn(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
 
 
 KERNELS: dict[str, Callable] = {"einsum": einsum, "splash": splash, "cudnn": cudnn}
+
+
+def _is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    # jax's private name; tests/models/test_remat.py fails if it changes.
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+_named = jax.checkpoint_policies.save_only_these_names("attention")
+# For each kernel a policy of jax that saves what its backward pass needs of the forward pass, so
+# that the kernel does not run again. cuDNN's also needs the softmax's statistics, which come with
+# its output, and that would be saved twice if its name were. einsum's softmax is cheap to repeat.
+KEPT: dict[str, Callable] = {"einsum": _named, "splash": _named, "cudnn": _is_cudnn_forward}
 
 
 def choose(platform: str, dtype: str, tokens: int) -> str:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.errors import check, unknown_name
-from sit_jax.models.attention import einsum
+from sit_jax.models.attention import KEPT, einsum
 from sit_jax.models.conditioning import Condition
 from sit_jax.models.embeddings import (
     lookup,
@@ -43,16 +43,27 @@ def _is_not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 # The values saved for the backward pass, which recomputes all others.
 REMAT_POLICIES = {
     "none": _is_not_gathered,
-    # Outputs of the linear layers and of attention. The linear layers' products have no batch
-    # axes, because tokens are flattened; those inside attention do, and are not saved.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention"),
-    ),
+    # Outputs of the linear layers; `remat_policy` adds those of attention. The linear layers'
+    # products have no batch axes, because tokens are flattened; those inside attention do, and are
+    # not saved.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 _normal = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros_init()
+
+
+def remat_policy(name: str, kernel: str) -> Callable:
+    """Return the policy of this name for layers with this attention kernel.
+
+    Raises UserError for an unknown name.
+    """
+    if name not in REMAT_POLICIES:
+        raise unknown_name("remat policy", name, REMAT_POLICIES)
+    policy = REMAT_POLICIES[name]
+    if name != "dots":
+        return policy
+    return jax.checkpoint_policies.save_from_both_policies(policy, KEPT[kernel])
 
 
 def identity(x: Any) -> Any:
@@ -204,7 +215,8 @@ class SiT(nn.Module):
     The output is the velocity, score or noise, whichever the network was trained to predict. The
     condition is an int32 label for each image; the label `classes`, the table's last row, stands
     for no label. With learn_sigma the last layer has twice the channels, of which only the first
-    half is used, as in the published weights.
+    half is used, as in the published weights. `kernel` names the attention that `attend` computes:
+    its name in `attention.KERNELS`.
 
     Hooks place values on a mesh; `sharding.model_hooks` supplies them, and without a mesh they are
     the identity. `gather` maps the parameters of one layer before their use, `shard` the
@@ -221,6 +233,7 @@ class SiT(nn.Module):
     qk_norm: bool = False
     remat: str = "none"
     dtype: Any = jnp.float32
+    kernel: str = "einsum"
     attend: Callable = einsum
     gather: Callable = identity
     shard: Callable = identity
@@ -278,12 +291,10 @@ class SiT(nn.Module):
 
     def _blocks(self, keep_outputs: bool) -> Callable:
         """Return the layers as one function, a scan: (x_btd, embedding_bd) -> (x_btd, outputs)."""
-        if self.remat not in REMAT_POLICIES:
-            raise unknown_name("remat policy", self.remat, REMAT_POLICIES)
         block = Block
         if not self.is_initializing():  # init stores the parameters as they are before `gather`
             block = nn.map_variables(block, "params", trans_in_fn=self.gather)
-        block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        block = nn.remat(block, policy=remat_policy(self.remat, self.kernel), prevent_cse=False)
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
