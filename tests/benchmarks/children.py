@@ -5,20 +5,29 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 180  # for each condition that wait_for waits for
 
 
-def start(arguments: Sequence[str], log: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
-    """Start Python with these arguments. It prints to LOG.out and LOG.err."""
+def start(
+    arguments: Sequence[str],
+    log: pathlib.Path,
+    cache: pathlib.Path,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.Popen:
+    """Start Python with these arguments, on the CPU unless the environment `variables` differ.
+
+    It prints to LOG.out and LOG.err.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **(variables or {}),
     }
     command = [sys.executable, *arguments]
     with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
