@@ -28,7 +28,8 @@ usage: sbatch [options of sbatch] launch/slurm.sh [options] -- ARGUMENTS
 
 Run sit_jax.main with ARGUMENTS on all GPUs of the job, one process per GPU. Submit from the root of
 the repository, which must be on a disk that all nodes share and hold a .venv for GPUs:
-    python3 -m venv .venv && .venv/bin/pip install -e ".[cuda12]"
+    python3 -m venv .venv && .venv/bin/pip install -e ".[cuda13]"
+(".[cuda12]" if the nodes' driver is older than 580, as nvidia-smi shows it.)
 Options of sbatch override the #SBATCH lines of this file, which ask for nodes with 8 GPUs; always
 give --gpus-per-node and --ntasks-per-node together. SLURM sends SIGTERM two minutes before the time
 limit, and when a job of higher priority needs the nodes. Training then saves and stops, and the job

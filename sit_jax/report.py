@@ -10,6 +10,7 @@ import subprocess
 import jax
 
 from sit_jax.errors import UserError
+from sit_jax.runtime import INSTALL_CUDA
 
 _LONGEST_REASON = 160  # characters: XLA goes on with a list of buffers
 _NVIDIA_DEVICE = "/dev/nvidia0"
@@ -35,22 +36,22 @@ def devices_line() -> str:
 def unused_accelerator_warning() -> str | None:
     """Return a warning if jax runs on the CPU of a machine with an accelerator, otherwise None.
 
-    The line names the extra to install. JAX_PLATFORMS=cpu asks for the CPU, and gets no warning.
+    The line names what to install. JAX_PLATFORMS=cpu asks for the CPU, and gets no warning.
     """
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # defined at run time
     if jax.default_backend() != "cpu" or platforms == "cpu":
         return None
     if _has_nvidia_gpu():
         accelerator = "an NVIDIA GPU"
-        extra = "cuda12"
+        install = INSTALL_CUDA
     elif any(map(os.path.exists, _TPU_DEVICES)):
         accelerator = "a TPU"
-        extra = "tpu"
+        install = 'pip install -e ".[tpu]"'
     else:
         return None
     return (
         f"warning: jax runs on the CPU although this machine seems to have {accelerator}; to use "
-        f'it, pip install -e ".[{extra}]"; to silence this, set JAX_PLATFORMS=cpu'
+        f"it, {install}; to silence this, set JAX_PLATFORMS=cpu"
     )
 
 

@@ -8,6 +8,8 @@ import jax
 
 from sit_jax.errors import UserError, check, unknown_name
 
+# How to install what drives an NVIDIA GPU; for messages.
+INSTALL_CUDA = 'pip install -e ".[cuda13]" (with a driver older than 580: ".[cuda12]")'
 _PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 # Parameters of mallopt, from malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -116,6 +118,6 @@ def _start_backend() -> str:
                 raise unknown_name("name in JAX_PLATFORMS", name, _PLATFORMS) from error
         raise UserError(
             f"JAX_PLATFORMS={platforms} names devices that jax does not find here ({reason}); "
-            'install what drives them (pip install -e ".[cuda12]" or ".[tpu]"), or unset '
-            "JAX_PLATFORMS to take what is there"
+            f'install what drives them: {INSTALL_CUDA} or ".[tpu]"; or unset JAX_PLATFORMS to '
+            "take what is there"
         ) from error

@@ -56,12 +56,22 @@ def test_the_error_for_an_unknown_topology_lists_the_known_ones(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "install"), [("v5e:2x2", r'-e ".\[tpu\]"'), ("h100:8", r'-e ".\[cuda12\]"')]
+    ("name", "install"),
+    [("v5e:2x2", r'-e ".\[tpu\]"'), ("h100:8", r'-e ".\[cuda13\]" or ".\[cuda12\]"')],
 )
 def test_a_missing_compiler_is_named_with_the_command_that_installs_it(name, install, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=install):
         topology.open_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "found"), [("xla_cuda12", True), ("xla_cuda13", True), ("xla_rocm7", False)]
+)
+def test_either_cuda_plugin_compiles_for_gpus(plugin, found, monkeypatch):
+    installed = ("jax_plugins", f"jax_plugins.{plugin}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    assert topology.has_cuda() == found
 
 
 def test_bytes_per_device_counts_the_shards():
@@ -242,7 +252,7 @@ def test_a_layout_that_libtpu_does_not_know_is_refused():
 
 @pytest.mark.skipif(
     not topology.has_cuda(),
-    reason='the CUDA wheels are not installed (pip install -e ".[cuda12]")',
+    reason='the CUDA wheels are not installed (pip install -e ".[cuda13]")',
 )
 def test_the_train_step_compiles_for_gpus(tmp_path):
     status, printed = run("--topology", "h100:8", "--json", str(tmp_path / "reports.json"))

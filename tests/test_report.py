@@ -47,7 +47,7 @@ def test_without_an_accelerator_there_is_no_warning(bare_machine):
 
 
 @pytest.mark.parametrize(
-    "file, extra", [("nvidia0", "cuda12"), ("accel0", "tpu"), ("vfio0", "tpu")]
+    "file, extra", [("nvidia0", "cuda13"), ("accel0", "tpu"), ("vfio0", "tpu")]
 )
 def test_an_unused_accelerator_is_named_with_what_to_install(bare_machine, file, extra):
     (bare_machine / file).touch()

@@ -10,6 +10,7 @@ With XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=false it shows what the fl
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -87,8 +88,12 @@ class Run:
         if self.child.wait() != -signal.SIGKILL:
             raise RuntimeError("the run ended before it was killed; give more --steps")
 
-    def finish(self) -> None:
-        """Wait for the end of the run. Raises RuntimeError unless it succeeds."""
+    def complete(self, kill_at: int | None = None) -> None:
+        """Run to the end, with `kill_at` in two processes. Raises RuntimeError if it fails."""
+        self.start()
+        if kill_at is not None:
+            self.kill(kill_at)
+            self.start()
         children.succeed(self.child, self.workdir)
 
 
@@ -110,13 +115,11 @@ def measure(folder: pathlib.Path, steps: int) -> list[dict[str, object]]:
     """Train all runs at once; compare the second and the killed one of each case to the first."""
     write_images(folder / "images")
     runs = {(case, name): Run(folder, case, name, steps) for case in CASES for name in RUNS}
-    for run in runs.values():
-        run.start()
-    for case in CASES:
-        runs[case, "killed"].kill(steps // 2)
-        runs[case, "killed"].start()
-    for run in runs.values():
-        run.finish()
+    kill_at = {"killed": steps // 2}
+    with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
+        ends = [pool.submit(run.complete, kill_at.get(name)) for (_, name), run in runs.items()]
+        for end in ends:
+            end.result()
     return [
         {"case": case, "run": name, **compare(runs[case, "first"], runs[case, name])}
         for case in CASES

@@ -91,7 +91,7 @@ def _gpus(chip: Chip, layout: str) -> list[jax.Device]:
     check(
         has_cuda(),
         "compiling for an NVIDIA GPU needs the CUDA wheels: "
-        'pip install -e ".[cuda12]" (5 GB, no GPU needed)',
+        'pip install -e ".[cuda13]" or ".[cuda12]" (5 GB, no GPU needed)',
     )
     return topologies.get_topology_desc(
         "gpu", "cuda", target_config=_GPU_TARGETS[chip.name], topology=f"1x1x{layout}"
@@ -99,8 +99,8 @@ def _gpus(chip: Chip, layout: str) -> list[jax.Device]:
 
 
 def has_cuda() -> bool:
-    """Return True if jax's CUDA plugin is installed."""
+    """Return True if a CUDA plugin of jax is installed."""
     return bool(
         importlib.util.find_spec("jax_plugins")
-        and importlib.util.find_spec("jax_plugins.xla_cuda12")
+        and any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13))
     )
