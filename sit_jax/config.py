@@ -44,6 +44,7 @@ CHANGEABLE = (
     "latents.batch",
     "latents.matmul",
     "model.remat",
+    "model.unroll",
     "model.attention",
     "optimizer.learning_rate",
     "optimizer.schedule",

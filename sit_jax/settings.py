@@ -85,6 +85,12 @@ class Model:
         "dots: keep the outputs of linear layers and attention; full: keep only each block's "
         "input",
     )
+    unroll: int | None = setting(
+        None,
+        Between(1, 1_000),
+        "layers in each iteration of the training step's loop over layers, a divisor of the depth: "
+        "more compile longer and may run faster. none: all on a GPU, otherwise 1",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -672,6 +678,11 @@ class Precision:
         "float32",
         DTYPES,
         "dtype in which devices sum the blocks' gradients; bfloat16 needs compute=bfloat16",
+    )
+    deterministic: bool = setting(
+        False,
+        anything,
+        "train with kernels that repeat bitwise also where that is slower: on GPUs in bfloat16",
     )
 
 

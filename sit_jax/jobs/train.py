@@ -64,6 +64,7 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
 
     It donates the state.
     """
+    setup = dataclasses.replace(setup, is_training=True)
     objective = setup.objective
     schedule = setup.schedule
     train = setup.config.train
@@ -97,6 +98,7 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
         in_precision(train_step, matmul),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(setup.mesh)),
+        compiler_options=setup.compiler_options,
     )
 
 

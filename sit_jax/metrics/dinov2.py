@@ -17,7 +17,7 @@ import numpy as np
 from sit_jax.metrics import resize
 from sit_jax.models.attention import einsum
 from sit_jax.models.embeddings import patchify
-from sit_jax.models.linear import Linear
+from sit_jax.models.linear import Linear, SplitLinear
 
 SIDE = 224  # pixels of the input
 WIDTHS = {"pool": 1024}
@@ -72,10 +72,10 @@ class Block(nn.Module):
         b, t, d = x_btd.shape
         scales_2d = [self.param(name, nn.initializers.ones_init(), (d,)) for name in ("ls1", "ls2")]
         y_nd = _norm("norm1")(x_btd).reshape(b * t, d)
-        qkv = Linear((3, self.heads, d // self.heads), name="qkv")(y_nd)
+        qkv = SplitLinear((3, self.heads, d // self.heads), name="qkv")
         q_bsth, k_bsth, v_bsth = (
             part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3)
-            for part in jnp.unstack(qkv, axis=1)
+            for part in qkv(y_nd)
         )
         y_nd = einsum(q_bsth, k_bsth, v_bsth).transpose(0, 2, 1, 3).reshape(b * t, d)
         x_btd += scales_2d[0] * Linear(d, name="proj")(y_nd).reshape(b, t, d)

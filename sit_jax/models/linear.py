@@ -1,6 +1,6 @@
-"""The linear layer, whose gradients have the dtype of its parameters.
+"""Linear layers, whose gradients have the dtype of their parameters.
 
-Shape suffixes: n rows, i inputs, o outputs (of any number of axes: o...).
+Shape suffixes: n rows, i inputs, o outputs.
 """
 
 import math
@@ -11,32 +11,58 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from sit_jax.precision import precision
 
+OUTPUT = "linear output"  # the name under which a remat policy may save the outputs
+
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis: [n, i] -> [n, o...] in `dtype`.
+    """y = x W + b over the last axis: [n, i] -> [n, o] in `dtype`. W [i, o] and b [o] are float32."""
 
-    W [i, o...] and b [o...] are float32. A kernel of several output axes is initialised as the
-    fused matrix [i, prod(o)] would be.
-    """
-
-    features: int | tuple[int, ...]
+    features: int
     dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, x_ni: jax.Array) -> jax.Array:
-        features = (self.features,) if isinstance(self.features, int) else self.features
+        kernel = self.param("kernel", self.kernel_init, (x_ni.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return affine(x_ni.astype(self.dtype), kernel, bias)
+
+
+class SplitLinear(nn.Module):
+    """Linear layers of one input, with their parameters in one array: [n, i] -> k times [n, o...].
+
+    W [i, k, o...] and b [k, o...] are float32, where features = (k, o...). W is initialised as one
+    matrix [i, k*prod(o)] would be. One product would be as fast as k, but its outputs lie beside
+    each other, and a kernel that takes them separately would need copies.
+    """
+
+    features: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_ni: jax.Array) -> list[jax.Array]:
         inputs = x_ni.shape[-1]
+        parts, *shape = self.features
 
         def fused(key: jax.Array) -> jax.Array:
-            return self.kernel_init(key, (inputs, math.prod(features))).reshape(inputs, *features)
+            matrix = nn.initializers.xavier_uniform()(key, (inputs, math.prod(self.features)))
+            return matrix.reshape(inputs, *self.features)
 
         kernel = self.param("kernel", fused)
-        bias = self.param("bias", nn.initializers.zeros_init(), features)
-        return affine(x_ni.astype(self.dtype), kernel, bias)
+        bias = self.param("bias", nn.initializers.zeros_init(), self.features)
+        x_ni = x_ni.astype(self.dtype)
+        # Two axes each, so that XLA adds the bias within the product.
+        outputs = [
+            affine(x_ni, kernel_io.reshape(inputs, -1), bias_o.reshape(-1))
+            for kernel_io, bias_o in zip(
+                jnp.split(kernel, parts, axis=1), jnp.split(bias, parts), strict=True
+            )
+        ]
+        return [output.reshape(-1, *shape) for output in outputs]
 
 
 def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -53,11 +79,11 @@ def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         return lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), matmul_precision) + bias
 
     if kernel.dtype == x_ni.dtype:
-        return product(kernel, bias)
+        return checkpoint_name(product(kernel, bias), OUTPUT)
 
-    # x [n, i] and y [n, o...] are bfloat16, but dW = x^T dy [i, o...] must come out in float32.
+    # x [n, i] and y [n, o] are bfloat16, but dW = x^T dy [i, o] must come out in float32.
     # `product` computes y with W and b held constant, so it sends a gradient to x only.
-    # `zero` adds zeros [n, o...] to y; its backward rule returns dW and db in float32.
+    # `zero` adds zeros [n, o] to y; its backward rule returns dW and db in float32.
     # A custom_vjp around the product itself would forbid forward-mode derivatives in x, which the
     # likelihood needs; here x enters the custom_vjp through stop_gradient.
     @jax.custom_vjp
@@ -84,4 +110,4 @@ def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
     zero.defvjp(forward, backward)
     y = product(*lax.stop_gradient((kernel, bias)))
-    return y + zero(lax.stop_gradient(x_ni), kernel, bias)
+    return checkpoint_name(y + zero(lax.stop_gradient(x_ni), kernel, bias), OUTPUT)

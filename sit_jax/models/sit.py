@@ -9,7 +9,7 @@ ones.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sit_jax.errors import check, unknown_name
 from sit_jax.models.attention import KEPT, einsum
 from sit_jax.models.conditioning import Condition
+from sit_jax.models.elementwise import STATISTICS, gelu, modulated_norm
 from sit_jax.models.embeddings import (
     lookup,
     patchify,
@@ -26,7 +27,7 @@ from sit_jax.models.embeddings import (
     time_features,
     unpatchify,
 )
-from sit_jax.models.linear import Linear
+from sit_jax.models.linear import OUTPUT, Linear, SplitLinear
 from sit_jax.models.sizes import Size, tokens
 
 
@@ -43,10 +44,9 @@ def _is_not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 # The values saved for the backward pass, which recomputes all others.
 REMAT_POLICIES = {
     "none": _is_not_gathered,
-    # Outputs of the linear layers; `remat_policy` adds those of attention. The linear layers'
-    # products have no batch axes, because tokens are flattened; those inside attention do, and are
-    # not saved.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Outputs of the linear layers, and a mean and a deviation of each token; `remat_policy` adds
+    # those of attention. The outputs include the bias, so that no kernel has to add it again.
+    "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT, STATISTICS),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 _normal = nn.initializers.normal(0.02)
@@ -71,26 +71,6 @@ def identity(x: Any) -> Any:
     return x
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    """Apply LayerNorm without affine, in float32 whatever the compute dtype."""
-    # Called inside a module's __call__, where flax would make the LayerNorm a submodule with a name
-    # in the parameter tree. It has no parameters, so it need not be one: parent=None keeps it
-    # outside, and apply({}, x) runs it as a plain function with an empty tree of variables.
-    norm = nn.LayerNorm(
-        epsilon=1e-6,
-        use_bias=False,
-        use_scale=False,
-        use_fast_variance=False,
-        dtype=jnp.float32,
-        parent=None,
-    )
-    return cast(jax.Array, norm.apply({}, x))
-
-
-def _modulate(x_btd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array, dtype: Any) -> jax.Array:
-    return (_norm(x_btd) * (1 + scale_bd[:, None]) + shift_bd[:, None]).astype(dtype)
-
-
 class Attention(nn.Module):
     """Self-attention over the tokens: [b, t, d] -> [b, t, d]."""
 
@@ -103,10 +83,9 @@ class Attention(nn.Module):
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
         # The kernel is [d, 3, s, h]: heads are an axis of their own, so that a mesh can split them.
-        qkv = Linear((3, self.heads, d // self.heads), self.dtype, name="qkv")
-        parts_nsh = jnp.unstack(qkv(x_btd.reshape(b * t, d)), axis=1)
+        qkv = SplitLinear((3, self.heads, d // self.heads), self.dtype, name="qkv")
         q_bsth, k_bsth, v_bsth = (
-            part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in parts_nsh
+            part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in qkv(x_btd.reshape(b * t, d))
         )
         if self.qk_norm:
             # Bound the logits: bfloat16 training may need it (Dehghani et al., arXiv 2302.05442).
@@ -130,7 +109,7 @@ class Mlp(nn.Module):
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
         hidden = Linear(self.ratio * d, self.dtype, name="fc1")(x_btd.reshape(b * t, d))
-        out = Linear(d, self.dtype, name="fc2")(nn.gelu(hidden, approximate=True))
+        out = Linear(d, self.dtype, name="fc2")(gelu(hidden))
         return out.reshape(b, t, d)
 
 
@@ -161,9 +140,9 @@ class Block(nn.Module):
         ada_bd = self.split(ada(embedding_bd))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada_bd, 6, axis=-1)
         attention = Attention(self.heads, self.qk_norm, self.dtype, self.attend, name="attn")
-        x_btd = x_btd + gate1[:, None] * attention(_modulate(x_btd, shift1, scale1, self.dtype))
+        x_btd = x_btd + gate1[:, None] * attention(modulated_norm(x_btd, shift1, scale1))
         mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
-        x_btd = x_btd + gate2[:, None] * mlp(_modulate(x_btd, shift2, scale2, self.dtype))
+        x_btd = x_btd + gate2[:, None] * mlp(modulated_norm(x_btd, shift2, scale2))
         x_btd = self.shard(x_btd)
         return x_btd, x_btd if self.keep_output else None
 
@@ -204,7 +183,7 @@ class FinalLayer(nn.Module):
         b, t, d = x_btd.shape
         ada_bd = Linear(2 * d, self.dtype, _zeros, name="adaLN_modulation")(embedding_bd)
         shift, scale = jnp.split(ada_bd, 2, axis=-1)
-        x_btd = _modulate(x_btd, shift, scale, self.dtype)
+        x_btd = modulated_norm(x_btd, shift, scale)
         out = Linear(self.features, self.dtype, _zeros, name="linear")(x_btd.reshape(b * t, d))
         return out.reshape(b, t, self.features)
 
@@ -217,6 +196,8 @@ class SiT(nn.Module):
     for no label. With learn_sigma the last layer has twice the channels, of which only the first
     half is used, as in the published weights. `kernel` names the attention that `attend` computes:
     its name in `attention.KERNELS`.
+
+    The layers are scanned, `unroll` of them in each iteration.
 
     Hooks place values on a mesh; `sharding.model_hooks` supplies them, and without a mesh they are
     the identity. `gather` maps the parameters of one layer before their use, `shard` the
@@ -232,6 +213,7 @@ class SiT(nn.Module):
     mlp_ratio: int = 4
     qk_norm: bool = False
     remat: str = "none"
+    unroll: int = 1
     dtype: Any = jnp.float32
     kernel: str = "einsum"
     attend: Callable = einsum
@@ -294,13 +276,18 @@ class SiT(nn.Module):
         block = Block
         if not self.is_initializing():  # init stores the parameters as they are before `gather`
             block = nn.map_variables(block, "params", trans_in_fn=self.gather)
-        block = nn.remat(block, policy=remat_policy(self.remat, self.kernel), prevent_cse=False)
+        # Within a loop nothing can be shared with the forward pass. Where the layers are unrolled,
+        # sharing common subexpressions would undo the recomputation.
+        block = nn.remat(
+            block, policy=remat_policy(self.remat, self.kernel), prevent_cse=self.unroll > 1
+        )
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=self.size.depth,
+            unroll=self.unroll,
         )
         return stack(
             self.size.heads,
