@@ -36,9 +36,6 @@ Labels = Sequence[int] | np.ndarray | int | None
 def load(workdir: epath.PathLike, weights: str = "ema") -> "Run":
     """Return the newest complete checkpoint of a workdir, on all devices of this process.
 
-    On a GPU, results repeat bitwise only if $XLA_FLAGS holds
-    --xla_gpu_exclude_nondeterministic_ops=true before jax starts, as `main` sees to.
-
     `weights` is "ema", or "raw" for the parameters themselves. Raises
     `UserError` if the folder is not a workdir, has no complete checkpoint, or holds a different
     model from the one in its config.

@@ -43,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(flags: argparse.Namespace, overrides: Overrides) -> None:
     """Run the job of the flags, after joining the other processes of the run."""
-    runtime.use_repeatable_kernels()
     if not JOBS[flags.mode].uses_devices:
         run_job(load_config(flags, overrides), flags, overrides)
         return

@@ -1,8 +1,7 @@
-"""Process-wide set-up of jax: cache, number formats, kernels, devices, memory on the CPU."""
+"""Process-wide set-up of jax: compilation cache, number formats, devices, memory on the CPU."""
 
 import ctypes
 import os
-import pathlib
 
 import jax
 
@@ -24,9 +23,6 @@ _NUMERICS = {
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }
-# Either flag of XLA makes the kernels of a GPU repeat their results. The first costs less, as XLA
-# still times kernels and takes the fastest: 1.4 % of an XL/2 step on an H200, the second 1.8 %.
-_REPEATABLE = ("xla_gpu_exclude_nondeterministic_ops", "xla_gpu_deterministic_ops")
 
 
 def changed_numerics() -> dict[str, object]:
@@ -48,26 +44,6 @@ def fix_numerics() -> str | None:
         jax.config.update(name, value)
     names = ", ".join(name.upper() for name in changed)
     return f"warning: ignored, as results must not depend on it: {names}" if changed else None
-
-
-def use_repeatable_kernels() -> None:
-    """Restrict XLA to GPU kernels whose results repeat bitwise, unless $XLA_FLAGS decides it.
-
-    XLA reads $XLA_FLAGS when the first device starts, so call it before. Every build of XLA knows
-    the flag, those for CPUs and TPUs too. Raises `UserError` if $XLA_FLAGS names a file that cannot
-    be read.
-    """
-    flags = os.environ.get("XLA_FLAGS", "").strip()
-    if flags and not flags.startswith("-"):  # the name of a file that holds the flags
-        try:
-            flags = pathlib.Path(flags).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise UserError(
-                f"XLA_FLAGS={flags} cannot be read as a file of flags ({error.strerror}); give a "
-                "file, or flags that start with --"
-            ) from error
-    if not any(name in flags for name in _REPEATABLE):
-        os.environ["XLA_FLAGS"] = f"{flags} --{_REPEATABLE[0]}=true".strip()
 
 
 def use_compilation_cache() -> None:

@@ -68,8 +68,7 @@ def test_the_training_step_has_no_kernel_of_the_list(name, accumulation):
 
 COMPILE_FOR_A_GPU = """
 import sys
-from sit_jax import config, runtime
-runtime.use_repeatable_kernels()
+from sit_jax import config
 from sit_jax.jobs.preflight import report, topology
 from sit_jax.jobs.setup import set_up
 topology.leave_devices_alone()
@@ -84,7 +83,7 @@ print(program.function.lower(*program.arguments).compile().as_text())
 def test_the_training_step_for_a_gpu_has_no_atomics(tmp_path):
     dump = tmp_path / "dump"
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE_FOR_A_GPU, *(f"{k}={v}" for k, v in SMALL.items())],
+        [sys.executable, "-c", COMPILE_FOR_A_GPU, *settings],
         env=os.environ
         | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_dump_to={dump}"},
         cwd=ROOT,
