@@ -62,6 +62,11 @@ def preflight(
         f"--kernels needs an estimate, and how fast kernels are on {chip.name} has not been "
         f"measured; known: {', '.join(c.name for c in CHIPS if c.attainable)}",
     )
+    check(
+        not sampler or chip.topologies or config.sample.steps is not None,
+        f"--sampler with steps that adapt does not compile for a GPU that is absent ({topology}): "
+        "the solver's own checks call the host; set sample.steps",
+    )
     if search:
         reports = list(find_fastest(config, topology, chip, devices))
     else:

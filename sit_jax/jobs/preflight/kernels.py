@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from sit_jax.jobs.preflight import hlo, products
 from sit_jax.jobs.preflight.hlo import Execution, Program
+from sit_jax.jobs.preflight.hlo_text import Array
 
 KINDS = ("products", "attention", "elementwise", "copies", "fills", "links")
 
@@ -61,17 +62,13 @@ def _is_kernel(e: Execution) -> bool:
 def _kernel(program: Program, e: Execution) -> Kernel:
     inside = program.inside(e)
     flops = collections.Counter[str]()
+    elements = collections.Counter[str]()
     for part in inside:
         if count := program.product_flops(part):
             flops[_precision(program, part)] += count
-    kind, access = _kind_and_access(inside, flops)
-    reads_arrays = any(array.shape for operand in program.operands(e) for array in operand)
-    if kind == "copies" and not reads_arrays:
-        kind = "fills"
-    elements = collections.Counter[str]()
-    for part in inside:
         if part.instruction.opcode == "tanh":
             elements["tanh"] += math.prod(part.instruction.arrays[0].shape)
+    kind = _kind_of_product(flops) or _kind_of_moves(inside, reads=program.operands(e))
     if kind == "fills":
         elements["fills"] = max(math.prod(array.shape) for array in e.instruction.arrays)
     return Kernel(
@@ -79,7 +76,7 @@ def _kernel(program: Program, e: Execution) -> Kernel:
         kind=kind,
         times=e.times,
         bytes=program.traffic(e),
-        access=access,
+        access=_access(e, kind),
         flops=dict(flops),
         elements=dict(elements),
         origin=e.origin,
@@ -100,18 +97,30 @@ def _precision(program: Program, product: Execution) -> str:
     return "float32" if is_highest else "tf32"
 
 
-def _kind_and_access(inside: list[Execution], flops: Iterable[str]) -> tuple[str, str]:
-    """Return the kind of a kernel and the rate of its bytes."""
+def _kind_of_product(flops: Iterable[str]) -> str:
+    """Return the kind of a kernel with products at these rates; "" if there is none."""
     rates = set(flops)
     if any(rate.startswith("attention") for rate in rates):
-        return "attention", "elementwise"
-    if rates:
-        return "products", "elementwise"
+        return "attention"
+    return "products" if rates else ""
+
+
+def _kind_of_moves(inside: list[Execution], reads: list[tuple[Array, ...]]) -> str:
+    """Return the kind of a kernel without products, given its operations and its operands."""
     # Scalars are indices: moving a slice takes some arithmetic.
-    operations = {e.instruction.opcode for e in inside if e.instruction.arrays[0].shape}
+    operations = {e.instruction.opcode for e in inside if _has_array(e.instruction.arrays)}
     kind = kind_of_words(word for name in operations - _STRUCTURE for word in name.split("-"))
+    is_constant = not any(map(_has_array, reads))  # copies of a constant: several arrays to fill
+    return "fills" if kind == "copies" and is_constant else kind
+
+
+def _has_array(arrays: tuple[Array, ...]) -> bool:
+    return any(array.shape for array in arrays)
+
+
+def _access(e: Execution, kind: str) -> str:
+    """Return the rate of a kernel's bytes."""
     # XLA computes a chain around a reduction over rows (LayerNorm, softmax) in a Triton kernel.
-    is_triton = '"kind":"__triton"' in inside[0].instruction.text
-    if kind == "elementwise" and is_triton:
-        return kind, "rows"
-    return kind, "copies" if kind == "copies" else "elementwise"
+    if kind == "elementwise" and '"kind":"__triton"' in e.instruction.text:
+        return "rows"
+    return "copies" if kind == "copies" else "elementwise"

@@ -19,6 +19,12 @@ from sit_jax.jobs.setup import Setup
 TRAIN_STEP = "train step"
 SAMPLER = "sampler"
 
+# Parts of jax's name of a line that say nothing about it.
+_PLUMBING = {
+    *("while", "body", "cond", "branch_0_fun", "checkpoint", "closed_call", "eval_jaxpr"),
+    *("outer-loop", "checkpointed-no-vjp", "jit(diffeqsolve)"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
@@ -268,7 +274,8 @@ def kernel_table(estimated: Estimate) -> str:
     for kernel in estimated.largest:
         each = f"{kernel.count:5d} x {1e3 * kernel.seconds / kernel.count:7.3f} ms"
         cost = f"{1e3 * kernel.seconds:8.2f} ms {each} {kernel.bytes / 1e6:8.1f} MB"
-        lines.append(f"  {cost}  {kernel.kind:11}  {kernel.name}  {kernel.origin}".rstrip())
+        line = "/".join(part for part in kernel.origin.split("/") if part not in _PLUMBING)
+        lines.append(f"  {cost}  {kernel.kind:11}  {kernel.name}  {line}".rstrip())
     return "\n".join(lines)
 
 

@@ -85,7 +85,6 @@ def _gpus(chip: Chip, layout: str) -> list[jax.Device]:
 
 def has_cuda() -> bool:
     """Return True if jax's CUDA plugin is installed."""
-    return bool(
-        importlib.util.find_spec("jax_plugins")
-        and importlib.util.find_spec("jax_plugins.xla_cuda12")
+    return bool(importlib.util.find_spec("jax_plugins")) and any(
+        importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13)
     )
