@@ -35,7 +35,7 @@ from sit_jax.settings import Config
 
 _REMEDIES = {
     "does not compile": "the compiler fails, and not for lack of memory: set "
-    "precision.matmul=default, or try another libtpu",
+    "precision.matmul=default, or try another libtpu or other CUDA wheels",
     "does not fit": "raise mesh.fsdp, set model.remat to dots or full, lower train.batch, or try "
     "--search",
 }
