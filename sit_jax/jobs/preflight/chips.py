@@ -53,7 +53,7 @@ _H100 = dataclasses.replace(
         "rows": 2.05e12,
         "copies": 3.6e12 * 3352 / 4800,
     },
-    source="an H200's, scaled to this memory's bandwidth: not measured on an H100",
+    source="an H200's, scaled to the H100's memory; not measured",
 )
 
 

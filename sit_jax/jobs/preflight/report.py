@@ -259,7 +259,7 @@ def _estimate_rows(report: Preflight) -> list[tuple[str, str]]:
     total = f"{1e3 * estimated.seconds:.1f} ms"
     if report.images_per_second_estimate:
         total += f", {_speed(report.images_per_second_estimate, report.mfu_estimate)}"
-    rows = [("estimate", f"{total} (attainable figures {estimated.source})")]
+    rows = [("estimate", f"{total}; kernels' rates: {estimated.source}")]
     for kind, cost in estimated.kinds.items():
         unit = {"loops": "iterations", "links": "transfers"}.get(kind, "kernels")
         share = cost.seconds / estimated.seconds
