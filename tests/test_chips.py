@@ -3,6 +3,7 @@
 import pytest
 
 from sit_jax.jobs.preflight import chips
+from sit_jax.jobs.preflight.gpu_targets import GPU_TARGETS
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,7 @@ from sit_jax.jobs.preflight import chips
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
         ("NVIDIA A10G", None),
         ("TPU7x", 1153.5e12),  # half a chip: jax counts two devices
         ("cpu", None),
@@ -35,3 +37,13 @@ def test_names_and_kinds_are_unique():
     assert len({chip.name for chip in chips.CHIPS}) == len(chips.CHIPS)
     kinds = [kind for chip in chips.CHIPS for kind in chip.kinds]
     assert len(set(kinds)) == len(kinds)
+
+
+@pytest.mark.parametrize("name", GPU_TARGETS)
+def test_a_target_describes_the_chip_of_its_name(name):
+    target = GPU_TARGETS[name]
+    chip = chips.chip_of(target.device)
+    assert chip and chip.name == name
+    # The makers give round figures.
+    assert target.memory_bandwidth == pytest.approx(chip.hbm_bandwidth, rel=0.01)
+    assert target.memory == pytest.approx(chip.hbm_bytes, rel=0.08)

@@ -128,14 +128,30 @@ def test_a_kernel_counts_the_flops_of_its_cost_estimate():
 
 
 @pytest.mark.parametrize(
-    ("kernel", "products"), [("splash_mha_dkv_no_residuals.1", 5), ("dot_product_attention_fwd", 2)]
+    ("kernel", "target", "products"),
+    [
+        ("splash_mha_dkv_no_residuals.1", "tpu_custom_call", 5),
+        ("any_name", "__cudnn$fmhaSoftmax", 2),
+    ],
 )
-def test_attention_kernels_count_their_products(kernel, products):
+def test_attention_kernels_count_their_products(kernel, target, products):
     result = "(f32[2,6,256], bf16[2,6,256,64])"
-    call = f'%{kernel} = {result} custom-call(%q), custom_call_target="tpu_custom_call"'
+    call = f'%{kernel} = {result} custom-call(%q), custom_call_target="{target}"'
     text = PROGRAM.replace("  ROOT %next =", f"  {call}\n  ROOT %next =")
     added = hlo.Program(text).flops - hlo.Program(PROGRAM).flops
     assert added == 3 * products * 2 * (2 * 6 * 256 * 64) * 256
+
+
+def test_a_convolution_of_cudnn_counts_where_its_window_meets_the_image():
+    text = """\
+ENTRY %main (x: f32[2,5,5,3], k: f32[4,3,3,3]) -> f32[2,5,5,4] {
+  %x = f32[2,5,5,3]{3,2,1,0} parameter(0)
+  %k = f32[4,3,3,3]{3,2,1,0} parameter(1)
+  ROOT %conv = (f32[2,5,5,4]{3,2,1,0}, u8[0]{0}) custom-call(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+}
+"""  # noqa: E501
+    meets = 3 * 5 - 2  # of 3 window positions for 5 outputs, two are padding
+    assert hlo.Program("HloModule conv\n\n" + text).flops == 2 * 2 * meets**2 * 3 * 4
 
 
 def test_collectives_have_their_bytes_and_counts(program):
@@ -166,7 +182,7 @@ def test_collectives_have_their_bytes_and_counts(program):
 def test_traffic_counts_the_hbm_that_kernels_read_and_write(program):
     traffic = {}
     for execution in program.executions:
-        if not execution.fused and (size := program._traffic(execution)):
+        if not execution.fused and (size := program.traffic(execution)):
             traffic[execution.instruction.name] = size
     # The row of f32[3,16] that is written, and its index; the new row was on the chip.
     assert traffic["updated"] == 4 * 16 + 4

@@ -17,6 +17,7 @@ from sit_jax import main
 from sit_jax.errors import UserError
 from sit_jax.jobs.preflight import job, report, search, topology
 from sit_jax.jobs.preflight.chips import CHIPS
+from sit_jax.jobs.preflight.estimate import Estimate, KernelTime, KindTime
 from sit_jax.jobs.setup import set_up
 
 SMALL = {
@@ -25,7 +26,7 @@ SMALL = {
     "precision.compute": "bfloat16", "mesh.data": "1", "mesh.fsdp": "-1",
 }  # fmt: skip
 DIGITS = ["--config", "configs/digits.py"]
-V5E = next(chip for chip in CHIPS if chip.name == "v5e")
+V5E, H200 = (next(chip for chip in CHIPS if chip.name == name) for name in ("v5e", "h200"))
 has_libtpu = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(
     not has_libtpu, reason="libtpu is not installed (launch/test.sh --tpu)"
@@ -46,12 +47,11 @@ def test_flags_that_are_missing_or_of_another_mode_are_refused(capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name", ["v5x:4x4", "v5e", "v5e:", "v5e:4by4", "h100:2x2", "h100:0", "v4i:2x2", "cpu"]
+    "name", ["v5x:4x4", "v5e", "v5e:", "v5e:4by4", "h100:2x2", "h100:0", "v4i:2x2", "a100:1", "cpu"]
 )
 def test_the_error_for_an_unknown_topology_lists_the_known_ones(name):
-    with pytest.raises(
-        UserError, match=r"unknown --topology '.*'; known: v4:.*, v5e:1x1 2x2 .*, h100:1 2 4 8$"
-    ):
+    known = "v4:.*, v5e:1x1 2x2 .*, h100:1 2 4 8, .*b200:1 2 4 8$"
+    with pytest.raises(UserError, match=rf"unknown --topology '.*'; known: {known}"):
         topology.open_topology(name)
 
 
@@ -72,6 +72,25 @@ def test_either_cuda_plugin_compiles_for_gpus(plugin, found, monkeypatch):
     installed = ("jax_plugins", f"jax_plugins.{plugin}")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
     assert topology.has_cuda() == found
+
+
+def test_kernels_are_listed_of_one_configuration_on_a_measured_chip(capsys, monkeypatch):
+    flags = [*DIGITS, "--mode", "preflight", "--topology", "v5e:1x1", "--kernels"]
+    assert "--kernels lists the kernels of one configuration" in refusal(capsys, *flags, "--search")
+    monkeypatch.setattr(job, "open_topology", lambda name: (V5E, jax.devices()[:1]))
+    with pytest.raises(
+        UserError, match="how fast kernels are on v5e has not been measured; known: h100, h200$"
+    ):
+        job.preflight(config_lib.load("configs/digits.py"), "v5e:1x1", kernels=True)
+
+
+def test_an_adaptive_sampler_is_refused_for_a_gpu_that_is_absent(monkeypatch):
+    monkeypatch.setattr(job, "open_topology", lambda name: (H200, jax.devices()[:1]))
+    config = config_lib.load(
+        "configs/digits.py", [("sample.solver", "dopri5"), ("sample.steps", "none")]
+    )
+    with pytest.raises(UserError, match="does not compile for a GPU that is absent .*sample.steps"):
+        job.preflight(config, "h200:1", sampler=True)
 
 
 def test_bytes_per_device_counts_the_shards():
@@ -108,8 +127,60 @@ def tried(batch=128, remat="full", fits=False, images_per_second=0.0):
         params=0,
         optimizer=0,
         compile_seconds=0.0,
+        memory={"peak": 0} if fits else {},
+        roofline={"compute": 0.0},
+        model_flops=10**12,
+        mfu_bound=0.5,
         images_per_second_bound=images_per_second,
     )
+
+
+def with_estimate(candidate, images_per_second):
+    """Return a candidate's report as it is on a chip with measured rates."""
+    seconds = candidate.batch / images_per_second
+    kinds = {"products": KindTime(0.75 * seconds, 400), "copies": KindTime(0.25 * seconds, 100)}
+    largest = [
+        KernelTime("dot.1", "products", seconds / 2, 28, 10**6, 10**9, "jit(f)/while/body/mlp")
+    ]
+    return dataclasses.replace(
+        candidate,
+        estimate=Estimate(seconds, kinds, largest, "measured on a card"),
+        mfu_estimate=0.25,
+        images_per_second_estimate=images_per_second,
+    )
+
+
+def search_among(reports, chip, monkeypatch):
+    """Run a search in which these are the reports of the candidates."""
+    monkeypatch.setattr(job, "open_topology", lambda name: (chip, jax.devices()[:1]))
+    monkeypatch.setattr(job, "find_fastest", lambda *_: iter(reports))
+    job.preflight(config_lib.load("configs/digits.py"), f"{chip.name}:1", search=True)
+
+
+def test_the_search_ranks_by_the_estimate_where_there_is_one(monkeypatch, capsys):
+    fast_by_bound = tried(batch=64, fits=True, images_per_second=900.0)
+    fast = tried(batch=128, fits=True, images_per_second=800.0)
+    search_among([fast_by_bound, fast], V5E, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "the fastest that fits, by the bound: the kernels' speed was not measured" in printed
+    assert "none: how fast kernels are on" in printed
+    assert "--config.train.batch=64 " in printed
+    both = [with_estimate(fast_by_bound, 400.0), with_estimate(fast, 500.0)]
+    search_among(both, H200, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "the fastest that fits, by the estimate" in printed
+    assert "256.0 ms, 500 images/s, MFU 25.0%; kernels' rates: measured on a card" in printed
+    assert "    products             192.0 ms  75.0%  400 kernels" in printed
+    assert "--config.train.batch=128 " in printed
+    assert "estimated 500 images/s, MFU 25.0%" in search._line(both[1])
+    assert "at most 800 images/s, MFU 50.0%" in search._line(fast)
+
+
+def test_the_table_of_kernels_has_a_line_for_each(monkeypatch):
+    estimated = with_estimate(tried(), 500.0).estimate
+    _, line = report.kernel_table(estimated).splitlines()
+    words = "128.00 ms 28 x 4.571 ms 1.0 MB products dot.1 jit(f)/mlp"
+    assert " ".join(line.split()) == words
 
 
 def test_the_search_skips_candidates_that_cannot_fit_or_cannot_win():
@@ -142,9 +213,14 @@ def test_a_compiler_that_fails_is_not_taken_for_a_lack_of_memory(monkeypatch, ca
 
 
 def run(*flags, **small):
+    """Run preflight of a small model as a user does: (exit status, output)."""
+    return run_command(*DIGITS, *flags, **(SMALL | small))
+
+
+def run_command(*flags, **settings):
     """Run preflight as a user does: (exit status, output)."""
-    command = [sys.executable, "-m", "sit_jax.main", *DIGITS, "--mode", "preflight", *flags]
-    command += [f"--config.{key}={value}" for key, value in (SMALL | small).items()]
+    command = [sys.executable, "-m", "sit_jax.main", "--mode", "preflight", *flags]
+    command += [f"--config.{key}={value}" for key, value in settings.items()]
     # Without the variables that launch/test.sh sets for the CPU.
     of_tests = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     env = {key: value for key, value in os.environ.items() if key not in of_tests}
@@ -250,15 +326,51 @@ def test_a_layout_that_libtpu_does_not_know_is_refused():
     assert "not divisible" in printed and "known: v4:" in printed
 
 
-@pytest.mark.skipif(
+needs_cuda = pytest.mark.skipif(
     not topology.has_cuda(),
     reason='the CUDA wheels are not installed (pip install -e ".[cuda13]")',
 )
-def test_the_train_step_compiles_for_gpus(tmp_path):
-    status, printed = run("--topology", "h100:8", "--json", str(tmp_path / "reports.json"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["h100:8", "h200:1", "a100-80gb:2", "b200:8"])
+def test_the_train_step_compiles_for_gpus(name, tmp_path):
+    status, printed = run("--topology", name, "--json", str(tmp_path / "reports.json"))
     assert status == 0, printed
     (figures,) = json.loads((tmp_path / "reports.json").read_text())
-    assert figures["fits"] and figures["devices"] == 8
+    devices = int(name.partition(":")[2])
+    assert figures["fits"] and figures["devices"] == devices
     # Includes cuDNN's attention.
     assert 0.97 < figures["executed_flops"] / figures["model_flops"] < 1.05
-    assert "reduce-scatter" in figures["collectives"]
+    assert ("reduce-scatter" in figures["collectives"]) == (devices > 1)
+    assert (figures["estimate"] is not None) == name.startswith("h")
+
+
+@needs_cuda
+def test_the_sampler_compiles_for_gpus():
+    status, printed = run("--topology", "h200:1", "--sampler", "--kernels", **{"model.depth": "1"})
+    assert status == 0, printed
+    assert "sampler on h200:1, 1 devices" in printed and "the longest kernels" in printed
+
+
+# Milliseconds of an XL/2 step on an H200: tests/benchmarks/README.md.
+MEASURED = [
+    (491.7, 256, {}),
+    (566.1, 256, {"model.attention": "einsum"}),
+    (292.2, 128, {"model.remat": "none"}),
+    (530.8, 128, {"precision.compute": "float32", "precision.matmul": "default"}),
+]
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize(("milliseconds", "batch", "settings"), MEASURED)
+def test_the_estimate_is_within_a_tenth_of_what_was_measured(
+    milliseconds, batch, settings, tmp_path
+):
+    reports = tmp_path / "reports.json"
+    flags = ("--config", "configs/latents.py", "--topology", "h200:1", "--json", str(reports))
+    status, printed = run_command(*flags, **{"train.batch": str(batch), **settings})
+    assert status == 0, printed
+    estimate = json.loads(reports.read_text())[0]["estimate"]
+    assert 1e3 * estimate["seconds"] == pytest.approx(milliseconds, rel=0.1)

@@ -124,7 +124,7 @@ def solve(
 
     if options.steps is not None:
         times = time_grid(interval, options.steps, options.shift)
-        controller = diffrax.StepTo(times)
+        controller = StepTo(times)
         x, taken = _diffeqsolve(
             drift, solver, times[0], times[-1], None, x, controller, len(times) - 1, frames
         )
@@ -237,6 +237,22 @@ def _first_step(
     # The step at which a method of this order is expected to err by 1 % of the tolerance.
     h1 = (0.01 / jnp.maximum(change, 1e-15)) ** (1 / order)
     return direction * jnp.minimum(jnp.minimum(100 * h0, h1), abs(interval[1] - interval[0]))
+
+
+class StepTo(diffrax.StepTo):
+    """Takes its steps to given times, which rise or fall from t0 to t1: `time_grid`'s do.
+
+    diffrax checks that again, in the compiled program, with callbacks to the host. They would keep
+    the program out of the compilation cache, and jax cannot compile them for a GPU that is absent.
+    """
+
+    def wrap(self, direction: Any) -> "StepTo":
+        """Return the times in the direction 1 or -1."""
+        return StepTo(ts=self.ts * direction)
+
+    def init(self, *_: Any) -> tuple[jax.Array, int]:
+        """Return the first step's end, and the index of the next one's."""
+        return self.ts[1], 2
 
 
 def _diffeqsolve(

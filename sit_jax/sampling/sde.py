@@ -15,7 +15,7 @@ import lineax as lx
 
 from sit_jax.errors import unknown_name
 from sit_jax.sampling.brownian import Draw, GridBrownianPath
-from sit_jax.sampling.ode import Drift, save_at, time_grid
+from sit_jax.sampling.ode import Drift, StepTo, save_at, time_grid
 from sit_jax.transport.diffusion import diffusion
 from sit_jax.transport.interval import Interval
 from sit_jax.transport.paths import Path
@@ -135,7 +135,7 @@ def solve(
         t1=times[-1],
         dt0=None,
         y0=x_bhwc,
-        stepsize_controller=diffrax.StepTo(times),
+        stepsize_controller=StepTo(times),
         saveat=save_at(times[0], times[-1], frames),
         max_steps=len(times) - 1,
         throw=False,  # as in `ode`: no host callback

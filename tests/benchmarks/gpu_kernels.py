@@ -10,9 +10,12 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
+from sit_jax.jobs.preflight.kernels import KINDS as ALL_KINDS
+from sit_jax.jobs.preflight.kernels import kind_of_words
+
 Kernel = tuple[str, float, float]
 
-KINDS = ("products", "attention", "elementwise", "copies", "fills")
+KINDS = tuple(kind for kind in ALL_KINDS if kind != "links")
 LARGEST = 12  # kernels listed by name
 
 _ATTENTION = re.compile(r"flash|fmha|sdpa|attention|compute_dot_do_o|convert_dq_to_16bits", re.I)
@@ -21,12 +24,10 @@ _PRODUCT = re.compile(
 )
 _COPY = re.compile(r"memcpy|copy_kernel_cuda|CatArray|nchwToNhwc|nhwcToNchw", re.I)
 _FILL = re.compile(r"memset|FillFunctor", re.I)
-# A compiler names a kernel after its operations: a chain with arithmetic in it is elementwise.
-_COPYING = {
-    *("bitcast", "cat", "clone", "concatenate", "copy", "dynamic", "pad", "permute", "slice"),
-    *("split", "stack", "transpose", "unsqueeze", "update", "view"),
-}
-_FILLING = {"broadcast", "full", "zeros"}
+# A compiler names a kernel after its operations. These are PyTorch's names for some of XLA's.
+_AS_XLA = dict.fromkeys(
+    ("cat", "clone", "permute", "split", "stack", "unsqueeze", "view"), "copy"
+) | dict.fromkeys(("full", "zeros"), "broadcast")
 _FRAME = {"", "fused", "fusion", "input", "loop", "per", "poi", "red", "to", "triton", "wrapped"}
 
 
@@ -40,12 +41,8 @@ def kind_of(name: str) -> str:
         return "copies"
     if _PRODUCT.search(name):
         return "products"
-    operations = set(re.split(r"[\W\d_]+", name.lower())) - _FRAME
-    if operations and operations <= _FILLING:
-        return "fills"
-    if operations and operations <= _COPYING | _FILLING:
-        return "copies"
-    return "elementwise"
+    words = set(re.split(r"[\W\d_]+", name.lower())) - _FRAME
+    return kind_of_words(_AS_XLA.get(word, word) for word in words)
 
 
 def busy(kernels: Iterable[Kernel]) -> float:

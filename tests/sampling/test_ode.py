@@ -235,6 +235,14 @@ def test_frames_are_the_states_from_the_first_time_to_the_last(options):
         np.testing.assert_allclose(frames, exact, rtol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [4, (0.0, 0.3, 1.0)])
+def test_given_steps_need_no_callback_to_the_host(steps):
+    """With one, the sampler would be compiled anew in every process."""
+    options = ode.OdeOptions(solver="heun", steps=steps)
+    program = jax.make_jaxpr(lambda x: ode.solve(exponential, x, (0.0, 1.0), options))
+    assert "callback" not in str(program(jnp.ones((2, 1, 1, 1))))
+
+
 def test_guidance_leaves_later_channels_conditional():
     conditional, unconditional = (lambda x, t, v=v: jnp.full_like(x, v) for v in (2.0, 1.0))
     x, t = jnp.zeros((1, 1, 1, 4)), jnp.zeros(1)

@@ -1,8 +1,60 @@
-"""The makers' figures for each chip, per device as jax counts them."""
+"""Figures of each chip, per device as jax counts them: the makers', and for some measured ones."""
 
 import dataclasses
+from collections.abc import Mapping
 
 GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Attainable:
+    """What kernels reach on a chip. `kernels` says which kernel has which rate."""
+
+    # FLOP/s of products by precision, and of cuDNN's attention by direction
+    flops: Mapping[str, float]
+    # bytes/s of HBM: elementwise loops and reductions over columns; rows, chains around a reduction
+    # over rows (LayerNorm, softmax) in a Triton kernel; copies, slices and concatenations
+    bandwidth: Mapping[str, float]
+    elements: Mapping[str, float]  # elements/s that tanh takes, and that a loop fills with zeros
+    launch: float  # seconds that every kernel takes longer
+    iteration: float  # seconds that every iteration of a loop takes longer
+    source: str
+
+
+# From traces of two programs of the XL/2 training step (bfloat16, batch 128) on one H200, jax
+# 0.11.2. tests/benchmarks/README.md compares the estimates with what was measured.
+_H200 = Attainable(
+    flops={
+        "bfloat16": 753e12,  # all products: 87.8 TFLOP in 116.7 ms (a product of side 8192: 790)
+        "tf32": 377e12,  # not traced: the same share of the data sheet's peak as bfloat16's
+        "float32": 48e12,  # sampling at "highest", batch 64: 691.5 ms, less what TF32 takes beside
+        "attention forward": 233e12,  # 256 tokens, heads of 72: 38.7 GFLOP in 0.166 ms
+        "attention backward": 148e12,  # with its two helper kernels: 96.6 GFLOP in 0.654 ms
+    },
+    bandwidth={
+        "elementwise": 4.1e12,  # gelu's derivative 4.16, additions 4.2, the optimizer 4.2, sums 3.9
+        "rows": 2.05e12,  # LayerNorm, forward and backward: 1.8 to 2.9
+        "copies": 3.6e12,  # memcpy 3.9, joining the gradients of q, k and v 2.5
+    },
+    elements={
+        "tanh": 610e9,  # gelu: 151 M elements in 0.248 ms
+        "fills": 844e9,  # four loops: 2.1e11 threads a second, of four elements each
+    },
+    launch=1.5e-6,  # the shortest kernels take 0.7 to 1.6 us, and 0.5 us pass between two
+    iteration=4.4e-6,  # the difference between a loop's idle time and that of unrolled layers
+    source="measured on one H200",
+)
+# The multiprocessors and their clock are the H200's, and so is all that they limit. The rest, which
+# the memory limits, has the H200's share of the data sheet's bandwidth.
+_H100 = dataclasses.replace(
+    _H200,
+    bandwidth={
+        "elementwise": 4.1e12 * 3352 / 4800,
+        "rows": 2.05e12,
+        "copies": 3.6e12 * 3352 / 4800,
+    },
+    source="an H200's, scaled to the H100's memory; not measured",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +68,7 @@ class Chip:
     hbm_bandwidth: float
     link_bandwidth: float  # what one device can send over all its links (ICI, NVLink) at once
     topologies: str = ""  # common ones; empty if a topology is only a number of devices
+    attainable: Attainable | None = None  # None: no kernel was measured on it
 
 
 # From Google's TPU documentation and NVIDIA's data sheets. Where these count both directions of ICI
@@ -30,15 +83,17 @@ CHIPS = (
     Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 600e9, _3D),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 400e9, _2D),
     Chip("tpu7x", ("TPU7x",), 2307e12 / 2, 96 * GIB, 7380e9 / 2, 300e9, _3D),
-    Chip("a100", ("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9),
+    Chip("a100-80gb", ("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9),
     Chip(
         "a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312e12, 40e9, 1555e9, 300e9
     ),
-    Chip("h100", ("NVIDIA H100",), 989e12, 80e9, 3352e9, 450e9),  # SXM: "NVIDIA H100 80GB HBM3"
+    # SXM: "NVIDIA H100 80GB HBM3"
+    Chip("h100", ("NVIDIA H100",), 989e12, 80e9, 3352e9, 450e9, attainable=_H100),
     Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 80e9, 2039e9, 300e9),
     Chip("h100-nvl", ("NVIDIA H100 NVL",), 835e12, 94e9, 3938e9, 300e9),
-    Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9),
+    Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9, attainable=_H200),
     Chip("h200-nvl", ("NVIDIA H200 NVL",), 835e12, 141e9, 4800e9, 450e9),
+    Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 7700e9, 900e9),
 )
 
 

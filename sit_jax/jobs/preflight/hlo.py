@@ -9,28 +9,16 @@ the body of a loop once; here each instruction counts once per iteration of the 
 import collections
 import dataclasses
 import functools
-import math
-import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
-from sit_jax.jobs.preflight import hlo_text
+from sit_jax.jobs.preflight import hlo_text, products
 from sit_jax.jobs.preflight.hlo_text import Array, Computation, Instruction, first_group
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_PRODUCTS = ("dot", "convolution", "custom-call")
-# Attention kernels whose text does not give their cost (splash attention's, cuDNN's), and how many
-# products of the size of Q K^T each computes.
-_KERNEL_PRODUCTS = {
-    "splash_mha_fwd": 2,
-    "splash_mha_dkv": 5,
-    "dot_product_attention_fwd": 2,
-    "dot_product_attention_bwd": 5,
-}
 # A TPU computes a float32 product of this precision as several bfloat16 products.
 _BFLOAT16_PASSES = {"high": 3, "highest": 6}
-_CALLS_UNFUSED = ("while", "conditional", "call", "async-start")
+CALLS_UNFUSED = ("while", "conditional", "call", "async-start")
 _NO_TRAFFIC = {
     "parameter",
     "constant",
@@ -40,6 +28,7 @@ _NO_TRAFFIC = {
     "while",
     "conditional",
     "call",
+    "async-start",
     "after-all",
     "partition-id",
     "replica-id",
@@ -105,17 +94,23 @@ class Program:
     ) -> Iterator[Execution]:
         for instruction in self.computations[computation].values():
             origin = first_group(r'op_name="([^"]*)"', instruction.text) or caller_origin
-            yield Execution(instruction, computation, times, in_loop, fused, origin)
-            is_while = instruction.opcode == "while"
-            iterations = (self.trips(instruction) or 1) if is_while else 1
-            for called in instruction.calls:
-                yield from self._walk(
-                    called,
-                    times=times * iterations,
-                    in_loop=in_loop or is_while,
-                    fused=fused or instruction.opcode not in _CALLS_UNFUSED,
-                    caller_origin=origin,
-                )
+            execution = Execution(instruction, computation, times, in_loop, fused, origin)
+            yield execution
+            yield from self._called(execution)
+
+    def _called(self, caller: Execution) -> Iterator[Execution]:
+        """Return the executions of the computations that an instruction calls."""
+        instruction = caller.instruction
+        is_while = instruction.opcode == "while"
+        iterations = (self.trips(instruction) or 1) if is_while else 1
+        for called in instruction.calls:
+            yield from self._walk(
+                called,
+                times=caller.times * iterations,
+                in_loop=caller.in_loop or is_while,
+                fused=caller.fused or instruction.opcode not in CALLS_UNFUSED,
+                caller_origin=caller.origin,
+            )
 
     def trips(self, loop: Instruction) -> int | None:
         """Return the number of iterations of a `while`; None if it depends on the data.
@@ -172,10 +167,25 @@ class Program:
             for e in self.executions
         )
 
-    def _operands(self, execution: Execution) -> list[tuple[Array, ...]]:
+    @property
+    def iterations(self) -> int:
+        """Return how many iterations all loops run; one of a loop whose length is unknown."""
+        return sum(
+            e.times * (self.trips(e.instruction) or 1)
+            for e in self.executions
+            if e.instruction.opcode == "while"
+        )
+
+    def operands(self, execution: Execution) -> list[tuple[Array, ...]]:
+        """Return the types of an instruction's operands."""
         siblings = self.computations[execution.computation]
         names = execution.instruction.operands
         return [siblings[name].arrays for name in names if name in siblings]
+
+    def inside(self, execution: Execution) -> list[Execution]:
+        """Return an instruction, and all of the computations that it calls, for one execution."""
+        once = dataclasses.replace(execution, times=1)
+        return [once, *self._called(once)]
 
     @functools.cached_property
     def flops(self) -> int:
@@ -184,29 +194,22 @@ class Program:
         A hand-written kernel (Pallas, or the compiler's own for attention) counts as its text
         states.
         """
-        return sum(
-            e.times * self._flops(e) for e in self.executions if e.instruction.opcode in _PRODUCTS
-        )
+        return sum(e.times * self.product_flops(e) for e in self.executions)
 
     @functools.cached_property
     def bfloat16_flops(self) -> int:
         """Return `flops`, counting a precise float32 product as the bfloat16 ones a TPU runs."""
         total = 0
         for e in self.executions:
-            if e.instruction.opcode in _PRODUCTS:
-                precision = e.instruction.attribute("operand_precision").partition(",")[0]
-                total += e.times * self._flops(e) * _BFLOAT16_PASSES.get(precision, 1)
+            if count := self.product_flops(e):
+                passes = _BFLOAT16_PASSES.get(products.operand_precision(e.instruction), 1)
+                total += e.times * count * passes
         return total
 
-    def _flops(self, e: Execution) -> int:
-        if e.instruction.opcode != "custom-call":
-            return _product_flops(e.instruction, self._operands(e))
-        for kernel, products in _KERNEL_PRODUCTS.items():
-            if e.instruction.name.startswith(kernel):
-                # [batch, heads, tokens, head width], like q
-                shape = next(a.shape for a in e.instruction.arrays if len(a.shape) == 4)
-                return products * 2 * math.prod(shape) * shape[2]
-        return int(first_group(r'"cost_estimate":\{"flops":"(\d+)"', e.instruction.text) or 0)
+    def product_flops(self, e: Execution) -> int:
+        """Return the FLOPs of one execution; 0 of anything but a product."""
+        is_product = e.instruction.opcode in products.OPCODES
+        return products.flops(e.instruction, self.operands(e)) if is_product else 0
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
@@ -225,7 +228,7 @@ class Program:
                 group=hlo_text.group_size(e.instruction.text, self.partitions),
                 times=e.times,
                 in_loop=e.in_loop,
-                arrays=tuple(array for operand in self._operands(e) for array in operand),
+                arrays=tuple(array for operand in self.operands(e) for array in operand),
                 in_background=e.fused or e.instruction.opcode.endswith("-start"),
                 origin=e.origin,
             )
@@ -239,9 +242,10 @@ class Program:
         They are the operands and results of every kernel. If a kernel slices an operand or updates
         its result in place, only the slice counts.
         """
-        return sum(e.times * self._traffic(e) for e in self.executions if not e.fused)
+        return sum(e.times * self.traffic(e) for e in self.executions if not e.fused)
 
-    def _traffic(self, e: Execution) -> int:
+    def traffic(self, e: Execution) -> int:
+        """Return the bytes of HBM that one execution of an instruction outside a fusion moves."""
         instruction = e.instruction
         opcode = instruction.opcode
         if (
@@ -253,16 +257,20 @@ class Program:
         result = instruction.arrays
         if opcode == "copy-start":  # (result, operand, ...)
             result = result[:1]
+        elif opcode == "fusion-start":  # ((operands), results, state)
+            result = result[len(self.operands(e)) : -1]
+        elif products.call_target(instruction).startswith("__cublas$"):  # (result, workspace)
+            result = result[:1]
         elif opcode.endswith("-start") and len(result) > 2:  # (operand, result, ...)
             result = result[1:2]
         siblings = self.computations[e.computation]
-        if opcode == "fusion":
+        if opcode in ("fusion", "fusion-start"):
             return self._fusion_traffic(instruction, result, siblings)
         if opcode in ("dynamic-slice", "slice", "slice-start", "gather"):
             return _size(result) + _hbm(result)
         if opcode == "dynamic-update-slice":
             return 2 * _hbm(siblings[instruction.operands[1]].arrays)
-        return _hbm(result) + sum(map(_hbm, self._operands(e)))
+        return _hbm(result) + sum(map(_hbm, self.operands(e)))
 
     def _fusion_traffic(
         self, fusion: Instruction, result: tuple[Array, ...], siblings: Computation
@@ -342,67 +350,3 @@ def _size(arrays: tuple[Array, ...]) -> int:
 
 def _hbm(arrays: tuple[Array, ...]) -> int:
     return sum(array.hbm_bytes for array in arrays)
-
-
-def _product_flops(product: Instruction, operands: list[tuple[Array, ...]]) -> int:
-    lhs = operands[0][0].shape
-    out = product.arrays[0].shape
-    if product.opcode == "dot":
-        contracted = product.attribute("lhs_contracting_dims")
-        return 2 * math.prod(out) * math.prod(lhs[int(d)] for d in contracted.split(",") if d)
-    rhs = operands[1][0].shape
-    lhs_labels, rhs_labels, out_labels = re.split(r"_|->", product.attribute("dim_labels"))
-    # A batched matrix product is compiled to a convolution whose batch is a dilated spatial
-    # dimension. Only the positions where the window meets an element are multiplied.
-    positions = 1
-    window = product.attribute("window")
-    for dimension, label in enumerate(sorted(set(lhs_labels) - set("bf"))):
-        positions *= _positions(
-            lhs[lhs_labels.index(label)],
-            rhs[rhs_labels.index(label)],
-            out[out_labels.index(label)],
-            _window(window, dimension),
-        )
-    batch = out[out_labels.index("b")]
-    out_features = out[out_labels.index("f")]
-    in_features = rhs[rhs_labels.index("i")]
-    return 2 * positions * batch * out_features * in_features
-
-
-class _Window(NamedTuple):
-    """How a convolution's window moves along one dimension."""
-
-    stride: int
-    pad: int  # before the first element
-    lhs_dilate: int
-    rhs_dilate: int
-
-
-def _window(text: str, dimension: int) -> _Window:
-    """Parse one dimension of `size=3x3 pad=1_1x0_0`."""
-
-    def value(name: str, default: int) -> int:
-        values = first_group(rf"\b{name}=(\S+)", text)
-        return int(values.split("x")[dimension].split("_")[0]) if values else default
-
-    return _Window(
-        stride=value("stride", 1),
-        pad=value("pad", 0),
-        lhs_dilate=value("lhs_dilate", 1),
-        rhs_dilate=value("rhs_dilate", 1),
-    )
-
-
-@functools.cache
-def _positions(lhs: int, rhs: int, out: int, window: _Window) -> int:
-    """Return how many pairs (output, window position) of one dimension meet an element of lhs.
-
-    The others meet padding or a gap of the dilation.
-    """
-    last = (lhs - 1) * window.lhs_dilate
-    count = 0
-    for o in range(out):
-        for w in range(rhs):
-            position = o * window.stride - window.pad + w * window.rhs_dilate
-            count += 0 <= position <= last and position % window.lhs_dilate == 0
-    return count

@@ -24,12 +24,17 @@ class Array:
     layout: str = ""
 
     @property
-    def bytes(self) -> int:
-        """Return its size."""
+    def bits(self) -> int:
+        """Return the bits of one element."""
         bits = _BITS.get(self.dtype)
         if bits is None:  # f32, u8, f8e4m3fn: the first number
             bits = int(re.sub(r"\D", "", re.sub(r"(e\d+m\d+|b\d+).*", "", self.dtype)) or 0)
-        return math.prod(self.shape) * bits // 8
+        return bits
+
+    @property
+    def bytes(self) -> int:
+        """Return its size."""
+        return math.prod(self.shape) * self.bits // 8
 
     @property
     def hbm_bytes(self) -> int:

@@ -12,11 +12,18 @@ from sit_jax.jobs import sampler, train
 from sit_jax.jobs.data import abstract_batch
 from sit_jax.jobs.preflight import hlo
 from sit_jax.jobs.preflight.chips import GIB, Chip
+from sit_jax.jobs.preflight.estimate import Estimate, estimate
 from sit_jax.jobs.preflight.topology import one_line
 from sit_jax.jobs.setup import Setup
 
 TRAIN_STEP = "train step"
 SAMPLER = "sampler"
+
+# Parts of jax's name of a line that say nothing about it.
+_PLUMBING = {
+    *("while", "body", "cond", "branch_0_fun", "checkpoint", "closed_call", "eval_jaxpr"),
+    *("outer-loop", "checkpointed-no-vjp", "jit(diffeqsolve)"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,14 @@ class Preflight:
     roofline: dict[str, float] = dataclasses.field(default_factory=dict)
     mfu_bound: float | None = None
     images_per_second_bound: float | None = None
+    estimate: Estimate | None = None  # None if the chip has no attainable figures
+    mfu_estimate: float | None = None
+    images_per_second_estimate: float | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """Return the estimate, or where there is none the bound; 0 if a program has neither."""
+        return self.images_per_second_estimate or self.images_per_second_bound or 0.0
 
     @property
     def outcome(self) -> str:
@@ -137,7 +152,8 @@ def _with_costs(report: Preflight, compiled: jax.stages.Compiled, chip: Chip) ->
         "interconnect": sent / chip.link_bandwidth,
     }
     bound = max(roofline.values())
-    return dataclasses.replace(
+    estimated = estimate(program, chip)
+    report = dataclasses.replace(
         report,
         fits=fits,
         verdict="" if fits else needs,
@@ -150,6 +166,15 @@ def _with_costs(report: Preflight, compiled: jax.stages.Compiled, chip: Chip) ->
         roofline=roofline,
         mfu_bound=report.model_flops / chip.peak_flops / bound if report.model_flops else None,
         images_per_second_bound=None if program.unknown_loops else report.batch / bound,
+    )
+    if estimated is None:
+        return report
+    seconds = estimated.seconds
+    return dataclasses.replace(
+        report,
+        estimate=estimated,
+        mfu_estimate=report.model_flops / chip.peak_flops / seconds if report.model_flops else None,
+        images_per_second_estimate=None if program.unknown_loops else report.batch / seconds,
     )
 
 
@@ -190,9 +215,10 @@ def table(report: Preflight) -> str:
     ]
     if report.memory:
         rows += _cost_rows(report)
-    if report.mfu_bound:
-        images = f"{report.images_per_second_bound:,.0f} images/s"
-        rows.append(("at most", f"{images}, MFU {report.mfu_bound:.1%}"))
+    if report.mfu_bound and report.images_per_second_bound:
+        rows.append(("at most", _speed(report.images_per_second_bound, report.mfu_bound)))
+    if report.memory:
+        rows += _estimate_rows(report)
     if report.data_dependent_loops:
         note = (
             "a loop whose length depends on the data (the solver's) counts once: "
@@ -223,6 +249,40 @@ def _cost_rows(report: Preflight) -> list[tuple[str, str]]:
     times = ", ".join(f"{unit} {1e3 * seconds:.1f} ms" for unit, seconds in report.roofline.items())
     rows.append(("roofline", f"{times}: bound by {slowest}"))
     return rows
+
+
+def _estimate_rows(report: Preflight) -> list[tuple[str, str]]:
+    estimated = report.estimate
+    if estimated is None:
+        chip = report.topology.partition(":")[0]
+        return [("estimate", f"none: how fast kernels are on {chip} has not been measured")]
+    total = f"{1e3 * estimated.seconds:.1f} ms"
+    if report.images_per_second_estimate:
+        total += f", {_speed(report.images_per_second_estimate, report.mfu_estimate)}"
+    rows = [("estimate", f"{total}; kernels' rates: {estimated.source}")]
+    for kind, cost in estimated.kinds.items():
+        unit = {"loops": "iterations", "links": "transfers"}.get(kind, "kernels")
+        share = cost.seconds / estimated.seconds
+        row = f"{1e3 * cost.seconds:8.1f} ms {share:6.1%}  {cost.count:,} {unit}"
+        rows.append((f"  {kind}", row))
+    return rows
+
+
+def kernel_table(estimated: Estimate) -> str:
+    """Return the kernels that take longest as lines of text, equal ones in one line."""
+    lines = ["  the longest kernels: all runs, each run, its bytes, kind, name, line of the model"]
+    for kernel in estimated.largest:
+        each = f"{kernel.count:5d} x {1e3 * kernel.seconds / kernel.count:7.3f} ms"
+        cost = f"{1e3 * kernel.seconds:8.2f} ms {each} {kernel.bytes / 1e6:8.1f} MB"
+        line = "/".join(part for part in kernel.origin.split("/") if part not in _PLUMBING)
+        lines.append(f"  {cost}  {kernel.kind:11}  {kernel.name}  {line}".rstrip())
+    return "\n".join(lines)
+
+
+def _speed(images_per_second: float, mfu: float | None) -> str:
+    """Format a speed; a sampler has no MFU."""
+    images = f"{images_per_second:,.0f} images/s"
+    return f"{images}, MFU {mfu:.1%}" if mfu else images
 
 
 def _flops_line(report: Preflight) -> str:

@@ -90,9 +90,7 @@ def _cannot_win(setup: Setup, chip: Chip, tried: Sequence[Preflight]) -> bool:
     """
     recomputation = 4 / 3 if setup.config.model.remat == "full" else 1
     peak = chip.peak_flops * setup.mesh.size / setup.train_flops / recomputation
-    return any(
-        report.fits and (report.images_per_second_bound or 0) >= 0.99 * peak for report in tried
-    )
+    return any(report.fits and report.images_per_second >= 0.99 * peak for report in tried)
 
 
 def _line(report: Preflight) -> str:
@@ -100,7 +98,9 @@ def _line(report: Preflight) -> str:
     candidate = f"batch {report.batch:5d}  mesh {mesh:12}  remat {report.remat:4}"
     if not report.fits:
         return f"{candidate}  {report.outcome}: {report.verdict}"
+    estimated = report.estimate is not None
+    mfu = report.mfu_estimate if estimated else report.mfu_bound
     return (
-        f"{candidate}  {gib(report.memory['peak'])}, at most "
-        f"{report.images_per_second_bound:,.0f} images/s, MFU {report.mfu_bound:.1%}"
+        f"{candidate}  {gib(report.memory['peak'])}, {'estimated' if estimated else 'at most'} "
+        f"{report.images_per_second:,.0f} images/s, MFU {mfu:.1%}"
     )

@@ -9,22 +9,7 @@ from jax.experimental import topologies
 
 from sit_jax.errors import UserError, check, require
 from sit_jax.jobs.preflight.chips import CHIPS, Chip
-
-# XLA's description of an H100 SXM, for which its GPU compiler otherwise asks the device.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "sm_90"
-"""
-_GPU_TARGETS = {"h100": _H100}
+from sit_jax.jobs.preflight.gpu_targets import GPU_TARGETS
 
 
 def leave_devices_alone() -> None:
@@ -43,7 +28,7 @@ def leave_devices_alone() -> None:
 def known_topologies() -> str:
     """Return all topologies for a message: `v5e:1x1 2x2 ..., h100:1 2 4 8`."""
     tpus = [f"{chip.name}:{chip.topologies}" for chip in CHIPS if chip.topologies]
-    return ", ".join(tpus + [f"{name}:1 2 4 8" for name in _GPU_TARGETS])
+    return ", ".join(tpus + [f"{name}:1 2 4 8" for name in GPU_TARGETS])
 
 
 def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
@@ -54,7 +39,7 @@ def open_topology(name: str) -> tuple[Chip, list[jax.Device]]:
     """
     kind, _, layout = name.partition(":")
     unknown = f"unknown --topology {name!r}; known: {known_topologies()}"
-    chips = {chip.name: chip for chip in CHIPS if chip.topologies or chip.name in _GPU_TARGETS}
+    chips = {chip.name: chip for chip in CHIPS if chip.topologies or chip.name in GPU_TARGETS}
     chip = require(chips.get(kind), unknown)
     side = "[1-9][0-9]{0,3}"  # a longer number would be expanded for minutes
     pattern = rf"{side}(x{side}){{0,2}}" if chip.topologies else side
@@ -94,7 +79,7 @@ def _gpus(chip: Chip, layout: str) -> list[jax.Device]:
         'pip install -e ".[cuda13]" or ".[cuda12]" (5 GB, no GPU needed)',
     )
     return topologies.get_topology_desc(
-        "gpu", "cuda", target_config=_GPU_TARGETS[chip.name], topology=f"1x1x{layout}"
+        "gpu", "cuda", target_config=GPU_TARGETS[chip.name].text(), topology=f"1x1x{layout}"
     ).devices
 
 
