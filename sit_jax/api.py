@@ -151,11 +151,11 @@ class Run:
 
         def velocity(params: Any, _: Any, x: jax.Array, t_n: jax.Array, condition: Any) -> Any:
             def predict(x: jax.Array, t_b: jax.Array) -> jax.Array:
-                return setup.network(params, x, t_b, condition)
+                return setup.network_for("measurement")(params, x, t_b, condition)
 
             return velocity_field(predict, setup.path, setup.objective.prediction)(x, t_n)
 
-        return jit_for_batches(setup, velocity, sharding.batch_sharding(setup.mesh))
+        return jit_for_batches(velocity, sharding.batch_sharding(setup.mesh))
 
     def tokens(
         self, x: np.ndarray, t: np.ndarray | float, labels: Labels = None, *, layer: int
@@ -172,11 +172,12 @@ class Run:
             setup = self._setup
 
             def tokens(params: Any, _: Any, x: jax.Array, t_n: jax.Array, condition: Any) -> Any:
-                _, by_layer = setup.network(params, x, t_n, condition, layers=(layer,))
+                network = setup.network_for("measurement")
+                _, by_layer = network(params, x, t_n, condition, layers=(layer,))
                 return by_layer[layer]
 
             out_sharding = sharding.batch_sharding(setup.mesh)
-            self._tokens[layer] = jit_for_batches(setup, tokens, out_sharding)
+            self._tokens[layer] = jit_for_batches(tokens, out_sharding)
         return self._apply(self._tokens[layer], x, t, labels)
 
     def log_prob(self, images: np.ndarray, labels: Labels = None, **options: Any) -> np.ndarray:

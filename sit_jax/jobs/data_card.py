@@ -157,7 +157,7 @@ def _decoder(setup: Setup) -> Decode | str:
     def images_of(params: None, codec_params: Any, x_bhwc: jax.Array) -> jax.Array:
         return setup.codec.decode(codec_params, x_bhwc)
 
-    compiled = jit_for_batches(setup, images_of, sharding.replicated(setup.mesh))
+    compiled = jit_for_batches(images_of, sharding.replicated(setup.mesh))
 
     def decode(x_bhwc: np.ndarray) -> np.ndarray:
         shards = sharding.batch_shards(setup.mesh)

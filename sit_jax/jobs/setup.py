@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from sit_jax import hosts, optimizer, rng, sharding, train_state
+from sit_jax import hosts, optimizer, precision, rng, sharding, train_state
 from sit_jax.data.sources import SOURCES
 from sit_jax.errors import check
 from sit_jax.jobs.labels import read_labels
@@ -127,10 +127,9 @@ class Setup:
             return sample.batch
         return sample.microbatch * sharding.batch_shards(self.mesh)
 
-    @property
-    def batch_matmul(self) -> str:
-        """The precision of float32 matmuls outside of training."""
-        return self.config.precision.matmul or "highest"
+    def matmul(self, use: precision.Use) -> str:
+        """Return the precision of the network's float32 products."""
+        return precision.matmul(use, self.config.precision.matmul)
 
     @property
     def path(self) -> Path:
@@ -166,14 +165,18 @@ class Setup:
             **hooks._asdict(),
         )
 
+    @property
+    def platform(self) -> str:
+        """The kind of the devices: cpu, cuda or tpu."""
+        return self.mesh.devices.flat[0].platform
+
     @functools.cached_property
     def attend(self) -> Callable:
         """The fastest attention: (q, k, v) [b, heads, tokens, head width] -> like q."""
         name = "einsum"
         if self.config.model.attention == "auto":
-            platform = self.mesh.devices.flat[0].platform
             count = tokens(self.input_shape[0], self.size.patch)
-            name = attention.choose(platform, self.config.precision.compute, count)
+            name = attention.choose(self.platform, self.config.precision.compute, count)
         kernel = attention.KERNELS[name]
         is_local = name == "einsum" or self.is_per_device
         return kernel if is_local else sharding.on_each_device(self.mesh, kernel)
@@ -197,10 +200,17 @@ class Setup:
         condition: Any,
         layers: Sequence[int] = (),
     ) -> Any:
-        """Apply the network: like x, or with `layers` as `SiT` returns it."""
+        """Apply the network: like x, or with `layers` as `SiT` returns it.
+
+        Its products have the precision of the caller's context; see `network_for`.
+        """
         complete = params if self.is_per_device else sharding.gather_ends(self.mesh, params)
         variables = {"params": complete}
         return self.model.apply(variables, x_bhwc, t_b, condition, layers=layers)
+
+    def network_for(self, use: precision.Use) -> Callable:
+        """Return `network` with products of the precision for this use, whatever the context."""
+        return in_precision(self.network, self.matmul(use))
 
     @property
     def objective(self) -> Objective:
@@ -308,21 +318,21 @@ def in_precision(function: Callable, matmul: str) -> Callable:
     """Return the function with matmuls of this precision. It keeps its name in profiles and HLO."""
 
     @functools.wraps(function)
-    def wrapped(*arguments: Any) -> Any:
+    def wrapped(*arguments: Any, **named: Any) -> Any:
         with jax.default_matmul_precision(matmul):
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return wrapped
 
 
-def jit_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
-    """Return `function(params, codec_params, *batch)` jitted, with "highest" matmuls by default.
+def jit_for_batches(function: Callable, out_shardings: Any) -> Callable:
+    """Return `function(params, codec_params, *batch)` jitted, with "highest" matmuls.
 
-    By default a TPU computes a float32 matmul in bfloat16. That is enough for training, but not
-    for samples and measurements.
+    They are those of solvers (diffrax sums the stages of a step with one) and of codecs: few, and
+    their rounding would add up over the steps. The network's have their own precision, of
+    `Setup.network_for`.
     """
-    matmul = setup.batch_matmul
-    return jax.jit(in_precision(function, matmul), out_shardings=out_shardings)
+    return jax.jit(in_precision(function, "highest"), out_shardings=out_shardings)
 
 
 def call_with_batches(setup: Setup, compiled: Callable) -> Callable:

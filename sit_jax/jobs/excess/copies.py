@@ -103,7 +103,7 @@ def _decode(setup: Setup, x_nd: np.ndarray) -> np.ndarray:
     def decode(params: None, codec_params: Any, x_bd: jax.Array) -> jax.Array:
         return setup.codec.decode(codec_params, x_bd.reshape(-1, *setup.input_shape))
 
-    compiled = jit_for_batches(setup, decode, sharding.batch_sharding(setup.mesh))
+    compiled = jit_for_batches(decode, sharding.batch_sharding(setup.mesh))
     call = call_with_batches(setup, compiled)
     size = setup.config.sample.batch
     images = []

@@ -45,7 +45,7 @@ def make_measure(setup: Setup, params: Any, memorised: DataPoints) -> Measure:
     ask = jax.jit(functools.partial(_query, setup), out_shardings=split)
     labels_of_draws = jax.jit(functools.partial(_labels, setup))
     add = jax.jit(functools.partial(optimal.add_points, setup.path, null), out_shardings=split)
-    model_losses = jit_for_batches(setup, functools.partial(_model_losses, setup), split)
+    model_losses = jit_for_batches(functools.partial(_model_losses, setup), split)
     optimal_losses = jax.jit(functools.partial(_optimal_losses, setup), out_shardings=split)
 
     def best(query: Query, labels_b: np.ndarray) -> jax.Array:
@@ -129,8 +129,10 @@ def _times(setup: Setup, u_b: jax.Array) -> jax.Array:
 def _model_losses(setup: Setup, params: Any, _: None, query: Query) -> jax.Array:
     """Return the training loss of the network in each draw."""
 
+    network = setup.network_for("measurement")
+
     def predict(x_bhwc: jax.Array, t_b: jax.Array) -> jax.Array:
-        return setup.network(params, x_bhwc, t_b, query.label_b)
+        return network(params, x_bhwc, t_b, query.label_b)
 
     x1_bhwc, x0_bhwc = (
         x_bd.reshape(-1, *setup.input_shape) for x_bd in (query.data_bd, query.noise_bd)

@@ -120,7 +120,7 @@ def _batches(setup: Setup, source: Source, indices: Sequence[int]) -> Iterator[t
     def encode(params: None, codec_params: Any, records: Any) -> tuple:
         return posterior.input_distribution(setup.codec, codec_params, records)
 
-    compiled = jit_for_batches(setup, encode, sharding.batch_sharding(setup.mesh))
+    compiled = jit_for_batches(encode, sharding.batch_sharding(setup.mesh))
     call = call_with_batches(setup, compiled)
     size = setup.config.excess.batch
     mirrors = (False, True) if setup.config.data.flip else (False,)
