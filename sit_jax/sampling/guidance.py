@@ -41,8 +41,14 @@ def in_one_call(network: Callable, condition: Any, null: Any) -> PredictBoth:
 
 
 def is_faster_in_one_call(platform: str) -> bool:
-    """Return True if one call for both halves is faster than two (cpu, gpu, cuda or tpu)."""
-    return platform != "cpu"
+    """Return True if one call for both halves is faster than two (cpu, gpu, cuda or tpu).
+
+    It was on an H200, the more the smaller the batch. Two CPU cores are 1 to 4 % slower with it.
+    TPUs' compilers keep the activations of one half in on-chip memory more often than those of
+    both, and so move less with two calls, except at small batches. tests/benchmarks/README.md has
+    the figures.
+    """
+    return platform in ("gpu", "cuda")
 
 
 def _interleave(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 
 from sit_jax.errors import UserError
 from sit_jax.sampling import ode
-from sit_jax.sampling.guidance import check_scale, in_one_call, in_two_calls, with_guidance
+from sit_jax.sampling.guidance import check_scale, in_two_calls, with_guidance
 from sit_jax.transport import interval, paths, prediction
 from tests import goldens
 from tests.goldens import nhwc
@@ -234,40 +234,6 @@ def test_frames_are_the_states_from_the_first_time_to_the_last(options):
         start = span[0]
         exact = x[:, None] * np.exp(t + t**2 / 2 - start - start**2 / 2)
         np.testing.assert_allclose(frames, exact, rtol=1e-4)
-
-
-def test_guidance_leaves_later_channels_conditional():
-    conditional, unconditional = (lambda x, t, v=v: jnp.full_like(x, v) for v in (2.0, 1.0))
-    both = in_two_calls(conditional, unconditional)
-    x, t = jnp.zeros((1, 1, 1, 4)), jnp.zeros(1)
-    for channels, want in ((3, [4, 4, 4, 2]), (None, [4, 4, 4, 4])):
-        guided = with_guidance(conditional, both, 3.0, channels)
-        np.testing.assert_array_equal(guided(x, t)[0, 0, 0], want)
-    assert with_guidance(conditional, both, 1.0) is conditional
-
-
-def test_guidance_outside_its_interval_is_conditional_and_costs_nothing():
-    calls = []
-
-    def unconditional(x, t):
-        jax.debug.callback(lambda: calls.append(1))
-        return jnp.ones_like(x)
-
-    def conditional(x, t):
-        return jnp.full_like(x, 2.0)
-
-    both = in_two_calls(conditional, unconditional)
-    guided = jax.jit(with_guidance(conditional, both, 3.0, interval=(0.25, 0.75)))
-    x = jnp.zeros((2, 1, 1, 1))
-    for times, want, cost in (
-        ([0.1, 0.9], [2, 2], 0),
-        ([0.5, 0.9], [4, 2], 1),
-        ([0.25, 0.75], [4, 4], 1),
-    ):
-        calls.clear()
-        np.testing.assert_array_equal(guided(x, jnp.array(times)).ravel(), want)
-        jax.effects_barrier()
-        assert len(calls) == cost
 
 
 @pytest.mark.parametrize(
