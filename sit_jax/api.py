@@ -151,7 +151,7 @@ class Run:
 
         def velocity(params: Any, _: Any, x: jax.Array, t_n: jax.Array, condition: Any) -> Any:
             def predict(x: jax.Array, t_b: jax.Array) -> jax.Array:
-                return setup.network(params, x, t_b, condition)
+                return setup.network_for("measurement")(params, x, t_b, condition)
 
             return velocity_field(predict, setup.path, setup.objective.prediction)(x, t_n)
 
@@ -172,7 +172,8 @@ class Run:
             setup = self._setup
 
             def tokens(params: Any, _: Any, x: jax.Array, t_n: jax.Array, condition: Any) -> Any:
-                _, by_layer = setup.network(params, x, t_n, condition, layers=(layer,))
+                network = setup.network_for("measurement")
+                _, by_layer = network(params, x, t_n, condition, layers=(layer,))
                 return by_layer[layer]
 
             out_sharding = sharding.batch_sharding(setup.mesh)

@@ -672,7 +672,8 @@ class Precision:
     matmul: str | None = choice(
         None,
         MATMUL_PRECISIONS,
-        "precision of float32 matmuls; none: default in training, highest elsewhere",
+        "precision of the network's float32 matmuls; none: default in training, high in sampling "
+        "and inversion, highest in likelihood and excess",
     )
     grad_reduce: str = choice(
         "float32",

@@ -12,7 +12,7 @@ from convert.names import params_from_torch
 from convert.torch_file import read_torch_file
 from sit_jax.models.sit import SiT
 from sit_jax.models.sizes import Size
-from sit_jax.sampling.guidance import with_guidance
+from sit_jax.sampling.guidance import in_two_calls, with_guidance
 from sit_jax.transport.paths import Path, path_by_name
 from sit_jax.transport.prediction import Predict
 
@@ -86,7 +86,8 @@ def sampling(case: dict, y: np.ndarray) -> tuple[Path, Predict, int]:
     n = len(y) // 2 if case["cfg_scale"] else len(y)
     predict = labelled(tuple(y[:n]))
     if case["cfg_scale"]:
-        predict = with_guidance(predict, labelled(tuple(y[n:])), case["cfg_scale"], channels=3)
+        both = in_two_calls(predict, labelled(tuple(y[n:])))
+        predict = with_guidance(predict, both, case["cfg_scale"], channels=3)
     return path_by_name(case["path_type"]), predict, n
 
 

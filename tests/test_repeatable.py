@@ -82,6 +82,7 @@ print(program.function.lower(*program.arguments).compile().as_text())
 @pytest.mark.skipif(not topology.has_cuda(), reason="the CUDA wheels are not installed")
 def test_the_training_step_for_a_gpu_has_no_atomics(tmp_path):
     dump = tmp_path / "dump"
+    settings = [f"{k}={v}" for k, v in (SMALL | {"precision.deterministic": "true"}).items()]
     done = subprocess.run(
         [sys.executable, "-c", COMPILE_FOR_A_GPU, *settings],
         env=os.environ

@@ -1,5 +1,7 @@
 """Folders of results: they may lie outside of the workdir, and one job at a time fills one."""
 
+import hashlib
+import json
 import os
 
 import pytest
@@ -41,3 +43,21 @@ def test_one_job_at_a_time_fills_a_folder_of_results(run_copy):
         "settings.json",
         "summary.json",
     ]
+
+
+def test_images_of_two_precisions_lie_in_two_folders(run_copy):
+    """The images of an earlier version, whose settings say null for "highest", are continued."""
+    sample = ["--workdir", run_copy, "--mode", "sample"]
+    succeed(*sample)
+    (high,) = (run_copy / "samples").iterdir()
+    settings = json.loads((high / "settings.json").read_text())
+    assert settings["precision"]["matmul"] == "high"
+    settings["precision"]["matmul"] = None
+    earlier = hashlib.sha256(json.dumps(settings, indent=2).encode()).hexdigest()[:6]
+    highest = [*sample, *flags(precision__matmul="highest")]
+    assert "sampling 8 of 8 images" in succeed(*highest)
+    (folder,) = set((run_copy / "samples").iterdir()) - {high}
+    assert folder.name.endswith(f"-{earlier}")
+    assert json.loads((folder / "settings.json").read_text())["precision"]["matmul"] == "highest"
+    assert "sampling 0 of 8 images" in succeed(*highest)
+    assert "sampling 0 of 8 images" in succeed(*sample)

@@ -95,6 +95,7 @@ def make_log_prob(setup: Setup) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """
     options = setup.config.likelihood
     target = density_target(setup)
+    network = setup.network_for("measurement")
 
     def log_prob(
         params: Any, codec_params: Any, indices_b: jax.Array, records: Any, condition: Any
@@ -112,7 +113,7 @@ def make_log_prob(setup: Setup) -> Callable[..., tuple[jax.Array, jax.Array]]:
             )
 
         def predict(x: jax.Array, t_b: jax.Array) -> jax.Array:
-            return setup.network(params, x, t_b, condition)
+            return network(params, x, t_b, condition)
 
         log_prob_b, _, evaluations = density.log_prob(
             velocity_field(predict, setup.path, setup.objective.prediction),
@@ -275,7 +276,7 @@ def _results_settings(
         "checkpoint": weights.digest,
         "log_prob": meaning,
         "data": record_settings(config.data, source),
-        "precision": dataclasses.asdict(config.precision),
+        "precision": dataclasses.asdict(config.precision) | {"matmul": setup.matmul("measurement")},
         "transport": dataclasses.asdict(config.transport),
         "likelihood": dataclasses.asdict(config.likelihood),
     }

@@ -41,17 +41,32 @@ def open_results(
 ) -> Iterator["Results"]:
     """Hold the folder KIND/NAME-HASH of the workdir, or of --out, while a job fills it.
 
-    HASH is that of its settings.json: other settings, other folder. Raises `UserError` if another
-    job fills the same folder.
+    HASH is that of its settings.json, `as_named`: other settings, other folder. Raises `UserError`
+    if another job fills the same folder.
     """
-    text = json.dumps(settings, indent=2)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    hashed = json.dumps(as_named(settings), indent=2)
+    digest = hashlib.sha256(hashed.encode()).hexdigest()[:6]
     folder = epath.Path(flags.out or workdir) / kind / f"{name}-{digest}"
     with open_for_writing(folder):
         hosts.broadcast_from_first(lambda: _move_images(folder))
         results = Results(folder)
-        results.write_text("settings.json", text + "\n")
+        results.write_text("settings.json", json.dumps(settings, indent=2) + "\n")
         yield results
+
+
+def as_named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings as names of results count them: precision.matmul "highest" is null.
+
+    Earlier versions recorded null for "highest", which was their default. Its results keep their
+    name, and other precisions never share it.
+    """
+    named = dict(settings)
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            named[key] = as_named(value)
+    if "precision" in named and named["precision"]["matmul"] == "highest":
+        named["precision"]["matmul"] = None
+    return named
 
 
 class Results:

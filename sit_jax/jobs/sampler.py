@@ -18,9 +18,9 @@ from sit_jax.image_io import to_uint8
 from sit_jax.jobs.setup import Setup, call_with_batches, jit_for_batches, set_up
 from sit_jax.jobs.workdir import Weights, restore_weights
 from sit_jax.laws import in_group
-from sit_jax.sampling import ode, sde
+from sit_jax.models.sit import in_compute_dtype
+from sit_jax.sampling import guidance, ode, sde
 from sit_jax.sampling.brownian import keyed_draw
-from sit_jax.sampling.guidance import with_guidance
 from sit_jax.settings import Config, Sample, get
 from sit_jax.transport.interval import Interval, ode_interval, sde_interval
 from sit_jax.transport.prediction import Predict, velocity_and_score, velocity_field
@@ -51,7 +51,8 @@ class Guide:
 
     def network(self, local: Setup) -> Callable[..., jax.Array]:
         """Return (params, x_bhwc, t_b, condition) -> like x_bhwc, to run where `local` runs."""
-        return dataclasses.replace(self.setup, is_per_device=local.is_per_device).network
+        setup = dataclasses.replace(self.setup, is_per_device=local.is_per_device)
+        return setup.network_for("sampling")
 
 
 def make_sampler(setup: Setup, guide: Guide | None = None) -> Sampler:
@@ -167,19 +168,28 @@ def make_inverter(setup: Setup, guide: Guide | None = None) -> Callable:
 def _guided(setup: Setup, guide: Guide | None, both_params: Any, condition: Any) -> Predict:
     """Return the network with guidance, for `both_params` = (params, the guide's or None)."""
     options = setup.config.sample
-    params, guide_params = both_params
+    params = in_compute_dtype(both_params[0], setup.model.dtype)
+    null = setup.conditioning.null_like(condition)
+    network = functools.partial(setup.network_for("sampling"), params)
 
     def conditional(x: jax.Array, t_b: jax.Array) -> jax.Array:
-        return setup.network(params, x, t_b, condition)
+        return network(x, t_b, condition)
+
+    if guide:
+        guide_params = in_compute_dtype(both_params[1], guide.setup.model.dtype)
 
     def unconditional(x: jax.Array, t_b: jax.Array) -> jax.Array:
         if guide:
             return guide.network(setup)(guide_params, x, t_b, condition)
-        return setup.network(params, x, t_b, setup.conditioning.null_like(condition))
+        return network(x, t_b, null)
 
+    if guide or not guidance.is_faster_in_one_call(setup.platform):
+        both = guidance.in_two_calls(conditional, unconditional)
+    else:
+        both = guidance.in_one_call(network, condition, null)
     low, high = options.cfg_interval
-    return with_guidance(
-        conditional, unconditional, options.cfg_scale, options.cfg_channels, (low, high)
+    return guidance.with_guidance(
+        conditional, both, options.cfg_scale, options.cfg_channels, (low, high)
     )
 
 
@@ -381,7 +391,7 @@ def drawing_settings(setup: Setup) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "sample": dataclasses.asdict(config.sample),
         "transport": dataclasses.asdict(config.transport),
-        "precision": {"compute": config.precision.compute, "matmul": config.precision.matmul},
+        "precision": {"compute": config.precision.compute, "matmul": setup.matmul("sampling")},
     }
     sample = settings["sample"]
     # The digest names the checkpoint, and the others change no image.

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from sit_jax import hosts, optimizer, rng, sharding, train_state
+from sit_jax import hosts, optimizer, precision, rng, sharding, train_state
 from sit_jax.data.sources import SOURCES
 from sit_jax.errors import check
 from sit_jax.jobs.labels import read_labels
@@ -128,10 +128,9 @@ class Setup:
             return sample.batch
         return sample.microbatch * sharding.batch_shards(self.mesh)
 
-    @property
-    def batch_matmul(self) -> str:
-        """The precision of float32 matmuls outside of training."""
-        return self.config.precision.matmul or "highest"
+    def matmul(self, use: precision.Use) -> str:
+        """Return the precision of the network's float32 products."""
+        return precision.matmul(use, self.config.precision.matmul)
 
     @property
     def path(self) -> Path:
@@ -170,8 +169,13 @@ class Setup:
         )
 
     @property
+    def platform(self) -> str:
+        """The kind of the devices: cpu, gpu or tpu."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def _is_on_gpu(self) -> bool:
-        return self.mesh.devices.flat[0].platform in ("gpu", "cuda")
+        return self.platform in ("gpu", "cuda")
 
     @property
     def unroll(self) -> int:
@@ -207,9 +211,8 @@ class Setup:
         """The name of the fastest attention kernel."""
         if self.config.model.attention != "auto":
             return "einsum"
-        platform = self.mesh.devices.flat[0].platform
         count = tokens(self.input_shape[0], self.size.patch)
-        return attention.choose(platform, self.config.precision.compute, count)
+        return attention.choose(self.platform, self.config.precision.compute, count)
 
     @functools.cached_property
     def attend(self) -> Callable:
@@ -237,10 +240,17 @@ class Setup:
         condition: Any,
         layers: Sequence[int] = (),
     ) -> Any:
-        """Apply the network: like x, or with `layers` as `SiT` returns it."""
+        """Apply the network: like x, or with `layers` as `SiT` returns it.
+
+        Its products have the precision of the caller's context; see `network_for`.
+        """
         complete = params if self.is_per_device else sharding.gather_ends(self.mesh, params)
         variables = {"params": complete}
         return self.model.apply(variables, x_bhwc, t_b, condition, layers=layers)
+
+    def network_for(self, use: precision.Use) -> Callable:
+        """Return `network` with products of the precision for this use, whatever the context."""
+        return in_precision(self.network, self.matmul(use))
 
     @property
     def objective(self) -> Objective:
@@ -348,22 +358,22 @@ def in_precision(function: Callable, matmul: str) -> Callable:
     """Return the function with matmuls of this precision. It keeps its name in profiles and HLO."""
 
     @functools.wraps(function)
-    def wrapped(*arguments: Any) -> Any:
+    def wrapped(*arguments: Any, **named: Any) -> Any:
         with jax.default_matmul_precision(matmul):
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return wrapped
 
 
 def jit_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
-    """Return `function(params, codec_params, *batch)` jitted, with "highest" matmuls by default.
+    """Return `function(params, codec_params, *batch)` jitted, with "highest" matmuls.
 
-    By default a TPU computes a float32 matmul in bfloat16. That is enough for training, but not
-    for samples and measurements.
+    They are those of solvers (diffrax sums the stages of a step with one) and of codecs: few, and
+    their rounding would add up over the steps. The network's have their own precision, of
+    `Setup.network_for`.
     """
-    matmul = setup.batch_matmul
     return jax.jit(
-        in_precision(function, matmul),
+        in_precision(function, "highest"),
         out_shardings=out_shardings,
         compiler_options=setup.compiler_options,
     )

@@ -92,10 +92,9 @@ def make_train_step(setup: Setup) -> Callable[[TrainState, dict, Any], tuple[Tra
         scalars["skipped_images"] = batch["skipped"].sum()
         return state, scalars
 
-    matmul = setup.config.precision.matmul or "default"
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state)
     return jax.jit(
-        in_precision(train_step, matmul),
+        in_precision(train_step, setup.matmul("training")),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(setup.mesh)),
         compiler_options=setup.compiler_options,

@@ -21,6 +21,7 @@ from sit_jax.jobs.evaluation.feature_sets import (
 )
 from sit_jax.jobs.evaluation.references import Reference, digest, open_reference
 from sit_jax.jobs.evaluation.scores import MEASURES, scores
+from sit_jax.jobs.results import as_named
 from sit_jax.jobs.sampler import (
     Sampler,
     check_decoder,
@@ -113,7 +114,7 @@ class TrainingScores:
 
 def _sampler_digest(setup: Setup) -> str:
     """Return 16 hex digits of the settings that samples depend on beside the weights."""
-    settings = drawing_settings(setup)
+    settings = as_named(drawing_settings(setup))
     del settings["sample"]["weights"]  # scores are of the EMA
     if guide := setup.config.sample.guide:
         settings["guide"] = guide

@@ -74,8 +74,7 @@ class Block(nn.Module):
         y_nd = _norm("norm1")(x_btd).reshape(b * t, d)
         qkv = SplitLinear((3, self.heads, d // self.heads), name="qkv")
         q_bsth, k_bsth, v_bsth = (
-            part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3)
-            for part in qkv(y_nd)
+            part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in qkv(y_nd)
         )
         y_nd = einsum(q_bsth, k_bsth, v_bsth).transpose(0, 2, 1, 3).reshape(b * t, d)
         x_btd += scales_2d[0] * Linear(d, name="proj")(y_nd).reshape(b, t, d)

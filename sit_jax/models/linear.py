@@ -19,7 +19,7 @@ OUTPUT = "linear output"  # the name under which a remat policy may save the out
 
 
 class Linear(nn.Module):
-    """y = x W + b over the last axis: [n, i] -> [n, o] in `dtype`. W [i, o] and b [o] are float32."""
+    """y = x W + b: [n, i] -> [n, o] in `dtype`. W [i, o] and b [o] are float32."""
 
     features: int
     dtype: Any = jnp.float32

@@ -71,6 +71,19 @@ def identity(x: Any) -> Any:
     return x
 
 
+def in_compute_dtype(params: Any, dtype: Any) -> Any:
+    """Return the parameters with those in `dtype` that the layers would convert at each call.
+
+    The output is the same. A sampler calls the network many times with the same parameters.
+    """
+
+    def convert(path: Any, leaf: jax.Array) -> jax.Array:
+        is_converted = path[-1].key in ("kernel", "bias") and path[0].key != "t_embedder"
+        return leaf.astype(dtype) if is_converted else leaf
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
 class Attention(nn.Module):
     """Self-attention over the tokens: [b, t, d] -> [b, t, d]."""
 
@@ -85,7 +98,8 @@ class Attention(nn.Module):
         # The kernel is [d, 3, s, h]: heads are an axis of their own, so that a mesh can split them.
         qkv = SplitLinear((3, self.heads, d // self.heads), self.dtype, name="qkv")
         q_bsth, k_bsth, v_bsth = (
-            part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3) for part in qkv(x_btd.reshape(b * t, d))
+            part.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3)
+            for part in qkv(x_btd.reshape(b * t, d))
         )
         if self.qk_norm:
             # Bound the logits: bfloat16 training may need it (Dehghani et al., arXiv 2302.05442).

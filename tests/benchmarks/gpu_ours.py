@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sit_jax import runtime, sharding, train_step
+from sit_jax import runtime, sharding
+from sit_jax.jobs.data import abstract_batch
 from sit_jax.jobs.sampler import jit_sampler, labels_of
 from sit_jax.jobs.setup import Setup, set_up
-from sit_jax.settings import Config, Data, Model, Precision, Sample
+from sit_jax.jobs.train import make_train_step
+from sit_jax.settings import Config, Data, Model, Precision, Sample, Train
 from tests.benchmarks import gpu_kernels
 from tests.benchmarks.gpu_sides import SCALE, UNITS, Task
-from tests.benchmarks.torch_speed import CHANNELS, CLASSES, INPUT, examples
+from tests.benchmarks.torch_speed import CHANNELS, CLASSES, INPUT
 
-_PRECISION = {"bfloat16": Precision(compute="bfloat16"), "TF32": Precision(matmul="default")}
+_PRECISION = {"bfloat16": Precision(compute="bfloat16"), "TF32": Precision()}
 
 
 def start() -> None:
@@ -32,6 +34,7 @@ def prepare(task: Task) -> Callable[[], float]:
         Config(
             model=Model(name=task.model),
             data=Data(image_size=INPUT, channels=CHANNELS, classes=CLASSES),
+            train=Train(batch=task.batch),
             sample=Sample(
                 solver="euler", steps=UNITS["sampling"], cfg_scale=SCALE, batch=task.batch
             ),
@@ -45,22 +48,22 @@ def _training(setup: Setup, batch: int) -> Callable[[], float]:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state)
     state = setup.create_state()
     state = jax.device_put(state.replace(params=_randomised(state.params)), shardings)
-    on_device = jax.device_put(examples(batch))
-
-    def loss(params, examples):
-        return train_step.batch_loss(setup.network, setup.objective, params, examples)
-
-    def update(state, examples):
-        return train_step.update(
-            state, examples, loss=loss, optimizer=setup.optimizer, ema_decay=0.9999
-        )
-
-    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    draw = np.random.default_rng(0)
+    records = {
+        "image": draw.integers(0, 256, (batch, INPUT, INPUT, CHANNELS), np.uint8),
+        "label": draw.integers(0, CLASSES, batch, np.int32),
+        "skipped": np.zeros(batch, np.int32),
+    }
+    on_device = {
+        name: jax.device_put(records[name].astype(spec.dtype), spec.sharding)
+        for name, spec in abstract_batch(setup).items()
+    }
+    update = make_train_step(setup)
 
     def steps() -> float:
         nonlocal state
         for _ in range(UNITS["training"]):
-            state, scalars = update(state, on_device)
+            state, scalars = update(state, on_device, setup.codec_params)
         jax.block_until_ready(state)
         return float(scalars["loss"])
 

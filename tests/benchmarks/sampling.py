@@ -66,7 +66,7 @@ def scanned(options: argparse.Namespace) -> sides.Calls:
 
     from sit_jax import rng
     from sit_jax.jobs.sampler import labels_of
-    from sit_jax.sampling.guidance import with_guidance
+    from sit_jax.sampling.guidance import in_two_calls, with_guidance
 
     setup = set_up(options)
     indices = np.arange(options.batch, dtype=np.int32)
@@ -74,11 +74,12 @@ def scanned(options: argparse.Namespace) -> sides.Calls:
 
     @jax.jit
     def run(params, indices, y):
-        null = jnp.full_like(y, setup.null_label)
+        null = setup.conditioning.null_like(y)
         predict, unconditional = (
             lambda x, t, y=y: setup.network(params, x, t, y) for y in (y, null)
         )
-        velocity = with_guidance(predict, unconditional, SCALE, channels=3)
+        both = in_two_calls(predict, unconditional)
+        velocity = with_guidance(predict, both, SCALE, channels=3)
 
         def step(x, t):
             first = velocity(x, jnp.full(len(x), t))

@@ -14,7 +14,7 @@ from sit_jax.errors import UserError
 from sit_jax.models import embeddings
 from sit_jax.models.sit import REMAT_POLICIES, Block, SiT, identity
 from sit_jax.models.sizes import SIZES, Size, forward_flops, size_by_name, tokens
-from sit_jax.sampling.guidance import with_guidance
+from sit_jax.sampling.guidance import in_one_call, in_two_calls, with_guidance
 from tests import goldens
 from tests.goldens import nhwc, relative_error
 
@@ -52,9 +52,13 @@ def test_guidance_equals_reference(case):
     def unconditional(x, t):
         return network(x, t, y[half:])
 
-    guided = with_guidance(conditional, unconditional, case["cfg_scale"], channels=3)
-    out = guided(x[:half], t[:half])
-    assert relative_error(out, nhwc(arrays[case["out"]])[:half]) < FLOAT32
+    for both in (
+        in_two_calls(conditional, unconditional),
+        in_one_call(network, y[:half], y[half:]),
+    ):
+        guided = with_guidance(conditional, both, case["cfg_scale"], channels=3)
+        out = guided(x[:half], t[:half])
+        assert relative_error(out, nhwc(arrays[case["out"]])[:half]) < FLOAT32
 
 
 def test_embeddings_equal_reference():

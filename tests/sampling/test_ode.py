@@ -9,7 +9,7 @@ import pytest
 
 from sit_jax.errors import UserError
 from sit_jax.sampling import ode
-from sit_jax.sampling.guidance import check_scale, with_guidance
+from sit_jax.sampling.guidance import check_scale, in_two_calls, with_guidance
 from sit_jax.transport import interval, paths, prediction
 from tests import goldens
 from tests.goldens import nhwc
@@ -118,7 +118,8 @@ ORDERS = {
 @pytest.mark.parametrize("solver", ode.SOLVERS)
 def test_convergence_order_with_and_without_guidance(solver):
     # u + 3 (c - u) with u = c/2 is twice c.
-    guided = with_guidance(exponential, lambda x, t: exponential(x, t) / 2, 3.0)
+    halves = in_two_calls(exponential, lambda x, t: exponential(x, t) / 2)
+    guided = with_guidance(exponential, halves, 3.0)
     exact = np.exp(1.5), np.exp(3.0)
 
     def both(state, t_b):  # one state, so that the two share a compilation
@@ -241,37 +242,6 @@ def test_given_steps_need_no_callback_to_the_host(steps):
     options = ode.OdeOptions(solver="heun", steps=steps)
     program = jax.make_jaxpr(lambda x: ode.solve(exponential, x, (0.0, 1.0), options))
     assert "callback" not in str(program(jnp.ones((2, 1, 1, 1))))
-
-
-def test_guidance_leaves_later_channels_conditional():
-    conditional, unconditional = (lambda x, t, v=v: jnp.full_like(x, v) for v in (2.0, 1.0))
-    x, t = jnp.zeros((1, 1, 1, 4)), jnp.zeros(1)
-    for channels, want in ((3, [4, 4, 4, 2]), (None, [4, 4, 4, 4])):
-        guided = with_guidance(conditional, unconditional, 3.0, channels)
-        np.testing.assert_array_equal(guided(x, t)[0, 0, 0], want)
-    assert with_guidance(conditional, unconditional, 1.0) is conditional
-
-
-def test_guidance_outside_its_interval_is_conditional_and_costs_nothing():
-    calls = []
-
-    def unconditional(x, t):
-        jax.debug.callback(lambda: calls.append(1))
-        return jnp.ones_like(x)
-
-    guided = jax.jit(
-        with_guidance(lambda x, t: jnp.full_like(x, 2.0), unconditional, 3.0, interval=(0.25, 0.75))
-    )
-    x = jnp.zeros((2, 1, 1, 1))
-    for times, want, cost in (
-        ([0.1, 0.9], [2, 2], 0),
-        ([0.5, 0.9], [4, 2], 1),
-        ([0.25, 0.75], [4, 4], 1),
-    ):
-        calls.clear()
-        np.testing.assert_array_equal(guided(x, jnp.array(times)).ravel(), want)
-        jax.effects_barrier()
-        assert len(calls) == cost
 
 
 @pytest.mark.parametrize(

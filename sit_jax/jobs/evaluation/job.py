@@ -165,7 +165,6 @@ def _recipe(
 ) -> dict[str, Any]:
     """Return everything that the numbers depend on."""
     first = evaluations[0]
-    precision = {"compute": setup.config.precision.compute, "matmul": setup.batch_matmul}
     height, width, channels = samples.shape
     return {
         "command": recipe.command(
@@ -187,11 +186,7 @@ def _recipe(
             "digest": digest(reference, first.reference),
         },
         "features": recipe.describe_spaces([item.space for item in evaluations]),
-        **(
-            {"run": {**drawn.settings, "evaluations": drawn.evaluations, "precision": precision}}
-            if drawn
-            else {}
-        ),
+        **({"run": {**drawn.settings, "evaluations": drawn.evaluations}} if drawn else {}),
         **recipe.environment(),
         "config": dataclasses.asdict(setup.config),
     }

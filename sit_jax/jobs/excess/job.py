@@ -123,6 +123,7 @@ def _results_settings(
     """Return everything that the losses and the samples depend on."""
     config = setup.config
     settings = sampler_settings(setup, weights, guide)
+    settings["precision"]["losses"] = setup.matmul("measurement")  # matmul is that of the samples
     for key in ("labels", "frames"):  # the samples have all labels in turn
         settings["sample"].pop(key)
     options = dataclasses.asdict(config.excess)

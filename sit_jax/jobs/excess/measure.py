@@ -129,8 +129,10 @@ def _times(setup: Setup, u_b: jax.Array) -> jax.Array:
 def _model_losses(setup: Setup, params: Any, _: None, query: Query) -> jax.Array:
     """Return the training loss of the network in each draw."""
 
+    network = setup.network_for("measurement")
+
     def predict(x_bhwc: jax.Array, t_b: jax.Array) -> jax.Array:
-        return setup.network(params, x_bhwc, t_b, query.label_b)
+        return network(params, x_bhwc, t_b, query.label_b)
 
     x1_bhwc, x0_bhwc = (
         x_bd.reshape(-1, *setup.input_shape) for x_bd in (query.data_bd, query.noise_bd)
