@@ -27,7 +27,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCALE = 4.0
-UNITS = {"training": 2, "sampling": 10}  # steps or evaluations of a program
+UNITS = {"training": 4, "sampling": 10}  # steps or evaluations of a program
 # The formats of each side; training takes the first.
 FORMATS = {"ours": ("bfloat16", "TF32"), "torch.compile": ("bfloat16",), "torch eager": ("TF32",)}
 
