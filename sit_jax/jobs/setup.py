@@ -175,7 +175,7 @@ class Setup:
             count = tokens(self.input_shape[0], self.size.patch)
             name = attention.choose(platform, self.config.precision.compute, count)
         kernel = attention.KERNELS[name]
-        is_local = name == "einsum" or self.is_per_device
+        is_local = name in attention.SPLITTABLE or self.is_per_device
         return kernel if is_local else sharding.on_each_device(self.mesh, kernel)
 
     def init_params(self) -> Any:
