@@ -212,13 +212,14 @@ class Setup:
         if self.config.model.attention != "auto":
             return "einsum"
         count = tokens(self.input_shape[0], self.size.patch)
-        return attention.choose(self.platform, self.config.precision.compute, count)
+        head_width = self.size.width // self.size.heads
+        return attention.choose(self.platform, self.config.precision.compute, count, head_width)
 
     @functools.cached_property
     def attend(self) -> Callable:
         """Attention with that kernel: (q, k, v) [b, heads, tokens, head width] -> like q."""
         attend = attention.KERNELS[self.kernel]
-        is_local = self.kernel == "einsum" or self.is_per_device
+        is_local = self.kernel in attention.SPLITTABLE or self.is_per_device
         return attend if is_local else sharding.on_each_device(self.mesh, attend)
 
     def init_params(self) -> Any:
