@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from tests.benchmarks import sides
 
-TARGETS = {"forward": 1.2, "train step": 1.0}  # PyTorch's time over ours
+TARGETS = {"forward": 1.2, "train step": 1.1}  # PyTorch's time over ours
 INPUT = 32
 CHANNELS = 4
 CLASSES = 1000
