@@ -10,7 +10,7 @@ Use = Literal["training", "sampling", "measurement"]
 # The network's float32 products by their use, unless precision.matmul is set. NVIDIA GPUs compute
 # "default" and "high" in TF32. TPUs compute them in one and in three bfloat16 passes, "highest" in
 # six. On CPUs all are plain float32. tests/benchmarks/precision.py shows that "high" changes images
-# by less than the solver's own error; the likelihood and losses are exact figures.
+# by less than the error that solvers are allowed; the likelihood and losses are exact figures.
 MATMUL: dict[Use, str] = {"training": "default", "sampling": "high", "measurement": "highest"}
 
 

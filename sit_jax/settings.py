@@ -75,8 +75,8 @@ class Model:
     attention: str = choice(
         "auto",
         ("auto", "einsum"),
-        "auto: the fastest kernel for the devices; einsum: plain matmuls, the only one with "
-        "forward-mode derivatives (--mode likelihood always uses it)",
+        "auto: the fastest kernel for the devices; einsum: plain matmuls, which have forward-mode "
+        "derivatives everywhere (--mode likelihood always uses it)",
     )
     remat: str = choice(
         "dots",

@@ -353,24 +353,14 @@ def test_the_sampler_compiles_for_gpus():
     assert "sampler on h200:1, 1 devices" in printed and "the longest kernels" in printed
 
 
-# Milliseconds of an XL/2 step on an H200: tests/benchmarks/README.md.
-MEASURED = [
-    (491.7, 256, {}),
-    (566.1, 256, {"model.attention": "einsum"}),
-    (292.2, 128, {"model.remat": "none"}),
-    (530.8, 128, {"precision.compute": "float32", "precision.matmul": "default"}),
-]
-
-
 @needs_cuda
-@pytest.mark.slow
-@pytest.mark.parametrize(("milliseconds", "batch", "settings"), MEASURED)
-def test_the_estimate_is_within_a_tenth_of_what_was_measured(
-    milliseconds, batch, settings, tmp_path
-):
+def test_the_training_step_for_a_gpu_keeps_no_stacks_and_attends_once(tmp_path):
+    """Of two unrolled layers: nothing is copied into stacked buffers or filled with zeros."""
     reports = tmp_path / "reports.json"
     flags = ("--config", "configs/latents.py", "--topology", "h200:1", "--json", str(reports))
-    status, printed = run_command(*flags, **{"train.batch": str(batch), **settings})
+    status, printed = run_command(*flags, **{"model.depth": "2", "train.batch": "64"})
     assert status == 0, printed
     estimate = json.loads(reports.read_text())[0]["estimate"]
-    assert 1e3 * estimate["seconds"] == pytest.approx(milliseconds, rel=0.1)
+    kinds = estimate["kinds"]
+    assert kinds["attention"]["count"] == 4  # each layer, forward and backward
+    assert kinds["copies"]["seconds"] + kinds["fills"]["seconds"] < 0.03 * estimate["seconds"]
