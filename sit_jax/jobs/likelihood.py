@@ -281,8 +281,12 @@ def _results_settings(
         "likelihood": dataclasses.asdict(config.likelihood),
     }
     # An image's log p does not depend on these.
-    for key in ("count", "batch"):
-        del settings["likelihood"][key]
+    for section, key in (
+        ("likelihood", "count"),
+        ("likelihood", "batch"),
+        ("precision", "deterministic"),
+    ):
+        del settings[section][key]
     return settings | setup.codec_settings()
 
 
