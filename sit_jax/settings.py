@@ -683,7 +683,7 @@ class Precision:
     deterministic: bool = setting(
         False,
         anything,
-        "train with kernels that repeat bitwise also where that is slower: on GPUs in bfloat16",
+        "train with kernels that repeat bitwise, even where they are slower: on GPUs in bfloat16",
     )
 
 

@@ -28,7 +28,6 @@ def validate(config: Config) -> None:
     for entry in declared(Config):
         entry.law.check(entry.key, get(config, entry.key))
     _check_model(config.model)
-    _check_unroll(config)
     check(
         config.data.name is None or config.data.source == "tfds",
         f"data.name is {brief(config.data.name)}, but data.source {config.data.source!r} has no "
@@ -44,25 +43,13 @@ def validate(config: Config) -> None:
 
 
 def _check_model(model: Model) -> None:
-    size_by_name(
+    depth = size_by_name(
         model.name, depth=model.depth, width=model.width, heads=model.heads, patch=model.patch
-    )
-
-
-def _check_unroll(config: Config) -> None:
-    model = config.model
-    if model.unroll is None:
-        return
-    depth = model.depth or size_by_name(model.name).depth
+    ).depth
     check(
-        depth % model.unroll == 0,
+        model.unroll is None or depth % model.unroll == 0,
         f"model.unroll {model.unroll} does not divide the model's {depth} layers; take one of "
         + ", ".join(map(str, sharding.divisors(depth))),
-    )
-    check(
-        model.unroll == 1 or not config.precision.deterministic,
-        f"model.unroll is {model.unroll}, but precision.deterministic=true needs a loop over "
-        "single layers; set model.unroll=none, or precision.deterministic=false",
     )
 
 

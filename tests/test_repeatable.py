@@ -16,7 +16,7 @@ from sit_jax import config as config_lib
 from sit_jax.jobs.preflight import report, topology
 from sit_jax.jobs.setup import set_up
 from tests.commands import ROOT
-from tests.unrepeatable import UNREPEATABLE, unrepeatable
+from tests.unrepeatable import unrepeatable
 
 SMALL = {
     "model.depth": "2", "model.width": "64", "model.heads": "1", "train.batch": "8",
@@ -44,7 +44,6 @@ BACKWARD = '%b = (bf16[8,4]) custom-call(%q), custom_call_target="__cudnn$fmhaSo
 )
 def test_the_list_knows_each_kernel_from_its_neighbours(text, names):
     assert unrepeatable("ENTRY %main\n" + text + "\n") == names
-    assert set(names) <= UNREPEATABLE.keys()
 
 
 def test_the_gradient_of_a_plain_lookup_is_on_the_list():

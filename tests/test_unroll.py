@@ -66,12 +66,6 @@ def test_an_unroll_that_does_not_divide_the_layers_is_refused(unroll):
         load(**{"model.unroll": unroll})
 
 
-def test_repeatable_kernels_exclude_an_unrolled_loop():
-    with pytest.raises(UserError, match=r"model.unroll is 2, but precision.deterministic=true"):
-        load(**{"model.unroll": "2", "precision.deterministic": "true"})
-    load(**{"model.unroll": "1", "precision.deterministic": "true"})
-
-
 BFLOAT16 = {"precision.compute": "bfloat16"}
 
 
@@ -81,7 +75,9 @@ BFLOAT16 = {"precision.compute": "bfloat16"}
         ("gpu", {}, 4, True),
         ("gpu", BFLOAT16, 4, False),
         ("gpu", BFLOAT16 | {"precision.deterministic": "true"}, 1, True),
-        ("gpu", BFLOAT16 | {"model.unroll": "1"}, 1, True),
+        ("gpu", {"precision.deterministic": "true"}, 4, True),
+        ("gpu", {"precision.deterministic": "true", "model.unroll": "2"}, 2, True),
+        ("cuda", BFLOAT16 | {"model.unroll": "1"}, 1, True),
         ("gpu", BFLOAT16 | {"model.attention": "einsum"}, 4, True),
         ("cpu", BFLOAT16, 1, None),
         ("tpu", BFLOAT16, 1, None),
@@ -97,7 +93,14 @@ def test_the_setup_unrolls_on_gpus_and_asks_for_repeatable_kernels(
     sampling = dataclasses.replace(setup, is_training=False)
     assert sampling.unroll == 1
     repeats = sampling.compiler_options.get("xla_gpu_exclude_nondeterministic_ops")
-    assert repeats == (True if platform == "gpu" else None)
+    assert repeats == (True if platform in ("gpu", "cuda") else None)
+
+
+def test_repeatable_kernels_exclude_unrolled_layers_with_cudnn():
+    settings = BFLOAT16 | {"model.unroll": "2", "precision.deterministic": "true"}
+    with pytest.raises(UserError, match=r"model.unroll is 2, but with cuDNN's attention"):
+        assert on("gpu", **settings).unroll
+    assert on("cpu", **settings).unroll == 2
 
 
 def test_this_xla_knows_the_options_for_gpus():

@@ -171,31 +171,34 @@ class Setup:
     @property
     def platform(self) -> str:
         """The kind of the devices: cpu, gpu or tpu."""
-        return self.mesh.devices.flat[0].platform
-
-    @property
-    def _is_on_gpu(self) -> bool:
-        return self.platform in ("gpu", "cuda")
+        platform = self.mesh.devices.flat[0].platform
+        return "gpu" if platform == "cuda" else platform  # cuda: a GPU that is absent
 
     @property
     def unroll(self) -> int:
         """Layers in each iteration of the loop over layers.
 
         On a GPU a loop copies all that it keeps for the backward pass: 12 % of XL/2's step. A
-        network without a backward pass gains 2 % at most, for twice the time to compile.
+        network without a backward pass gains 2 % at most, for three times the time to compile.
         """
-        model = self.config.model
+        unroll = self.config.model.unroll
         if not self.is_training:
             return 1
-        if model.unroll is not None:
-            return model.unroll
-        is_unrolled = self._is_on_gpu and not self.config.precision.deterministic
-        return self.size.depth if is_unrolled else 1
+        needs_loop = self.config.precision.deterministic and self.kernel == "cudnn"
+        check(
+            not needs_loop or unroll in (None, 1),
+            f"model.unroll is {unroll}, but with cuDNN's attention precision.deterministic=true "
+            "needs a loop over single layers; set model.unroll=none, or "
+            "precision.deterministic=false",
+        )
+        if unroll is not None:
+            return unroll
+        return self.size.depth if self.platform == "gpu" and not needs_loop else 1
 
     @property
     def compiler_options(self) -> dict[str, bool]:
         """XLA's options for the programs of this setup."""
-        if not self._is_on_gpu:
+        if self.platform != "gpu":
             return {}
         # XLA compiles equal calls of cuDNN's backward pass once, and with repeatable kernels it
         # then does not find the others (IndexError in jax 0.10.2 to 0.11.2).
@@ -208,7 +211,7 @@ class Setup:
 
     @property
     def kernel(self) -> str:
-        """The name of the fastest attention kernel."""
+        """The name of the attention kernel in `attention.KERNELS`."""
         if self.config.model.attention != "auto":
             return "einsum"
         count = tokens(self.input_shape[0], self.size.patch)

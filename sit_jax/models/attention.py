@@ -29,7 +29,7 @@ def einsum(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array
 
 
 @jax.custom_jvp
-def cpu(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
+def late_softmax(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
     """Compute attention in the form that XLA runs on all cores of a CPU, for float32.
 
     XLA hands batched products to YNNPACK. That spreads one over the cores if a row's sum or maximum
@@ -42,8 +42,8 @@ def cpu(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
     return jnp.einsum("bstu,bsuh->bsth", e_bstu, v_bsth) * inverse_bst1
 
 
-@cpu.defjvp
-def _cpu_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+@late_softmax.defjvp
+def _late_softmax_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # With P = e / sum, the weights, and dS, the change of the logits:
     # d(P v) = (P * (dS - sum_u(P dS))) v + P dv.
     # Rows of q, rather than of the larger dS, are multiplied by 1/sum.
@@ -113,9 +113,14 @@ def cudnn(q_bsth: jax.Array, k_bsth: jax.Array, v_bsth: jax.Array) -> jax.Array:
     return out_btsh.transpose(0, 2, 1, 3)
 
 
-KERNELS: dict[str, Callable] = {"einsum": einsum, "cpu": cpu, "splash": splash, "cudnn": cudnn}
+KERNELS: dict[str, Callable] = {
+    "einsum": einsum,
+    "late_softmax": late_softmax,
+    "splash": splash,
+    "cudnn": cudnn,
+}
 # Those that XLA itself can split over devices, since they consist of its own operations.
-SPLITTABLE = ("einsum", "cpu")
+SPLITTABLE = ("einsum", "late_softmax")
 
 
 def _is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -126,25 +131,26 @@ def _is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
 _named = jax.checkpoint_policies.save_only_these_names("attention")
 # For each kernel a policy of jax that saves what its backward pass needs of the forward pass, so
 # that the kernel does not run again. cuDNN's also needs the softmax's statistics, which come with
-# its output, and that would be saved twice if its name were. einsum's softmax is cheap to repeat.
+# its output; the output's name is not kept as well, since that would save it twice. einsum's softmax
+# is cheap to repeat.
 KEPT: dict[str, Callable] = {
     "einsum": _named,
-    "cpu": _named,
+    "late_softmax": _named,
     "splash": _named,
     "cudnn": _is_cudnn_forward,
 }
 
 
 def choose(platform: str, dtype: str, tokens: int, head_width: int) -> str:
-    """Return the name of the kernel that is cheapest, as measured on a CPU, elsewhere as compiled.
+    """Return the name of the fastest kernel: measured on a CPU and an H200, compiled for TPUs.
 
     tests/benchmarks/tpu_attention.py compiles and compares them. At 256 tokens the TPU's compiler
     keeps the logits on the chip by itself, without the padding of a head to 128 channels that
     splash needs. cuDNN takes heads of a multiple of 8 channels, up to 128 on all GPUs.
     """
     if dtype != "bfloat16":
-        return "cpu" if platform == "cpu" else "einsum"
+        return "late_softmax" if platform == "cpu" else "einsum"
     if platform == "tpu" and tokens >= 1024 and tokens % 128 == 0:
         return "splash"
-    takes_cudnn = platform in ("gpu", "cuda") and head_width % 8 == 0 and head_width <= 128
-    return "cudnn" if takes_cudnn else "einsum"
+    fits_cudnn = platform == "gpu" and head_width % 8 == 0 and head_width <= 128
+    return "cudnn" if fits_cudnn else "einsum"

@@ -1,7 +1,7 @@
 """The network's elementwise functions, with derivatives written out.
 
-Automatic differentiation gives the same numbers. But what it keeps and computes again costs a GPU
-more kernels, each of which reads and writes all tokens.
+Automatic differentiation gives the same derivatives to rounding. But it costs a GPU more kernels,
+each of which reads and writes all tokens.
 """
 
 import math
@@ -21,18 +21,18 @@ def modulated_norm(x_btd: jax.Array, shift_bd: jax.Array, scale_bd: jax.Array) -
 
 
 @modulated_norm.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _modulated_norm_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     dx_btd, dshift_bd, dscale_bd = (x.astype(jnp.float32) for x in tangents)
-    y_btd, normal_btd, inverse_bt1 = _modulated_norm(*primals)
+    y_btd, normalised_btd, inverse_bt1 = _modulated_norm(*primals)
     scale_bd = primals[2]
     projected_btd = (
         dx_btd
         - dx_btd.mean(-1, keepdims=True)
-        - normal_btd * (normal_btd * dx_btd).mean(-1, keepdims=True)
+        - normalised_btd * (normalised_btd * dx_btd).mean(-1, keepdims=True)
     )
     dy_btd = (
         (1 + scale_bd[:, None]) * inverse_bt1 * projected_btd
-        + normal_btd * dscale_bd[:, None]
+        + normalised_btd * dscale_bd[:, None]
         + dshift_bd[:, None]
     )
     return y_btd, dy_btd.astype(y_btd.dtype)
@@ -46,9 +46,9 @@ def _modulated_norm(
     mean_bt1 = checkpoint_name(x.mean(-1, keepdims=True), STATISTICS)
     variance_bt1 = jnp.square(x - mean_bt1).mean(-1, keepdims=True)
     inverse_bt1 = checkpoint_name(jax.lax.rsqrt(variance_bt1 + _EPSILON), STATISTICS)
-    normal_btd = (x - mean_bt1) * inverse_bt1
-    y_btd = normal_btd * (1 + scale_bd[:, None]) + shift_bd[:, None]
-    return y_btd.astype(x_btd.dtype), normal_btd, inverse_bt1
+    normalised_btd = (x - mean_bt1) * inverse_bt1
+    y_btd = normalised_btd * (1 + scale_bd[:, None]) + shift_bd[:, None]
+    return y_btd.astype(x_btd.dtype), normalised_btd, inverse_bt1
 
 
 @jax.custom_jvp
@@ -58,7 +58,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 @gelu.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     # (1 + tanh(u)) / 2 is the logistic function of 2u, which XLA computes again where it needs it.
     # It keeps a tanh in memory.
     (x,) = primals

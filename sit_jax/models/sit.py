@@ -72,7 +72,7 @@ def identity(x: Any) -> Any:
 
 
 def in_compute_dtype(params: Any, dtype: Any) -> Any:
-    """Return the parameters with those in `dtype` that the layers would convert at each call.
+    """Return the parameters; those that the layers convert at each call are already in `dtype`.
 
     The output is the same. A sampler calls the network many times with the same parameters.
     """

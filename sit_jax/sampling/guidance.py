@@ -41,14 +41,14 @@ def in_one_call(network: Callable, condition: Any, null: Any) -> PredictBoth:
 
 
 def is_faster_in_one_call(platform: str) -> bool:
-    """Return True if one call for both halves is faster than two (cpu, gpu, cuda or tpu).
+    """Return True if one call for both halves is faster than two (cpu, gpu or tpu).
 
-    It was on an H200, the more the smaller the batch. Two CPU cores are 1 to 4 % slower with it.
-    TPUs' compilers keep the activations of one half in on-chip memory more often than those of
-    both, and so move less with two calls, except at small batches. tests/benchmarks/README.md has
-    the figures.
+    It was on an H200, the more the smaller the batch. On two CPU cores it is 7 % faster at batch
+    1, and 1 to 4 % slower at 4 and 16. The TPU compiler keeps the
+    activations of one half in on-chip memory more often than those of both, and so moves less with
+    two calls, except at small batches. tests/benchmarks/README.md has the figures.
     """
-    return platform in ("gpu", "cuda")
+    return platform == "gpu"
 
 
 def _interleave(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -80,7 +80,7 @@ def with_guidance(
             return guided
         return jnp.concatenate([guided[..., :channels], c[..., channels:]], axis=-1)
 
-    def alone(x_bhwc: jax.Array, t_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def unguided(x_bhwc: jax.Array, t_b: jax.Array) -> tuple[jax.Array, jax.Array]:
         c = conditional(x_bhwc, t_b)
         return c, c
 
@@ -89,7 +89,7 @@ def with_guidance(
             return mix(*both(x_bhwc, t_b))
         # Adaptive steps can give each sample its own time: compute u if any sample needs it.
         inside_b = (t_b >= interval[0]) & (t_b <= interval[1])
-        c, u = jax.lax.cond(jnp.any(inside_b), both, alone, x_bhwc, t_b)
+        c, u = jax.lax.cond(jnp.any(inside_b), both, unguided, x_bhwc, t_b)
         return jnp.where(inside_b.reshape(-1, *[1] * (c.ndim - 1)), mix(c, u), c)
 
     return predict

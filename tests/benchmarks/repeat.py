@@ -6,8 +6,8 @@ Three networks train in three processes each: float32 on digits; bfloat16 with c
 random images (on a CPU, with einsums), with precision.deterministic and as it is by default. In the
 first two cases every process has its own empty compilation cache, so it chooses its own kernels. In
 the last the first process fills a cache that the others read. The third process is killed halfway
-and started again. The arrays of the last checkpoints, and the logs, must be bitwise equal;
-otherwise the status is 1.
+and started again. The arrays of the last checkpoints, and the logs, must be bitwise equal, except
+in the last case, of which nothing is promised; otherwise the status is 1.
 """
 
 import argparse
@@ -164,7 +164,8 @@ def main() -> int:
         print(f"| {row['case']} | {row['run']} | {row['differ']} of {row['arrays']} | {log} |")
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    return int(any(row["differ"] or not row["logs_equal"] for row in comparisons))
+    promised = [row for row in comparisons if row["case"] != BY_DEFAULT]
+    return int(any(row["differ"] or not row["logs_equal"] for row in promised))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from sit_jax.models import attention
     ("platform", "dtype", "tokens", "head_width", "kernel"),
     [
         ("cpu", "bfloat16", 1024, 72, "einsum"),
-        ("cpu", "float32", 256, 72, "cpu"),
+        ("cpu", "float32", 256, 72, "late_softmax"),
         ("tpu", "bfloat16", 256, 72, "einsum"),
         ("tpu", "bfloat16", 1024, 72, "splash"),
         ("tpu", "bfloat16", 1025, 72, "einsum"),
@@ -57,7 +57,9 @@ def test_the_cpu_form_is_attention_in_both_modes_of_differentiation(scale):
         out, pull = jax.vjp(attend, q, k, v)
         return [out, *pull(cotangent), jax.jvp(attend, (q, k, v), tuple(tangents))[1]]
 
-    for ours, theirs in zip(all_ways(attention.cpu), all_ways(attention.einsum), strict=True):
+    for ours, theirs in zip(
+        all_ways(attention.late_softmax), all_ways(attention.einsum), strict=True
+    ):
         assert np.abs(ours - theirs).max() <= 2e-6 * scale**2 * np.abs(theirs).max()
 
 
@@ -67,15 +69,15 @@ def test_the_cpu_form_has_second_derivatives():
     def second(attend):
         return jax.grad(lambda q: jax.grad(lambda q: (attend(q, k, v) ** 2).sum())(q).sum())(q)
 
-    ours, theirs = second(attention.cpu), second(attention.einsum)
+    ours, theirs = second(attention.late_softmax), second(attention.einsum)
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 def test_the_backward_pass_of_the_cpu_form_has_five_batched_products_that_recompute_no_output():
     x = jnp.zeros((2, 3, 20, 8))
-    _, pull = jax.vjp(attention.cpu, x, x, x)
+    _, pull = jax.vjp(attention.late_softmax, x, x, x)
     products = str(jax.make_jaxpr(pull)(x)).count("dot_general[")
     # dv, the change of the weights, dq and dk; the logits are residuals unless remat drops them.
     assert products == 4
-    recomputed = jax.vjp(jax.checkpoint(attention.cpu), x, x, x)[1]
+    recomputed = jax.vjp(jax.checkpoint(attention.late_softmax), x, x, x)[1]
     assert str(jax.make_jaxpr(recomputed)(x)).count("dot_general[") == 5
