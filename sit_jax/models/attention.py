@@ -131,8 +131,8 @@ def _is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
 _named = jax.checkpoint_policies.save_only_these_names("attention")
 # For each kernel a policy of jax that saves what its backward pass needs of the forward pass, so
 # that the kernel does not run again. cuDNN's also needs the softmax's statistics, which come with
-# its output; the output's name is not kept as well, since that would save it twice. einsum's softmax
-# is cheap to repeat.
+# its output; the output's name is not kept as well, since that would save it twice. The softmax of
+# einsums is cheap to repeat.
 KEPT: dict[str, Callable] = {
     "einsum": _named,
     "late_softmax": _named,
