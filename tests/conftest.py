@@ -1,5 +1,6 @@
 """Fixtures shared by several test files."""
 
+import os
 import pathlib
 import shutil
 
@@ -9,6 +10,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from sit_jax import report
 from tests.commands import TINY, succeed
+
+if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
+    # The tests compare float32 figures. GPUs and TPUs round the operands of products by default.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="module")
