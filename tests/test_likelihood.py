@@ -19,7 +19,7 @@ from scipy.stats import norm
 from sit_jax import config as config_lib
 from sit_jax import rng, sharding
 from sit_jax.data import subset
-from sit_jax.jobs import likelihood, sampler
+from sit_jax.jobs import likelihood
 from sit_jax.jobs.data import open_source
 from sit_jax.jobs.setup import set_up
 from sit_jax.latents import CODECS, CodecKind, dequantise
@@ -251,35 +251,6 @@ def test_the_output_says_that_log_p_is_the_density_of_latents(half_latents, tmp_
     )
     flag = "--config.likelihood.dequantisation=uniform"
     assert words in refusal("--workdir", run, "--mode", "likelihood", flag)
-
-
-def test_matmuls_have_the_highest_precision_unless_configured(monkeypatch):
-    def lower_with_batches(setup, compiled):
-        """Lower the program instead of calling it."""
-        return lambda params, *batch: compiled.lower(params, {}, *batch)
-
-    for module in (likelihood, sampler):
-        monkeypatch.setattr(module, "call_with_batches", lower_with_batches)
-
-    def matmul_lines(make, matmul):
-        """Return the lines of the lowered program that are matrix products."""
-        config = config_lib.load(
-            DIGITS, [("precision.matmul", matmul), ("sample.batch", "8"), ("model.depth", "1")]
-        )
-        setup = set_up(config)
-        indices = np.arange(8, dtype=np.int32)
-        labels = np.arange(8, dtype=np.int32)
-        images = []
-        if make is likelihood.make_log_prob:
-            images = [{"image": np.zeros((8, 8, 8, 1), np.uint8)}]
-        lowered = make(setup)(setup.abstract_state.params, indices, *images, labels)
-        return [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
-
-    for make in (likelihood.make_log_prob, sampler.make_sampler):
-        highest = matmul_lines(make, "none")
-        assert highest and all("precision = [HIGHEST, HIGHEST]" in line for line in highest)
-        default = matmul_lines(make, "default")
-        assert any("precision = [DEFAULT, DEFAULT]" in line for line in default)
 
 
 def test_an_unreadable_image_is_named_and_may_be_left_out(tmp_path):
