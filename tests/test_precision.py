@@ -72,9 +72,11 @@ def precisions(monkeypatch):
     ],
 )
 def test_products_have_the_precision_of_their_use_unless_it_is_set(precisions, use, default):
-    assert precisions(use, tiny(None)) == {default}
+    # The gradient of the label table is a product whose precision is no choice: it adds up rows.
+    always = {"HIGHEST"} if use == "training" else set()
+    assert precisions(use, tiny(None)) == {default} | always
     assert precisions(use, tiny("highest")) == {"HIGHEST"}
-    assert precisions(use, tiny("default")) == {"DEFAULT"}
+    assert precisions(use, tiny("default")) == {"DEFAULT"} | always
 
 
 def test_the_stages_of_a_solver_are_summed_in_full_precision(precisions):
@@ -106,7 +108,7 @@ def test_names_count_highest_as_null_as_it_was_recorded_when_it_was_the_default(
 def test_high_changes_images_by_less_than_the_error_that_the_solver_is_allowed(split, low, high):
     """On TF32 and on TPUs: by less than the default sample.rtol and a hundredth of it."""
     case = benchmark.golden_case()
-    assert high <= case.config.sample.rtol == 1e-3
+    assert high <= case.config.sample.rtol
     case = case.with_sample(solver="heun", steps=10)
     exact = benchmark.images_of(case)
     changed = benchmark.images_of(case, split=split)
