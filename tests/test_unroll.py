@@ -12,7 +12,7 @@ from sit_jax import config as config_lib
 from sit_jax.errors import UserError
 from sit_jax.jobs import train
 from sit_jax.jobs.data import abstract_batch
-from sit_jax.jobs.setup import Setup, set_up
+from sit_jax.jobs.setup import Setup, check_unroll, set_up
 from sit_jax.models.sit import SiT, in_compute_dtype
 from sit_jax.models.sizes import Size
 
@@ -99,7 +99,9 @@ def test_the_setup_unrolls_on_gpus_and_asks_for_repeatable_kernels(
 def test_repeatable_kernels_exclude_unrolled_layers_with_cudnn():
     settings = BFLOAT16 | {"model.unroll": "2", "precision.deterministic": "true"}
     with pytest.raises(UserError, match=r"model.unroll is 2, but with cuDNN's attention"):
-        assert on("gpu", **settings).unroll
+        check_unroll(on("gpu", **settings))
+    check_unroll(on("gpu", **settings | {"model.unroll": "1"}))
+    check_unroll(on("cpu", **settings))
     assert on("cpu", **settings).unroll == 2
 
 

@@ -177,16 +177,12 @@ def _guided(setup: Setup, guide: Guide | None, both_params: Any, condition: Any)
 
     if guide:
         guide_params = in_compute_dtype(both_params[1], guide.setup.model.dtype)
-
-    def unconditional(x: jax.Array, t_b: jax.Array) -> jax.Array:
-        if guide:
-            return guide.network(setup)(guide_params, x, t_b, condition)
-        return network(x, t_b, null)
-
-    if guide or not guidance.is_faster_in_one_call(setup.platform):
-        both = guidance.in_two_calls(conditional, unconditional)
-    else:
+        weaker = functools.partial(guide.network(setup), guide_params)
+        both = guidance.in_two_calls(conditional, lambda x, t_b: weaker(x, t_b, condition))
+    elif guidance.is_faster_in_one_call(setup.platform):
         both = guidance.in_one_call(network, condition, null)
+    else:
+        both = guidance.in_two_calls(conditional, lambda x, t_b: network(x, t_b, null))
     low, high = options.cfg_interval
     return guidance.with_guidance(
         conditional, both, options.cfg_scale, options.cfg_channels, (low, high)

@@ -181,19 +181,16 @@ class Setup:
         On a GPU a loop copies all that it keeps for the backward pass: 12 % of XL/2's step. A
         network without a backward pass gains 2 % at most, for three times the time to compile.
         """
-        unroll = self.config.model.unroll
         if not self.is_training:
             return 1
-        needs_loop = self.config.precision.deterministic and self.kernel == "cudnn"
-        check(
-            not needs_loop or unroll in (None, 1),
-            f"model.unroll is {unroll}, but with cuDNN's attention precision.deterministic=true "
-            "needs a loop over single layers; set model.unroll=none, or "
-            "precision.deterministic=false",
-        )
-        if unroll is not None:
-            return unroll
-        return self.size.depth if self.platform == "gpu" and not needs_loop else 1
+        if self.config.model.unroll is not None:
+            return self.config.model.unroll
+        return self.size.depth if self.platform == "gpu" and not self.needs_loop else 1
+
+    @property
+    def needs_loop(self) -> bool:
+        """Whether kernels that repeat rule out unrolled layers; see `compiler_options`."""
+        return self.config.precision.deterministic and self.kernel == "cudnn"
 
     @property
     def compiler_options(self) -> dict[str, bool]:
@@ -201,7 +198,7 @@ class Setup:
         if self.platform != "gpu":
             return {}
         # XLA compiles equal calls of cuDNN's backward pass once, and with repeatable kernels it
-        # then does not find the others (IndexError in jax 0.10.2 to 0.11.2).
+        # then does not find the others (an IndexError, seen with jax 0.11.2).
         is_repeatable = self.kernel != "cudnn" or self.unroll == 1
         return {
             "xla_gpu_exclude_nondeterministic_ops": is_repeatable,
@@ -333,7 +330,18 @@ def set_up(config: Config, devices: Sequence[jax.Device] | None = None) -> Setup
             f"take one of {divisors}, and mesh.data or mesh.tensor for the rest",
         )
     tokens(setup.input_shape[0], setup.size.patch)
+    check_unroll(setup)
     return setup
+
+
+def check_unroll(setup: Setup) -> None:
+    """Raise `UserError` if the layers are to be unrolled where kernels that repeat forbid it."""
+    unroll = setup.config.model.unroll
+    check(
+        not setup.needs_loop or unroll in (None, 1),
+        f"model.unroll is {unroll}, but with cuDNN's attention precision.deterministic=true needs "
+        "a loop over single layers; set model.unroll=none, or precision.deterministic=false",
+    )
 
 
 def check_train_batch(setup: Setup) -> None:
@@ -372,9 +380,9 @@ def in_precision(function: Callable, matmul: str) -> Callable:
 def jit_for_batches(setup: Setup, function: Callable, out_shardings: Any) -> Callable:
     """Return `function(params, codec_params, *batch)` jitted, with "highest" matmuls.
 
-    They are those of solvers (diffrax sums the stages of a step with one) and of codecs: few, and
-    their rounding would add up over the steps. The network's have their own precision, of
-    `Setup.network_for`.
+    These are the products of solvers (diffrax sums the stages of a step with one) and of codecs.
+    There are few, and their rounding would add up over the steps. The network's products have the
+    precision that `Setup.network_for` gives them.
     """
     return jax.jit(
         in_precision(function, "highest"),

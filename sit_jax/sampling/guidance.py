@@ -44,9 +44,9 @@ def is_faster_in_one_call(platform: str) -> bool:
     """Return True if one call for both halves is faster than two (cpu, gpu or tpu).
 
     It was on an H200, the more the smaller the batch. On two CPU cores it is 7 % faster at batch
-    1, and 1 to 4 % slower at 4 and 16. The TPU compiler keeps the
-    activations of one half in on-chip memory more often than those of both, and so moves less with
-    two calls, except at small batches. tests/benchmarks/README.md has the figures.
+    1, and 1 to 4 % slower at 4 and 16. The TPU compiler keeps the activations of one half in
+    on-chip memory more often than those of both, and so moves less with two calls, except at small
+    batches. tests/benchmarks/README.md has the figures.
     """
     return platform == "gpu"
 

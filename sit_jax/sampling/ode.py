@@ -240,9 +240,9 @@ def _first_step(
 
 
 class StepTo(diffrax.StepTo):
-    """Takes its steps to given times, which rise or fall from t0 to t1: `time_grid`'s do.
+    """Steps to given times, which must run from t0 to t1 in order, as those of `time_grid` do.
 
-    diffrax checks that again, in the compiled program, with callbacks to the host. They would keep
+    diffrax checks that again in the compiled program, with callbacks to the host. They would keep
     the program out of the compilation cache, and jax cannot compile them for a GPU that is absent.
     """
 
