@@ -69,3 +69,18 @@ def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     gate = jax.nn.sigmoid(x32 * (a + b * x32**2))
     derivative = gate * (1 + (1 - gate) * x32 * (a + 3 * b * x32**2))
     return (x32 * gate).astype(x.dtype), derivative.astype(x.dtype) * dx
+
+
+def gelu_of_product(product: jax.Array, activated: jax.Array) -> jax.Array:
+    """Return GELU of a linear layer's output, without derivatives.
+
+    `activated` is that already. An NVIDIA GPU computes it again, within the product.
+    """
+    # `activated` comes from the output as a remat policy saves it. jax rounds a saved value that
+    # the forward pass also uses (`reduce_precision`), and then XLA does not see that GELU follows
+    # the product. So the forward pass takes this one, and `activated` is for the backward pass.
+    return jax.lax.platform_dependent(
+        *jax.lax.stop_gradient((product, activated)),
+        cuda=lambda product, activated: gelu(product),
+        default=lambda product, activated: activated,
+    )

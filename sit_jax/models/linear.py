@@ -19,17 +19,22 @@ OUTPUT = "linear output"  # the name under which a remat policy may save the out
 
 
 class Linear(nn.Module):
-    """y = x W + b: [n, i] -> [n, o] in `dtype`. W [i, o] and b [o] are float32."""
+    """y = x W + b: [n, i] -> [n, o] in `dtype`. W [i, o] and b [o] are float32.
+
+    If not `named`, the caller gives the output its name. For `equal_ni` see `affine`.
+    """
 
     features: int
     dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.xavier_uniform()
+    named: bool = True
 
     @nn.compact
-    def __call__(self, x_ni: jax.Array) -> jax.Array:
+    def __call__(self, x_ni: jax.Array, equal_ni: jax.Array | None = None) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x_ni.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return affine(x_ni.astype(self.dtype), kernel, bias)
+        y_no = affine(x_ni.astype(self.dtype), kernel, bias, equal_ni)
+        return checkpoint_name(y_no, OUTPUT) if self.named else y_no
 
 
 class SplitLinear(nn.Module):
@@ -57,7 +62,7 @@ class SplitLinear(nn.Module):
         x_ni = x_ni.astype(self.dtype)
         # Two axes each, so that XLA adds the bias within the product.
         outputs = [
-            affine(x_ni, kernel_io.reshape(inputs, -1), bias_o.reshape(-1))
+            checkpoint_name(affine(x_ni, kernel_io.reshape(inputs, -1), bias_o.reshape(-1)), OUTPUT)
             for kernel_io, bias_o in zip(
                 jnp.split(kernel, parts, axis=1), jnp.split(bias, parts), strict=True
             )
@@ -65,21 +70,37 @@ class SplitLinear(nn.Module):
         return [output.reshape(-1, *shape) for output in outputs]
 
 
-def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+@jax.custom_jvp
+def _in_place_of(x: jax.Array, equal: jax.Array) -> jax.Array:
+    """Return `equal`, with the derivatives of x."""
+    return equal
+
+
+@_in_place_of.defjvp
+def _in_place_of_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _in_place_of(*primals), tangents[0]
+
+
+def affine(
+    x_ni: jax.Array, kernel: jax.Array, bias: jax.Array, equal_ni: jax.Array | None = None
+) -> jax.Array:
     """Return x W + b in the dtype of x.
 
     Gradients of W and b are accumulated and returned in their own dtype (float32). A plain bfloat16
     product would round them to bfloat16 before devices sum them.
+
+    `equal_ni` is x computed in another way, without derivatives. A bfloat16 product may take it;
+    every derivative is of x and computed from x.
     """
     matmul_precision = precision(x_ni.dtype)
 
-    def product(kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    def product(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         kernel = kernel.astype(x_ni.dtype)
         bias = bias.astype(x_ni.dtype)
         return lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), matmul_precision) + bias
 
     if kernel.dtype == x_ni.dtype:
-        return checkpoint_name(product(kernel, bias), OUTPUT)
+        return product(x_ni, kernel, bias)
 
     # x [n, i] and y [n, o] are bfloat16, but dW = x^T dy [i, o] must come out in float32.
     # `product` computes y with W and b held constant, so it sends a gradient to x only.
@@ -109,5 +130,6 @@ def affine(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
         return jnp.zeros_like(x_ni), kernel_gradient, bias_gradient
 
     zero.defvjp(forward, backward)
-    y = product(*lax.stop_gradient((kernel, bias)))
-    return checkpoint_name(y + zero(lax.stop_gradient(x_ni), kernel, bias), OUTPUT)
+    in_product_ni = x_ni if equal_ni is None else _in_place_of(x_ni, equal_ni)
+    y_no = product(in_product_ni, *lax.stop_gradient((kernel, bias)))
+    return y_no + zero(lax.stop_gradient(x_ni), kernel, bias)

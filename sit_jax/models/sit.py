@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from sit_jax.errors import check, unknown_name
 from sit_jax.models.attention import KEPT, einsum
 from sit_jax.models.conditioning import Condition
-from sit_jax.models.elementwise import STATISTICS, gelu, modulated_norm
+from sit_jax.models.elementwise import STATISTICS, gelu, gelu_of_product, modulated_norm
 from sit_jax.models.embeddings import (
     lookup,
     patchify,
@@ -122,9 +122,11 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         b, t, d = x_btd.shape
-        hidden = Linear(self.ratio * d, self.dtype, name="fc1")(x_btd.reshape(b * t, d))
-        out = Linear(d, self.dtype, name="fc2")(gelu(hidden))
-        return out.reshape(b, t, d)
+        fc1 = Linear(self.ratio * d, self.dtype, named=False, name="fc1")
+        fc2 = Linear(d, self.dtype, name="fc2")
+        hidden = fc1(x_btd.reshape(b * t, d))
+        activated = gelu(checkpoint_name(hidden, OUTPUT))
+        return fc2(activated, gelu_of_product(hidden, activated)).reshape(b, t, d)
 
 
 class Block(nn.Module):
