@@ -132,6 +132,14 @@ def test_a_product_takes_its_flops_or_its_bytes(call):
     assert estimate_lib.seconds_of(kernel, fast) == pytest.approx(0.2684e-3 + 1e-6, rel=1e-3)
 
 
+def test_a_product_that_also_gives_gelu_of_itself_writes_both():
+    pair = "(bf16[1024,256]{1,0}, bf16[1024,256]{1,0}, s8[33554432]{0})"
+    both = only_kernel(A, B, CUBLAS.replace("(bf16[1024,256]{1,0}, s8[33554432]{0})", pair))
+    one = only_kernel(A, B, CUBLAS)
+    assert both.bytes == one.bytes + 2 * 1024 * 256
+    assert both.flops == one.flops
+
+
 @pytest.mark.parametrize(("asked", "rate"), [("DEFAULT", "tf32"), ("HIGHEST", "float32")])
 def test_float32_products_have_the_rate_of_their_precision(asked, rate):
     lines = (line.replace("bf16", "f32").replace("DEFAULT", asked) for line in (A, B, CUBLAS))

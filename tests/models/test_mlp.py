@@ -1,0 +1,161 @@
+"""The MLP of a layer: its values and derivatives, what is kept of it, and GELU within its product.
+
+The branch for NVIDIA GPUs takes GELU from another form of the same value. It cannot run on a CPU;
+here `affine` is given such a form, and the programs for GPUs are read.
+"""
+
+import os
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.ad_checkpoint import saved_residuals
+
+from sit_jax.jobs.preflight import topology
+from sit_jax.models.linear import affine
+from sit_jax.models.sit import REMAT_POLICIES, Mlp
+from tests.commands import ROOT
+
+WIDTH, HIDDEN, ROWS = 16, 64, 6
+X = jax.random.normal(jax.random.key(0), (2, 3, WIDTH))
+PARAMS = jax.tree.map(lambda p: p + 0.1, Mlp(4, jnp.float32).init(jax.random.key(1), X))
+COTANGENT = jax.random.normal(jax.random.key(2), X.shape)
+# (dtype, roundings of the largest value)
+DTYPES = [(jnp.float32, 3e-6), (jnp.bfloat16, 3e-2)]
+
+
+def ours(dtype, remat="dots"):
+    """Return the MLP as a function of (parameters, x), recomputed as in a layer."""
+    apply = jax.checkpoint(Mlp(4, dtype).apply, policy=REMAT_POLICIES[remat])
+    return lambda params, x: apply(params, x.astype(dtype)).astype(jnp.float32)
+
+
+def plain(params, x):
+    fc1, fc2 = params["params"]["fc1"], params["params"]["fc2"]
+    hidden = nn.gelu(x @ fc1["kernel"] + fc1["bias"], approximate=True)
+    return hidden @ fc2["kernel"] + fc2["bias"]
+
+
+def assert_close(got, want, tolerance):
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_values_and_derivatives_are_those_of_the_plain_form(remat, dtype, tolerance):
+    mlp = ours(dtype, remat)
+    for derivatives in (
+        lambda f: jax.jvp(lambda x: f(PARAMS, x), (X,), (COTANGENT,)),
+        lambda f: jax.vjp(f, PARAMS, X)[1](COTANGENT),
+    ):
+        assert_close(derivatives(mlp), derivatives(plain), tolerance)
+
+
+def test_second_derivatives_are_those_of_the_plain_form():
+    """The likelihood's gradient takes them."""
+
+    def curvature(mlp):
+        return jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: mlp(PARAMS, x).sum())(x), X))(X)
+
+    for dtype, tolerance in DTYPES:
+        assert_close(curvature(ours(dtype)), curvature(plain), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_of_the_hidden_values_only_fc1s_output_is_kept(dtype):
+    def hidden(remat):
+        kept = saved_residuals(ours(dtype, remat), PARAMS, X)
+        return [(aval.shape, aval.dtype) for aval, _ in kept if aval.size == ROWS * HIDDEN]
+
+    assert hidden("dots") == [((ROWS, HIDDEN), dtype)]
+    assert hidden("full") == []
+
+
+def test_a_product_may_take_another_form_of_its_input():
+    """The output is that of the form; every derivative is that of the input itself."""
+    kernel = jax.random.normal(jax.random.key(3), (WIDTH, 8))
+    bias = jnp.ones(8)
+    x = X.reshape(ROWS, WIDTH).astype(jnp.bfloat16)
+    form = 2 * x
+    np.testing.assert_array_equal(affine(x, kernel, bias, form), affine(form, kernel, bias))
+    cotangent = jnp.ones((ROWS, 8), jnp.bfloat16)
+    with_form, without = (
+        jax.vjp(lambda *inputs, given=given: affine(*inputs, *given), x, kernel, bias)[1](cotangent)
+        for given in ((form,), ())
+    )
+    jax.tree.map(np.testing.assert_array_equal, with_form, without)
+    # A float32 product has no second residual to take the input from, so it ignores the form.
+    x = x.astype(jnp.float32)
+    np.testing.assert_array_equal(affine(x, kernel, bias, 2 * x), affine(x, kernel, bias))
+
+
+def gradients(params, x):
+    y, pull = jax.vjp(ours(jnp.bfloat16), params, x)
+    return pull(y)
+
+
+@pytest.mark.parametrize(("platform", "count"), [("cuda", 1), ("cpu", 0), ("tpu", 0)])
+def test_only_nvidias_forward_pass_computes_gelu_by_its_tanh(platform, count):
+    """XLA finds it within a product by that; the derivative uses the logistic function."""
+    lowered = jax.jit(gradients).trace(PARAMS, X).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("stablehlo.tanh") == count
+
+
+def test_that_gelu_is_of_the_product_before_jax_rounds_it():
+    makers = {
+        output: equation
+        for equation in jax.make_jaxpr(gradients)(PARAMS, X).jaxpr.eqns
+        for output in equation.outvars
+    }
+    (choice,) = (e for e in makers.values() if e.primitive.name == "cond")
+    _, product, activated = (makers[variable] for variable in choice.invars)
+
+    def maker_names(equation):
+        """Return the names of the equations on the way back to a product, by first inputs."""
+        while equation.primitive.name != "dot_general":
+            yield equation.primitive.name
+            equation = makers[equation.invars[0]]
+
+    assert "reduce_precision" in set(maker_names(activated))
+    # The bias, and the zeros that bring the gradients of the parameters.
+    assert list(maker_names(product)) == ["stop_gradient", "add", "add"]
+
+
+COMPILE_FOR_A_GPU = """
+import sys
+from sit_jax import config
+from sit_jax.jobs.preflight import report, topology
+from sit_jax.jobs.setup import set_up
+topology.leave_devices_alone()
+_, devices = topology.open_topology("h100:1")
+settings = [flag.split("=") for flag in sys.argv[1:]]
+program = report._train_step(set_up(config.load("configs/latents.py", settings), devices))
+print(program.function.lower(*program.arguments).compile().as_text())
+"""
+
+
+@pytest.mark.skipif(not topology.has_cuda(), reason="the CUDA wheels are not installed")
+@pytest.mark.parametrize(("unroll", "times"), [("none", 2), ("1", 1)])
+def test_cublas_applies_gelu_in_the_training_step(unroll, times):
+    """Once for each layer, or in the body of a loop over layers; it also gives the product."""
+    settings = {
+        "model.depth": "2", "model.width": "64", "model.heads": "1", "model.unroll": unroll,
+        "train.batch": "8", "data.image_size": "8", "mesh.fsdp": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_FOR_A_GPU, *(f"{k}={v}" for k, v in settings.items())],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('"epilogue":"BIAS_GELU_AUX"') == times
+    assert " tanh(" not in done.stdout
