@@ -3,6 +3,7 @@
 Shape suffixes: n rows, i inputs, o outputs.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sit_jax.precision import precision
 
+_MANY = 2048  # rows, from which on the transposition of W costs less than it saves
+_PARTS = 8  # of the rows, each with a product of its own
+_TILES = 132  # of 128 x 128 outputs: one for each core of an H100
 OUTPUT = "linear output"  # the name under which a remat policy may save the outputs
 
 
@@ -92,12 +97,9 @@ def affine(
     `equal_ni` is x computed in another way, without derivatives. A bfloat16 product may take it;
     every derivative is of x and computed from x.
     """
-    matmul_precision = precision(x_ni.dtype)
 
     def product(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-        kernel = kernel.astype(x_ni.dtype)
-        bias = bias.astype(x_ni.dtype)
-        return lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), matmul_precision) + bias
+        return matmul(x_ni, kernel.astype(x_ni.dtype)) + bias.astype(x_ni.dtype)
 
     if kernel.dtype == x_ni.dtype:
         return product(x_ni, kernel, bias)
@@ -114,18 +116,8 @@ def affine(
     def forward(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
         return zero(x_ni, kernel, bias), x_ni
 
-    def outer(x_ni: jax.Array, gradient: jax.Array) -> jax.Array:
-        return lax.dot_general(
-            x_ni, gradient, (((0,), (0,)), ((), ())), matmul_precision, kernel.dtype
-        )
-
-    def cast_outer(x_ni: jax.Array, gradient: jax.Array) -> jax.Array:
-        return outer(x_ni.astype(kernel.dtype), gradient.astype(kernel.dtype))
-
     def backward(x_ni: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # XLA on CPUs lacks float32 results of large bfloat16 products ("Unsupported element type
-        # for DotThunk").
-        kernel_gradient = lax.platform_dependent(x_ni, gradient, cpu=cast_outer, default=outer)
+        kernel_gradient = weight_gradient(x_ni, gradient, kernel.dtype)
         bias_gradient = gradient.sum(0, dtype=bias.dtype)
         return jnp.zeros_like(x_ni), kernel_gradient, bias_gradient
 
@@ -133,3 +125,56 @@ def affine(
     in_product_ni = x_ni if equal_ni is None else _in_place_of(x_ni, equal_ni)
     y_no = product(in_product_ni, *lax.stop_gradient((kernel, bias)))
     return y_no + zero(lax.stop_gradient(x_ni), kernel, bias)
+
+
+def matmul(x_ni: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x W [n, o] for W [i, o] of the same dtype."""
+    y_no = lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), precision(x_ni.dtype))
+    if x_ni.dtype != jnp.float32 or len(x_ni) < _MANY:
+        return y_no
+    # Hopper's matrix units take TF32 operands only with the contracted axis contiguous in memory.
+    # For many rows it is faster to transpose W first. The gradient of x, which is dy W^T, wants W
+    # as it is, so derivatives are of the plain product.
+    computed_no = lax.platform_dependent(
+        *lax.stop_gradient((x_ni, kernel, y_no)),
+        cuda=_matmul_transposed,
+        default=lambda x_ni, kernel, y_no: y_no,
+    )
+    return _in_place_of(y_no, computed_no)
+
+
+def _matmul_transposed(x_ni: jax.Array, kernel: jax.Array, _: jax.Array) -> jax.Array:
+    kernel_oi = with_layout_constraint(kernel.T, Layout((0, 1)))  # else XLA undoes it
+    return lax.dot_general(x_ni, kernel_oi, (((1,), (1,)), ((), ())), precision(x_ni.dtype))
+
+
+def weight_gradient(x_ni: jax.Array, gradient_no: jax.Array, dtype: Any) -> jax.Array:
+    """Return x^T dy [i, o] in `dtype`, in which it is accumulated."""
+    outer = functools.partial(_outer, matmul_precision=precision(x_ni.dtype), dtype=dtype)
+    # The tiles of a small [i, o] are too few for a GPU's cores, so they share its many rows.
+    is_small = x_ni.shape[1] * gradient_no.shape[1] <= _TILES * 128**2
+    is_long = len(x_ni) % _PARTS == 0 and len(x_ni) >= _PARTS * _MANY
+    on_gpu = functools.partial(outer, parts=_PARTS) if is_small and is_long else outer
+    # XLA on CPUs lacks float32 results of large bfloat16 products ("Unsupported element type for
+    # DotThunk").
+    return lax.platform_dependent(
+        x_ni,
+        gradient_no,
+        cpu=lambda x_ni, gradient_no: outer(x_ni.astype(dtype), gradient_no.astype(dtype)),
+        cuda=on_gpu,
+        default=outer,
+    )
+
+
+def _outer(
+    x_ni: jax.Array, gradient_no: jax.Array, matmul_precision: Any, dtype: Any, parts: int = 1
+) -> jax.Array:
+    """Return x^T dy as a sum over parts of the rows."""
+    if parts == 1:
+        contracted = (((0,), (0,)), ((), ()))
+        return lax.dot_general(x_ni, gradient_no, contracted, matmul_precision, dtype)
+    x_pni, gradient_pno = (
+        array.reshape(parts, -1, array.shape[1]) for array in (x_ni, gradient_no)
+    )
+    contracted = (((1,), (1,)), ((0,), (0,)))
+    return lax.dot_general(x_pni, gradient_pno, contracted, matmul_precision, dtype).sum(0)

@@ -44,13 +44,13 @@ from tests.benchmarks.gpu_sides import FORMATS, Child, ChildEnded, Task  # noqa:
 PARTS = ("training", "sampling", "profile")
 MODEL = "SiT-XL/2"
 SAMPLING_BATCHES = (8, 64)
-TRAINING_SHARE = 0.65  # of the budget, if sampling follows
+TRAINING_SHARE = 0.72  # of the budget, if sampling follows
 # GiB of a training step of SiT-XL/2: of the state, and for each image (measured on an H200). A
 # batch that cannot fit is not tried, as compiling it takes more than a minute.
 STATE_GIB = 10.8
 IMAGE_GIB = {"ours": 0.20, "torch.compile": 0.335, "torch eager": 0.64}
 # Seconds of a child with empty caches, on the same machine.
-START_S = {"ours": 45, "torch.compile": 115, "torch eager": 35}
+START_S = {"ours": 60, "torch.compile": 125, "torch eager": 55}
 SAMPLING_S = 130
 PROFILE_S = 20
 
@@ -325,7 +325,7 @@ def main() -> None:
         help="batches of training to choose from (default: %(default)s)",
     )
     parser.add_argument(
-        "--repeats", type=_positive, default=5, help="calls in each round (default: %(default)s)"
+        "--repeats", type=_positive, default=3, help="calls in each round (default: %(default)s)"
     )
     parser.add_argument(
         "--rounds", type=_positive, default=2, help="turns of the sides (default: %(default)s)"

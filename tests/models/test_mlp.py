@@ -4,10 +4,6 @@ The branch for NVIDIA GPUs takes GELU from another form of the same value. It ca
 here `affine` is given such a form, and the programs for GPUs are read.
 """
 
-import os
-import subprocess
-import sys
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,10 +11,8 @@ import numpy as np
 import pytest
 from jax._src.ad_checkpoint import saved_residuals
 
-from sit_jax.jobs.preflight import topology
 from sit_jax.models.linear import affine
 from sit_jax.models.sit import REMAT_POLICIES, Mlp
-from tests.commands import ROOT
 
 WIDTH, HIDDEN, ROWS = 16, 64, 6
 X = jax.random.normal(jax.random.key(0), (2, 3, WIDTH))
@@ -125,37 +119,3 @@ def test_that_gelu_is_of_the_product_before_jax_rounds_it():
     assert "reduce_precision" in set(maker_names(activated))
     # The bias, and the zeros that bring the gradients of the parameters.
     assert list(maker_names(product)) == ["stop_gradient", "add", "add"]
-
-
-COMPILE_FOR_A_GPU = """
-import sys
-from sit_jax import config
-from sit_jax.jobs.preflight import report, topology
-from sit_jax.jobs.setup import set_up
-topology.leave_devices_alone()
-_, devices = topology.open_topology("h100:1")
-settings = [flag.split("=") for flag in sys.argv[1:]]
-program = report._train_step(set_up(config.load("configs/latents.py", settings), devices))
-print(program.function.lower(*program.arguments).compile().as_text())
-"""
-
-
-@pytest.mark.skipif(not topology.has_cuda(), reason="the CUDA wheels are not installed")
-@pytest.mark.parametrize(("unroll", "times"), [("none", 2), ("1", 1)])
-def test_cublas_applies_gelu_in_the_training_step(unroll, times):
-    """Once for each layer, or in the body of a loop over layers; it also gives the product."""
-    settings = {
-        "model.depth": "2", "model.width": "64", "model.heads": "1", "model.unroll": unroll,
-        "train.batch": "8", "data.image_size": "8", "mesh.fsdp": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE_FOR_A_GPU, *(f"{k}={v}" for k, v in settings.items())],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('"epilogue":"BIAS_GELU_AUX"') == times
-    assert " tanh(" not in done.stdout
