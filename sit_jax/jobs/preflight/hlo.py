@@ -259,8 +259,8 @@ class Program:
             result = result[:1]
         elif opcode == "fusion-start":  # ((operands), results, state)
             result = result[len(self.operands(e)) : -1]
-        elif products.call_target(instruction).startswith("__cublas$"):  # (result, workspace)
-            result = result[:1]
+        elif products.call_target(instruction).startswith("__cublas$"):
+            result = products.without_workspace(result)
         elif opcode.endswith("-start") and len(result) > 2:  # (operand, result, ...)
             result = result[1:2]
         siblings = self.computations[e.computation]
