@@ -262,6 +262,12 @@ def test_operations_and_fills_have_rates_of_their_own():
     assert seconds(zeros) == pytest.approx(0.1)
 
 
+def test_a_call_without_a_result_counts_its_bytes():
+    call = '%call = () custom-call(%x), custom_call_target="xla_ffi_python_gpu_callback"'
+    kernel = only_kernel(X, call)
+    assert (kernel.bytes, kernel.elements) == (2 * 10**6, {"operations": 0})
+
+
 def test_only_what_is_used_of_an_operation_counts():
     """The conversion before the slice is computed for one layer of 28."""
     call = "%one = bf16[1000,10]{1,0} fusion(%stack), kind=kLoop, calls=%gelu_of_one_layer"

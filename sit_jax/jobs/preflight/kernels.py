@@ -131,10 +131,10 @@ def _operations(program: Program, inside: list[Execution]) -> int:
     Of an operation before a slice, only the elements of the slice are computed.
     """
     sizes = [_size_of(program, e) for e in inside if e.instruction.opcode not in _INDEXING]
-    used = [*map(_size, inside[0].instruction.arrays)]
-    used += [_size_of(program, e) for e in _of(inside, "reduce")]
+    results = [_size(array) for array in inside[0].instruction.arrays]
+    used = max(results + [_size_of(program, e) for e in _of(inside, "reduce")], default=0)
     # Scalars are indices, or the addition of a reduction, which counts with its elements.
-    return sum(min(size, max(used)) for size in sizes if size > 1)
+    return sum(min(size, used) for size in sizes if size > 1)
 
 
 def _kind_of_product(flops: Iterable[str]) -> str:
@@ -186,7 +186,8 @@ def _is_triton(instruction: Instruction) -> bool:
 def _size_of(program: Program, e: Execution) -> int:
     """Return how many elements an operation computes: of a reduction, those that it reads."""
     is_reduction = e.instruction.opcode == "reduce"
-    return _size(program.operands(e)[0][0] if is_reduction else e.instruction.arrays[0])
+    arrays = program.operands(e)[0] if is_reduction else e.instruction.arrays
+    return max(map(_size, arrays), default=0)
 
 
 def _size(array: Array) -> int:
