@@ -10,39 +10,50 @@ GIB = 2**30
 class Attainable:
     """What kernels reach on a chip. `kernels` says which kernel has which rate."""
 
-    # FLOP/s of products by precision, and of cuDNN's attention by direction
+    # FLOP/s of products by precision, and of cuDNN's attention by direction. "bfloat16 to float32"
+    # are gradients of weights: few outputs for so many processors, each a long sum. A "tf32
+    # transposed" product sums over an axis of an operand that is not contiguous.
     flops: Mapping[str, float]
-    # bytes/s of HBM: elementwise loops and reductions over columns; rows, chains around a reduction
-    # over rows (LayerNorm, softmax) in a Triton kernel; copies, slices and concatenations
+    # bytes/s of HBM: elementwise loops and reductions; "sums": LayerNorm's backward pass, if one
+    # kernel also sums over the tokens; copies, slices and concatenations
     bandwidth: Mapping[str, float]
-    elements: Mapping[str, float]  # elements/s that tanh takes, and that a loop fills with zeros
+    # elements/s: "operations" (a convert, a multiply, a tanh ...: all operations of a kernel count)
+    # of one element each; array elements that chains around a reduction over rows (LayerNorm,
+    # softmax) in a Triton kernel read and write; those that a loop fills with zeros
+    elements: Mapping[str, float]
     launch: float  # seconds that every kernel takes longer
     iteration: float  # seconds that every iteration of a loop takes longer
     source: str
 
 
-# From traces of two programs of the XL/2 training step (bfloat16, batch 128) on one H200, jax
-# 0.11.2. tests/benchmarks/README.md compares the estimates with what was measured.
+# From traces of the XL/2 training step (bfloat16) on H200s, jax 0.11.2: two programs of batch 128
+# and three of batch 256; "tf32" from traces of samplers. Where programs or kernels differ, the rate
+# is that of all together, and their range is given. tests/benchmarks/README.md compares the
+# estimates with what was measured.
 _H200 = Attainable(
     flops={
-        "bfloat16": 753e12,  # all products: 87.8 TFLOP in 116.7 ms (a product of side 8192: 790)
-        "tf32": 377e12,  # not traced: the same share of the data sheet's peak as bfloat16's
+        # 351 TFLOP in 456 ms: 804 at batch 128, 768 and 740 at 256 (a product of side 8192: 790)
+        "bfloat16": 769e12,
+        "bfloat16 to float32": 654e12,  # 175 TFLOP in 268 ms: 683 and 681, 635 and 648
+        "tf32": 375e12,  # PyTorch's sampler, batch 64: 29.2 TFLOP in 77.9 ms
+        "tf32 transposed": 296e12,  # ours: 29.8 TFLOP in 100.5 ms
         "float32": 48e12,  # sampling at "highest", batch 64: 691.5 ms, less what TF32 takes beside
-        "attention forward": 233e12,  # 256 tokens, heads of 72: 38.7 GFLOP in 0.166 ms
-        "attention backward": 148e12,  # with its two helper kernels: 96.6 GFLOP in 0.654 ms
+        "attention forward": 229e12,  # 256 tokens, heads of 72: 226 to 233
+        "attention backward": 144e12,  # with its two helper kernels: 141 to 148
     },
     bandwidth={
-        "elementwise": 4.1e12,  # gelu's derivative 4.16, additions 4.2, the optimizer 4.2, sums 3.9
-        "rows": 2.05e12,  # LayerNorm, forward and backward: 1.8 to 2.9
+        "elementwise": 4.1e12,  # additions 4.2, the optimizer 4.2, sums over tokens or rows 3.8
+        "sums": 2.34e12,  # 2.1 to 2.9
         "copies": 3.6e12,  # memcpy 3.9, joining the gradients of q, k and v 2.5
     },
     elements={
-        "tanh": 610e9,  # gelu: 151 M elements in 0.248 ms
+        "operations": 7.6e12,  # gelu, by tanh 7.6 or by exp 7.3; its derivative with a sum 8.0
+        "rows": 1.0e12,  # 0.7 to 1.5, float32 like bfloat16
         "fills": 844e9,  # four loops: 2.1e11 threads a second, of four elements each
     },
     launch=1.5e-6,  # the shortest kernels take 0.7 to 1.6 us, and 0.5 us pass between two
     iteration=4.4e-6,  # the difference between a loop's idle time and that of unrolled layers
-    source="measured on one H200",
+    source="measured on H200s",
 )
 # The multiprocessors and their clock are the H200's, and so is all that they limit. The rest, which
 # the memory limits, has the H200's share of the data sheet's bandwidth.
@@ -50,7 +61,7 @@ _H100 = dataclasses.replace(
     _H200,
     bandwidth={
         "elementwise": 4.1e12 * 3352 / 4800,
-        "rows": 2.05e12,
+        "sums": 2.34e12,
         "copies": 3.6e12 * 3352 / 4800,
     },
     source="an H200's, scaled to the H100's memory; not measured",

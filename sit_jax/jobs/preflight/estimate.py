@@ -1,8 +1,9 @@
 """Estimates how long a compiled program takes on a chip whose attainable figures are known.
 
 A kernel takes the longest of three times: its FLOPs at the rate that products of its precision
-reach, its bytes at the bandwidth that kernels of its access reach, and its evaluations of tanh (or
-elements to fill) at theirs. To these are added what a launch and an iteration of a loop cost.
+reach, its bytes at the bandwidth that kernels of its access reach, and its operations (or elements
+of rows, or to fill) at theirs. What a product writes beside its result takes time of its own. To
+these are added what a launch and an iteration of a loop cost.
 Kernels run one after another. Transfers between devices that run in the background hide behind
 them; no speed of transfers was measured, so they take the links at their data-sheet peak.
 """
@@ -73,10 +74,11 @@ def estimate(program: Program, chip: Chip) -> Estimate | None:
 
 def seconds_of(kernel: Kernel, attainable: Attainable) -> float:
     """Return how long one execution of a kernel takes."""
+    bandwidth = attainable.bandwidth[kernel.access]
     computing = sum(count / attainable.flops[rate] for rate, count in kernel.flops.items())
-    moving = kernel.bytes / attainable.bandwidth[kernel.access]
-    per_element = sum(count / attainable.elements[rate] for rate, count in kernel.elements.items())
-    return max(computing, moving, per_element) + attainable.launch
+    counting = [count / attainable.elements[rate] for rate, count in kernel.elements.items()]
+    waiting = kernel.beside / bandwidth  # not hidden behind the product
+    return max(computing + waiting, kernel.bytes / bandwidth, *counting) + attainable.launch
 
 
 def kernel_times(found: Iterable[Kernel], attainable: Attainable) -> list[KernelTime]:

@@ -260,8 +260,7 @@ class Program:
         elif opcode == "fusion-start":  # ((operands), results, state)
             result = result[len(self.operands(e)) : -1]
         elif products.call_target(instruction).startswith("__cublas$"):
-            # (result, workspace), or with GELU of the product (GELU, product, workspace)
-            result = tuple(array for array in result if array.dtype != "s8")
+            result = products.without_workspace(result)
         elif opcode.endswith("-start") and len(result) > 2:  # (operand, result, ...)
             result = result[1:2]
         siblings = self.computations[e.computation]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from sit_jax.jobs.preflight import hlo, products
 from sit_jax.jobs.preflight.hlo import Execution, Program
-from sit_jax.jobs.preflight.hlo_text import Array
+from sit_jax.jobs.preflight.hlo_text import Array, Instruction
 
 KINDS = ("products", "attention", "elementwise", "copies", "fills", "links")
 
@@ -21,6 +21,11 @@ _FILLING = {"broadcast"}
 _STRUCTURE = {
     *("fusion", "fusion-start", "parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
 }
+# Operations that compute nothing: they only say which element to read.
+_INDEXING = _STRUCTURE | {
+    *("broadcast", "concatenate", "copy", "dynamic-slice", "dynamic-update-slice", "iota", "pad"),
+    *("reshape", "reverse", "slice", "transpose"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +37,9 @@ class Kernel:
     times: int  # executions in one run of the program
     bytes: int  # of HBM, read and written
     access: str  # the rate of these bytes
+    beside: int  # of these bytes, those that a product writes beside its result
     flops: dict[str, int]  # by rate: of products by precision, of attention by direction
-    elements: dict[str, int]  # by rate, where their number counts: of tanh, of fills
+    elements: dict[str, int]  # by rate, where their number counts, and not their bytes
     origin: str  # jax's name of the line of the model
 
 
@@ -62,29 +68,26 @@ def _is_kernel(e: Execution) -> bool:
 def _kernel(program: Program, e: Execution) -> Kernel:
     inside = program.inside(e)
     flops = collections.Counter[str]()
-    elements = collections.Counter[str]()
     for part in inside:
         if count := program.product_flops(part):
-            flops[_precision(program, part)] += count
-        if part.instruction.opcode == "tanh":
-            elements["tanh"] += math.prod(part.instruction.arrays[0].shape)
+            flops[_precision(program, part, result=e.instruction.arrays[0])] += count
     kind = _kind_of_product(flops) or _kind_of_moves(inside, reads=program.operands(e))
-    if kind == "fills":
-        elements["fills"] = max(math.prod(array.shape) for array in e.instruction.arrays)
+    moved = program.traffic(e)
     return Kernel(
         name=e.instruction.name,
         kind=kind,
         times=e.times,
-        bytes=program.traffic(e),
-        access=_access(e, kind),
+        bytes=moved,
+        access=_access(program, inside, kind),
+        beside=_beside(e.instruction),
         flops=dict(flops),
-        elements=dict(elements),
+        elements=_elements(program, inside, kind, moved),
         origin=e.origin,
     )
 
 
-def _precision(program: Program, product: Execution) -> str:
-    """Return the rate of a product: attention forward or backward, bfloat16, tf32 or float32.
+def _precision(program: Program, product: Execution, result: Array) -> str:
+    """Return the rate of a product: attention forward or backward, or by its precision.
 
     An NVIDIA GPU computes float32 products in TF32 unless the precision is "highest".
     """
@@ -92,9 +95,46 @@ def _precision(program: Program, product: Execution) -> str:
         return "attention forward" if count == 2 else "attention backward"
     lhs = program.operands(product)[0][0]
     if lhs.bits <= 16:
-        return "bfloat16"
-    is_highest = products.operand_precision(product.instruction) == "highest"
-    return "float32" if is_highest else "tf32"
+        return "bfloat16 to float32" if result.bits == 32 else "bfloat16"
+    if products.operand_precision(product.instruction) == "highest":
+        return "float32"
+    is_direct = products.reads_along_contraction(product.instruction, program.operands(product))
+    return "tf32" if is_direct else "tf32 transposed"
+
+
+def _beside(instruction: Instruction) -> int:
+    """Return the bytes of the operand of GELU that a call of cuBLAS keeps; 0 of anything else."""
+    if not products.call_target(instruction).startswith("__cublas$"):
+        return 0
+    return sum(array.bytes for array in products.without_workspace(instruction.arrays)[1:])
+
+
+def _elements(program: Program, inside: list[Execution], kind: str, moved: int) -> dict[str, int]:
+    """Return what takes time by its number, not by its bytes: fills, operations, rows."""
+    call = inside[0].instruction
+    if kind == "fills":
+        return {"fills": max(map(_size, call.arrays))}
+    if kind != "elementwise":
+        return {}
+    elements = {"operations": _operations(program, inside)}
+    if _is_triton(call):
+        # Those that are read and written, by the mean width of the arrays.
+        arrays = [*call.arrays, *(array for read in program.operands(inside[0]) for array in read)]
+        width = sum(array.bytes for array in arrays) / sum(map(_size, arrays))
+        elements["rows"] = round(moved / width)
+    return elements
+
+
+def _operations(program: Program, inside: list[Execution]) -> int:
+    """Return how many operations a kernel computes, over all elements.
+
+    Of an operation before a slice, only the elements of the slice are computed.
+    """
+    sizes = [_size_of(program, e) for e in inside if e.instruction.opcode not in _INDEXING]
+    results = [_size(array) for array in inside[0].instruction.arrays]
+    used = max(results + [_size_of(program, e) for e in _of(inside, "reduce")], default=0)
+    # Scalars are indices, or the addition of a reduction, which counts with its elements.
+    return sum(min(size, used) for size in sizes if size > 1)
 
 
 def _kind_of_product(flops: Iterable[str]) -> str:
@@ -118,9 +158,37 @@ def _has_array(arrays: tuple[Array, ...]) -> bool:
     return any(array.shape for array in arrays)
 
 
-def _access(e: Execution, kind: str) -> str:
+def _access(program: Program, inside: list[Execution], kind: str) -> str:
     """Return the rate of a kernel's bytes."""
-    # XLA computes a chain around a reduction over rows (LayerNorm, softmax) in a Triton kernel.
-    if kind == "elementwise" and '"kind":"__triton"' in e.instruction.text:
-        return "rows"
-    return "copies" if kind == "copies" else "elementwise"
+    if kind == "copies":
+        return "copies"
+    # LayerNorm's backward pass spreads figures of each row (token) over it, and sums over rows.
+    spreads = any(_is_along_rows(e, e.instruction.arrays) for e in _of(inside, "broadcast"))
+    sums = any(_is_along_rows(e, program.operands(e)[0]) for e in _of(inside, "reduce"))
+    return "sums" if spreads and sums else "elementwise"
+
+
+def _of(inside: list[Execution], opcode: str) -> list[Execution]:
+    return [e for e in inside if e.instruction.opcode == opcode]
+
+
+def _is_along_rows(e: Execution, arrays: tuple[Array, ...]) -> bool:
+    """Return True if `dimensions`, those of the larger side's arrays, spare the last axis."""
+    dimensions = e.instruction.attribute("dimensions")
+    return bool(dimensions) and str(len(arrays[0].shape) - 1) not in dimensions.split(",")
+
+
+def _is_triton(instruction: Instruction) -> bool:
+    """Return True for a chain around a reduction over rows (LayerNorm, softmax)."""
+    return '"kind":"__triton"' in instruction.text
+
+
+def _size_of(program: Program, e: Execution) -> int:
+    """Return how many elements an operation computes: of a reduction, those that it reads."""
+    is_reduction = e.instruction.opcode == "reduce"
+    arrays = program.operands(e)[0] if is_reduction else e.instruction.arrays
+    return max(map(_size, arrays), default=0)
+
+
+def _size(array: Array) -> int:
+    return math.prod(array.shape)

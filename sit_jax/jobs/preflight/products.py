@@ -28,14 +28,11 @@ def flops(product: Instruction, operands: Operands) -> int:
 
     A call of an unknown kernel counts as its text states, or 0.
     """
-    if product.opcode == "dot":
-        return _dot(product.arrays[0], operands[0][0], product.attribute("lhs_contracting_dims"))
     if product.opcode == "convolution":
         return _convolution(product, operands)
     target = call_target(product)
-    if target.startswith("__cublas$"):
-        contracted = first_group(r'"lhs_contracting_dimensions":\[([^\]]*)\]', product.text) or ""
-        return _dot(product.arrays[0], operands[0][0], contracted.replace('"', ""))
+    if product.opcode == "dot" or target.startswith("__cublas$"):
+        return _dot(product.arrays[0], operands[0][0], _contracted(product, "lhs"))
     if target.startswith(("__cudnn$convForward", "__cudnn$convBias")):
         return _convolution(product, operands)
     if count := attention_products(product):
@@ -61,6 +58,35 @@ def operand_precision(product: Instruction) -> str:
     else:
         stated = product.attribute("operand_precision").partition(",")[0]
     return stated.lower() or "default"
+
+
+def reads_along_contraction(product: Instruction, operands: Operands) -> bool:
+    """Return True unless a product sums over another axis than the one that is contiguous.
+
+    Only so can a GPU's tensor cores read float32 operands without transposing them first.
+    """
+    for side, operand in zip(("lhs", "rhs"), operands, strict=False):
+        contracted = _contracted(product, side)
+        innermost = operand[0].layout.partition(",")[0].partition(":")[0]
+        if contracted and innermost not in contracted.split(","):
+            return False
+    return True
+
+
+def _contracted(product: Instruction, side: str) -> str:
+    """Return the dimensions of lhs or rhs that a product sums over: `1,2`; "" if not stated."""
+    if product.opcode == "custom-call":
+        listed = first_group(rf'"{side}_contracting_dimensions":\[([^\]]*)\]', product.text) or ""
+        return listed.replace('"', "")
+    return product.attribute(f"{side}_contracting_dims")
+
+
+def without_workspace(results: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Return what a call of cuBLAS computes: without the buffer that it is given, the last array.
+
+    Two arrays are left where the call also keeps the operand of the GELU that it applies.
+    """
+    return results[:-1] if len(results) > 1 else results
 
 
 def call_target(call: Instruction) -> str:
