@@ -171,10 +171,10 @@ def _outer(
 ) -> jax.Array:
     """Return x^T dy as a sum over parts of the rows."""
     if parts == 1:
-        contracted = (((0,), (0,)), ((), ()))
-        return lax.dot_general(x_ni, gradient_no, contracted, matmul_precision, dtype)
+        rows = (((0,), (0,)), ((), ()))
+        return lax.dot_general(x_ni, gradient_no, rows, matmul_precision, dtype)
     x_pni, gradient_pno = (
         array.reshape(parts, -1, array.shape[1]) for array in (x_ni, gradient_no)
     )
-    contracted = (((1,), (1,)), ((0,), (0,)))
-    return lax.dot_general(x_pni, gradient_pno, contracted, matmul_precision, dtype).sum(0)
+    rows_of_parts = (((1,), (1,)), ((0,), (0,)))
+    return lax.dot_general(x_pni, gradient_pno, rows_of_parts, matmul_precision, dtype).sum(0)
