@@ -46,7 +46,8 @@ def stepped(unroll):
     }
     state = state.replace(params=jax.tree.unflatten(tree, leaves))
     state, scalars = train.make_train_step(setup)(state, batch, setup.codec_params)
-    # Attention does not depend on the bias of k: its gradient is rounding, of either sign.
+    # Attention does not depend on the bias of k. Its gradient is rounding error, of either sign,
+    # which Adam scales up.
     qkv = state.params["blocks"]["attn"]["qkv"]
     qkv["bias"] = qkv["bias"].at[:, 1].set(0)
     return state.params, scalars

@@ -74,7 +74,7 @@ def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 def gelu_of_product(product: jax.Array, activated: jax.Array) -> jax.Array:
     """Return GELU of a linear layer's output, without derivatives.
 
-    `activated` is that already. An NVIDIA GPU computes it again, within the product.
+    `activated` is the same value. Only an NVIDIA GPU computes it again, within the product.
     """
     # `activated` comes from the output as a remat policy saves it. jax rounds a saved value that
     # the forward pass also uses (`reduce_precision`), and then XLA does not see that GELU follows

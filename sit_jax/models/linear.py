@@ -3,7 +3,6 @@
 Shape suffixes: n rows, i inputs, o outputs.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from sit_jax.precision import precision
 
-_MANY = 2048  # rows, from which on the transposition of W costs less than it saves
-_PARTS = 8  # of the rows, each with a product of its own
-_TILES = 132  # of 128 x 128 outputs: one for each core of an H100
+_TRANSPOSE_ROWS = 2048  # from which on transposing W is estimated to pay (not timed)
 OUTPUT = "linear output"  # the name under which a remat policy may save the outputs
 
 
 class Linear(nn.Module):
     """y = x W + b: [n, i] -> [n, o] in `dtype`. W [i, o] and b [o] are float32.
 
-    If not `named`, the caller gives the output its name. For `equal_ni` see `affine`.
+    If not `named`, the caller must name the output, or a remat policy that saves outputs computes
+    this one again. For `equal_ni` see `affine`.
     """
 
     features: int
@@ -94,8 +93,8 @@ def affine(
     Gradients of W and b are accumulated and returned in their own dtype (float32). A plain bfloat16
     product would round them to bfloat16 before devices sum them.
 
-    `equal_ni` is x computed in another way, without derivatives. A bfloat16 product may take it;
-    every derivative is of x and computed from x.
+    `equal_ni` is x computed in another way, without derivatives. Where the parameters have another
+    dtype than x, the product takes it in place of x. Derivatives are those of x, computed from x.
     """
 
     def product(x_ni: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -129,52 +128,54 @@ def affine(
 
 def matmul(x_ni: jax.Array, kernel: jax.Array) -> jax.Array:
     """Return x W [n, o] for W [i, o] of the same dtype."""
-    y_no = lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), precision(x_ni.dtype))
-    if x_ni.dtype != jnp.float32 or len(x_ni) < _MANY:
-        return y_no
-    # Hopper's matrix units take TF32 operands only with the contracted axis contiguous in memory.
-    # For many rows it is faster to transpose W first. The gradient of x, which is dy W^T, wants W
-    # as it is, so derivatives are of the plain product.
-    computed_no = lax.platform_dependent(
-        *lax.stop_gradient((x_ni, kernel, y_no)),
-        cuda=_matmul_transposed,
-        default=lambda x_ni, kernel, y_no: y_no,
-    )
-    return _in_place_of(y_no, computed_no)
+    is_large = x_ni.dtype == jnp.float32 and len(x_ni) >= _TRANSPOSE_ROWS
+    return (_large_float32_matmul if is_large else _plain_matmul)(x_ni, kernel)
 
 
-def _matmul_transposed(x_ni: jax.Array, kernel: jax.Array, _: jax.Array) -> jax.Array:
-    kernel_oi = with_layout_constraint(kernel.T, Layout((0, 1)))  # else XLA undoes it
+def _plain_matmul(x_ni: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.dot_general(x_ni, kernel, (((1,), (0,)), ((), ())), precision(x_ni.dtype))
+
+
+@jax.custom_jvp
+def _large_float32_matmul(x_ni: jax.Array, kernel: jax.Array) -> jax.Array:
+    # Hopper's matrix units take TF32 operands only with the contracted axis contiguous in memory,
+    # so W is transposed first. At "highest", which is not TF32, this is useless but cheap.
+    return lax.platform_dependent(x_ni, kernel, cuda=_matmul_of_transposed, default=_plain_matmul)
+
+
+def _matmul_of_transposed(x_ni: jax.Array, kernel: jax.Array) -> jax.Array:
+    # XLA undoes a transposition without a layout, and without a barrier outside of loops.
+    kernel_oi = lax.optimization_barrier(with_layout_constraint(kernel.T, Layout((0, 1))))
     return lax.dot_general(x_ni, kernel_oi, (((1,), (1,)), ((), ())), precision(x_ni.dtype))
+
+
+def _large_float32_matmul_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # Plain where derivatives are taken: the gradient of x, which is dy W^T, wants W as it is, and
+    # XLA gives all uses of a W one layout.
+    (x_ni, kernel), (dx_ni, dkernel) = primals, tangents
+    y_no = _plain_matmul(x_ni, kernel)
+    dy_no = jnp.zeros_like(y_no)
+    if not isinstance(dx_ni, SymbolicZero):
+        dy_no += _plain_matmul(dx_ni, kernel)
+    if not isinstance(dkernel, SymbolicZero):
+        dy_no += _plain_matmul(x_ni, dkernel)
+    return y_no, dy_no
+
+
+_large_float32_matmul.defjvp(_large_float32_matmul_jvp, symbolic_zeros=True)
 
 
 def weight_gradient(x_ni: jax.Array, gradient_no: jax.Array, dtype: Any) -> jax.Array:
     """Return x^T dy [i, o] in `dtype`, in which it is accumulated."""
-    outer = functools.partial(_outer, matmul_precision=precision(x_ni.dtype), dtype=dtype)
-    # The tiles of a small [i, o] are too few for a GPU's cores, so they share its many rows.
-    is_small = x_ni.shape[1] * gradient_no.shape[1] <= _TILES * 128**2
-    is_long = len(x_ni) % _PARTS == 0 and len(x_ni) >= _PARTS * _MANY
-    on_gpu = functools.partial(outer, parts=_PARTS) if is_small and is_long else outer
-    # XLA on CPUs lacks float32 results of large bfloat16 products ("Unsupported element type for
-    # DotThunk").
-    return lax.platform_dependent(
-        x_ni,
-        gradient_no,
-        cpu=lambda x_ni, gradient_no: outer(x_ni.astype(dtype), gradient_no.astype(dtype)),
-        cuda=on_gpu,
-        default=outer,
-    )
+    rows = (((0,), (0,)), ((), ()))
+    matmul_precision = precision(x_ni.dtype)
 
-
-def _outer(
-    x_ni: jax.Array, gradient_no: jax.Array, matmul_precision: Any, dtype: Any, parts: int = 1
-) -> jax.Array:
-    """Return x^T dy as a sum over parts of the rows."""
-    if parts == 1:
-        rows = (((0,), (0,)), ((), ()))
+    def outer(x_ni: jax.Array, gradient_no: jax.Array) -> jax.Array:
         return lax.dot_general(x_ni, gradient_no, rows, matmul_precision, dtype)
-    x_pni, gradient_pno = (
-        array.reshape(parts, -1, array.shape[1]) for array in (x_ni, gradient_no)
-    )
-    rows_of_parts = (((1,), (1,)), ((0,), (0,)))
-    return lax.dot_general(x_pni, gradient_pno, rows_of_parts, matmul_precision, dtype).sum(0)
+
+    def cast_outer(x_ni: jax.Array, gradient_no: jax.Array) -> jax.Array:
+        # XLA on CPUs lacks float32 results of large bfloat16 products ("Unsupported element type
+        # for DotThunk").
+        return outer(x_ni.astype(dtype), gradient_no.astype(dtype))
+
+    return lax.platform_dependent(x_ni, gradient_no, cpu=cast_outer, default=outer)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sit_jax.jobs.preflight import topology
+from sit_jax.jobs.preflight import hlo, products, topology
 from tests.commands import ROOT
 
 COMPILE_FOR_A_GPU = """
@@ -16,21 +16,27 @@ from sit_jax.jobs.preflight import report, topology
 from sit_jax.jobs.setup import set_up
 topology.leave_devices_alone()
 _, devices = topology.open_topology("h100:1")
-settings = [flag.split("=") for flag in sys.argv[1:]]
-program = report._train_step(set_up(config.load("configs/latents.py", settings), devices))
+settings = [flag.split("=") for flag in sys.argv[2:]]
+program = getattr(report, sys.argv[1])(set_up(config.load("configs/latents.py", settings), devices))
 print(program.function.lower(*program.arguments).compile().as_text())
 """
 pytestmark = pytest.mark.skipif(not topology.has_cuda(), reason="the CUDA wheels are not installed")
 
 
-def compiled(**settings):
-    """Return the compiled text of the training step of a small network."""
+def compiled(program, **settings):
+    """Return the compiled text of a program of a small network."""
     settings = {
         "model.depth": 2, "model.width": 64, "model.heads": 1, "data.image_size": 8,
         "mesh.fsdp": 1, **settings,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE_FOR_A_GPU, *(f"{k}={v}" for k, v in settings.items())],
+        [
+            sys.executable,
+            "-c",
+            COMPILE_FOR_A_GPU,
+            program,
+            *(f"{k}={v}" for k, v in settings.items()),
+        ],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         cwd=ROOT,
         capture_output=True,
@@ -44,18 +50,21 @@ def compiled(**settings):
 @pytest.mark.parametrize(("unroll", "times"), [("none", 2), ("1", 1)])
 def test_cublas_applies_gelu_in_the_training_step(unroll, times):
     """Once for each layer, or in the body of a loop over layers; it also gives the product."""
-    text = compiled(**{"model.unroll": unroll, "train.batch": 8})
+    text = compiled("_train_step", **{"model.unroll": unroll, "train.batch": 8})
     assert text.count('"epilogue":"BIAS_GELU_AUX"') == times
     assert " tanh(" not in text
 
 
-def test_tf32_products_take_both_operands_with_the_contracted_axis_contiguous():
-    """In the layers, those of the forward pass and the gradients of inputs."""
-    text = compiled(**{"precision.compute": "float32", "train.batch": 128})  # 16 tokens: 2048 rows
-    products = [
-        line for line in text.splitlines()
-        if "__cublas" in line and "/blocks/" in line and "(f32[2048," in line
+def test_tf32_products_of_a_sampler_take_the_contracted_axis_contiguous():
+    """Those of the layers. Without a transposition of W they would not."""
+    settings = {"precision.compute": "float32", "sample.batch": 64, "sample.cfg_scale": 2}
+    program = hlo.Program(compiled("_sampler", **settings))  # 2 x 64 images of 16 tokens
+    found = [
+        e for e in program.executions
+        if products.call_target(e.instruction).startswith("__cublas")
+        and "/blocks/" in e.instruction.text
+        and e.instruction.arrays[0].shape[0] == 2048
     ]  # fmt: skip
-    assert len(products) >= 2 * (4 + 4)  # XLA may merge those of q, k and v
-    for line in products:
-        assert '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]' in line
+    assert len(found) >= 4  # XLA may merge those of q, k and v
+    for e in found:
+        assert products.reads_along_contraction(e.instruction, program.operands(e))

@@ -100,46 +100,24 @@ def test_only_float32_products_of_many_rows_transpose_w_on_nvidia(platform, dtyp
     assert lowered(linear.matmul, platform, *shapes, dtype=dtype).count("LayoutCon") == count
     assert "LayoutCon" not in lowered(gradients, platform, *shapes, (rows, 4), dtype=dtype)
 
+    def tangents(x_ni, kernel):
+        return jax.jvp(lambda x_ni: linear.matmul(x_ni, kernel), (x_ni,), (x_ni,))
+
+    text = lowered(tangents, platform, *shapes, dtype=dtype)
+    assert text.count("dot_general") == 2  # none of a tangent of W, which is zero
+    assert "LayoutCon" not in text
+
 
 def test_transposing_w_changes_nothing():
     kernel = jax.random.normal(KEY, (16, 8))
     np.testing.assert_allclose(
-        linear._matmul_transposed(X, kernel, None), X @ kernel, rtol=1e-5, atol=1e-5
+        linear._matmul_of_transposed(X, kernel), X @ kernel, rtol=1e-5, atol=1e-5
     )
     x = jnp.tile(X, (32, 1))
-    assert len(x) == linear._MANY
+    assert len(x) == linear._TRANSPOSE_ROWS
     cotangent = jnp.tile(jax.random.normal(KEY, (64, 8)), (32, 1))
     of_x, of_kernel = gradients(x, kernel, cotangent)
     np.testing.assert_allclose(of_x, cotangent @ kernel.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(of_kernel, x.T @ cotangent, rtol=1e-4, atol=1e-3)  # sums of 2048
     _, tangent = jax.jvp(lambda x: linear.matmul(x, kernel), (x,), (2 * x,))
     np.testing.assert_allclose(tangent, 2 * x @ kernel, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("platform", "shapes", "in_parts"),
-    [
-        ("cuda", ((16384, 1152), (16384, 1152)), True),
-        ("cuda", ((16384, 1152), (16384, 4608)), False),  # tiles enough
-        ("cuda", ((16376, 1152), (16376, 1152)), False),  # fewer rows
-        ("cuda", ((16385, 1152), (16385, 1152)), False),  # not divisible
-        ("cpu", ((16384, 1152), (16384, 1152)), False),
-        ("tpu", ((16384, 1152), (16384, 1152)), False),
-    ],
-)
-def test_small_weight_gradients_of_many_rows_are_sums_of_parts_on_nvidia(
-    platform, shapes, in_parts
-):
-    def gradient(x_ni, gradient_no):
-        return linear.weight_gradient(x_ni, gradient_no, jnp.float32)
-
-    text = lowered(gradient, platform, *shapes, dtype="bfloat16")
-    assert ("tensor<8x1152x1152xf32>" in text) == in_parts
-
-
-def test_parts_add_up_to_the_whole():
-    x = X.astype(jnp.bfloat16)
-    y = jax.random.normal(KEY, (64, 8)).astype(jnp.bfloat16)
-    whole, parts = (linear._outer(x, y, None, jnp.float32, parts) for parts in (1, 8))
-    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(whole, x.astype(np.float32).T @ y.astype(np.float32), rtol=1e-4)

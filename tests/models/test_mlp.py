@@ -52,7 +52,7 @@ def test_values_and_derivatives_are_those_of_the_plain_form(remat, dtype, tolera
 
 
 def test_second_derivatives_are_those_of_the_plain_form():
-    """The likelihood's gradient takes them."""
+    """The gradient of a likelihood would take them: its divergence is a first derivative."""
 
     def curvature(mlp):
         return jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: mlp(PARAMS, x).sum())(x), X))(X)
@@ -84,7 +84,7 @@ def test_a_product_may_take_another_form_of_its_input():
         for given in ((form,), ())
     )
     jax.tree.map(np.testing.assert_array_equal, with_form, without)
-    # A float32 product has no second residual to take the input from, so it ignores the form.
+    # With x in float32 too, the gradient of W comes from the product itself, whose input must be x.
     x = x.astype(jnp.float32)
     np.testing.assert_array_equal(affine(x, kernel, bias, 2 * x), affine(x, kernel, bias))
 

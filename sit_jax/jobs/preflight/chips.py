@@ -11,15 +11,16 @@ class Attainable:
     """What kernels reach on a chip. `kernels` says which kernel has which rate."""
 
     # FLOP/s of products by precision, and of cuDNN's attention by direction. "bfloat16 to float32"
-    # are gradients of weights: few outputs for so many processors, each a long sum. A "tf32
-    # transposed" product sums over an axis of an operand that is not contiguous.
+    # are products with a float32 result, nearly all of them gradients of weights: few outputs for
+    # so many multiprocessors, each a long sum. In a "tf32 transposed" product, the contracted axis
+    # of an operand is not contiguous.
     flops: Mapping[str, float]
     # bytes/s of HBM: elementwise loops and reductions; "sums": LayerNorm's backward pass, if one
     # kernel also sums over the tokens; copies, slices and concatenations
     bandwidth: Mapping[str, float]
-    # elements/s: "operations" (a convert, a multiply, a tanh ...: all operations of a kernel count)
-    # of one element each; array elements that chains around a reduction over rows (LayerNorm,
-    # softmax) in a Triton kernel read and write; those that a loop fills with zeros
+    # elements/s. "operations": one operation (a convert, a multiply, a tanh ...) of one element.
+    # "rows": array elements that a Triton kernel around a reduction over rows (LayerNorm, softmax)
+    # reads and writes. "fills": elements that a loop fills with zeros
     elements: Mapping[str, float]
     launch: float  # seconds that every kernel takes longer
     iteration: float  # seconds that every iteration of a loop takes longer

@@ -1,9 +1,9 @@
 """Estimates how long a compiled program takes on a chip whose attainable figures are known.
 
-A kernel takes the longest of three times: its FLOPs at the rate that products of its precision
-reach, its bytes at the bandwidth that kernels of its access reach, and its operations (or elements
-of rows, or to fill) at theirs. What a product writes beside its result takes time of its own. To
-these are added what a launch and an iteration of a loop cost.
+A kernel takes the longest of three times: its FLOPs at the rate of products of its precision, its
+bytes at the bandwidth of its kind of access, and its elements (operations, elements of rows, zeros
+to fill) at theirs. Bytes that a product writes beside its result are added to the time of its
+FLOPs. A launch and an iteration of a loop also have their costs.
 Kernels run one after another. Transfers between devices that run in the background hide behind
 them; no speed of transfers was measured, so they take the links at their data-sheet peak.
 """

@@ -103,7 +103,7 @@ def _precision(program: Program, product: Execution, result: Array) -> str:
 
 
 def _beside(instruction: Instruction) -> int:
-    """Return the bytes of the operand of GELU that a call of cuBLAS keeps; 0 of anything else."""
+    """Return the bytes of GELU's operand that a call of cuBLAS also writes; 0 for other kernels."""
     if not products.call_target(instruction).startswith("__cublas$"):
         return 0
     return sum(array.bytes for array in products.without_workspace(instruction.arrays)[1:])
@@ -120,8 +120,8 @@ def _elements(program: Program, inside: list[Execution], kind: str, moved: int) 
     if _is_triton(call):
         # Those that are read and written, by the mean width of the arrays.
         arrays = [*call.arrays, *(array for read in program.operands(inside[0]) for array in read)]
-        width = sum(array.bytes for array in arrays) / sum(map(_size, arrays))
-        elements["rows"] = round(moved / width)
+        width = sum(array.bytes for array in arrays) / max(sum(map(_size, arrays)), 1)
+        elements["rows"] = round(moved / width) if width else 0
     return elements
 
 
@@ -162,18 +162,20 @@ def _access(program: Program, inside: list[Execution], kind: str) -> str:
     """Return the rate of a kernel's bytes."""
     if kind == "copies":
         return "copies"
-    # LayerNorm's backward pass spreads figures of each row (token) over it, and sums over rows.
-    spreads = any(_is_along_rows(e, e.instruction.arrays) for e in _of(inside, "broadcast"))
-    sums = any(_is_along_rows(e, program.operands(e)[0]) for e in _of(inside, "reduce"))
-    return "sums" if spreads and sums else "elementwise"
+    # LayerNorm's backward pass broadcasts statistics of each row (token), and sums over rows.
+    broadcasts = any(
+        _leaves_out_last_axis(e, e.instruction.arrays) for e in _of(inside, "broadcast")
+    )
+    sums = any(_leaves_out_last_axis(e, program.operands(e)[0]) for e in _of(inside, "reduce"))
+    return "sums" if broadcasts and sums else "elementwise"
 
 
 def _of(inside: list[Execution], opcode: str) -> list[Execution]:
     return [e for e in inside if e.instruction.opcode == opcode]
 
 
-def _is_along_rows(e: Execution, arrays: tuple[Array, ...]) -> bool:
-    """Return True if `dimensions`, those of the larger side's arrays, spare the last axis."""
+def _leaves_out_last_axis(e: Execution, arrays: tuple[Array, ...]) -> bool:
+    """Return True if `dimensions`, those of the larger side's arrays, leave out the last axis."""
     dimensions = e.instruction.attribute("dimensions")
     return bool(dimensions) and str(len(arrays[0].shape) - 1) not in dimensions.split(",")
 

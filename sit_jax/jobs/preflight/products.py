@@ -61,9 +61,9 @@ def operand_precision(product: Instruction) -> str:
 
 
 def reads_along_contraction(product: Instruction, operands: Operands) -> bool:
-    """Return True unless a product sums over another axis than the one that is contiguous.
+    """Return whether the contracted axis of both operands is the contiguous one.
 
-    Only so can a GPU's tensor cores read float32 operands without transposing them first.
+    Only then can a GPU's tensor cores read float32 operands without a transposition.
     """
     for side, operand in zip(("lhs", "rhs"), operands, strict=False):
         contracted = _contracted(product, side)
@@ -82,7 +82,7 @@ def _contracted(product: Instruction, side: str) -> str:
 
 
 def without_workspace(results: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Return what a call of cuBLAS computes: without the buffer that it is given, the last array.
+    """Return the results of a call of cuBLAS without its workspace, the last array.
 
     Two arrays are left where the call also keeps the operand of the GELU that it applies.
     """
