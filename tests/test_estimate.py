@@ -141,7 +141,7 @@ CUBLAS = (
 
 @pytest.mark.parametrize("call", [TRITON, CUBLAS, CUBLAS.replace("$lt$matmul", "$gemm")])
 def test_a_product_takes_its_flops_or_its_bytes(call):
-    """The workspace that cuBLAS is given is not traffic."""
+    """Leave out the workspace that cuBLAS is given: it is not traffic."""
     kernel = only_kernel(A, B, call)
     assert kernel.kind == "products"
     assert kernel.flops == {"bfloat16": 2 * 1024 * 512 * 256}
@@ -153,7 +153,7 @@ def test_a_product_takes_its_flops_or_its_bytes(call):
 
 @pytest.mark.parametrize("call", [TRITON, CUBLAS])
 def test_gradients_of_weights_have_a_rate_of_their_own(call):
-    """They are products of bfloat16 arrays with a float32 result."""
+    """Take a float32 result of bfloat16 arrays for such a gradient."""
     kernel = only_kernel(
         A, B, call.replace(" bf16[1024,256]", " f32[1024,256]").replace("(bf16", "(f32")
     )
@@ -161,7 +161,7 @@ def test_gradients_of_weights_have_a_rate_of_their_own(call):
 
 
 def test_the_operand_of_gelu_is_written_beside_a_product():
-    """Its bytes count twice: as traffic, and as time that the product does not hide."""
+    """Count its bytes twice: as traffic, and as time that the product does not hide."""
     kept = CUBLAS.replace("= (bf16[1024,256]{1,0}", "= (bf16[1024,256]{1,0}, bf16[1024,256]{1,0}")
     plain, kernel = only_kernel(A, B, CUBLAS), only_kernel(A, B, kept)
     assert (plain.beside, kernel.beside) == (0, 2 * 1024 * 256)
@@ -180,7 +180,7 @@ def test_the_operand_of_gelu_is_written_beside_a_product():
     ],
 )
 def test_float32_products_have_the_rate_of_their_precision(a_layout, b_layout, tf32):
-    """TF32 has another where the axis that is summed over is not contiguous in an operand."""
+    """Give TF32 a lower one where the contracted axis of an operand is not contiguous."""
     for asked, rate in (("DEFAULT", tf32), ("HIGHEST", "float32")):
         lines = (
             A.replace("{1,0}", a_layout),

@@ -1,13 +1,9 @@
-"""The products of a training step as XLA compiles them for an NVIDIA GPU (none is needed)."""
-
-import os
-import subprocess
-import sys
+"""The products of a training step and a sampler as XLA compiles them for a GPU (none is needed)."""
 
 import pytest
 
 from sit_jax.jobs.preflight import hlo, products, topology
-from tests.commands import ROOT
+from tests.processes import run_python
 
 COMPILE_FOR_A_GPU = """
 import sys
@@ -29,22 +25,8 @@ def compiled(program, **settings):
         "model.depth": 2, "model.width": 64, "model.heads": 1, "data.image_size": 8,
         "mesh.fsdp": 1, **settings,
     }  # fmt: skip
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            COMPILE_FOR_A_GPU,
-            program,
-            *(f"{k}={v}" for k, v in settings.items()),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    flags = (f"{key}={value}" for key, value in settings.items())
+    return run_python("-c", COMPILE_FOR_A_GPU, program, *flags, devices=1)
 
 
 @pytest.mark.parametrize(("unroll", "times"), [("none", 2), ("1", 1)])
