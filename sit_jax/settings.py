@@ -82,8 +82,8 @@ class Model:
         "dots",
         REMAT_POLICIES,
         "activations to recompute in the backward pass, to save memory. none: keep them all; "
-        "dots: keep the outputs of linear layers and attention; full: keep only each block's "
-        "input",
+        "dots: keep the outputs of linear layers and attention; operands: also keep their inputs, "
+        "faster if memory allows; full: keep only each block's input",
     )
     unroll: int | None = setting(
         None,

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from tests.commands import ROOT
 
 MAIN = ("-m", "sit_jax.main")
+# What else is on the path may hold the packages.
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 _GLOO = re.compile(r"Gloo|peer ranks|^[\d\s]*$")
 TIMEOUT_S = 200  # enough for a run on a busy machine
 
@@ -22,7 +24,7 @@ def run_python(*arguments: str, devices: int) -> str:
         [sys.executable, *arguments],
         env={
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": PYTHONPATH,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         },
@@ -65,7 +67,7 @@ class Processes:
         for number in range(count):
             environment = {
                 **os.environ,
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": PYTHONPATH,
                 "JAX_PLATFORMS": platforms,
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -130,6 +130,7 @@ def test_the_report_has_rates_ratios_and_notes():
 
 def _run(tmp_path, **options):
     defaults = {"budget": 100, "out": tmp_path, "model": "SiT-XL/2", "batches": [64, 128, 256]}
+    defaults["remat"] = "dots"
     return gpu_speed.Run(argparse.Namespace(**defaults | options), str(tmp_path), io.StringIO())
 
 
@@ -141,6 +142,17 @@ def test_a_batch_that_cannot_fit_is_not_tried(tmp_path):
     assert run.results["notes"][0] == (
         "torch.compile training batch 256: not tried, as it needs about 97 GiB"
     )
+
+
+def test_only_our_training_takes_the_remat_policy(tmp_path, monkeypatch):
+    run = _run(tmp_path, remat="operands")
+    run.results["card"] = {"memory_gib": None}
+    monkeypatch.setattr(gpu_speed, "visit", lambda *_: "ok")
+    ours, theirs = gpu_speed.largest(run, ["ours", "torch.compile"], 1, False)
+    assert str(ours) == "ours training bfloat16 batch 256 remat operands"
+    assert str(theirs) == "torch.compile training bfloat16 batch 256"
+    row = ours._asdict() | {"ms": [1.0], "visits_s": [], "compile_s": 1.0, "peak_gib": 1.0}
+    assert "| ours bfloat16, remat operands | 256 |" in gpu_report.report(_results(row))
 
 
 def test_the_next_smaller_batch_is_taken(tmp_path, monkeypatch):

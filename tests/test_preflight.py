@@ -107,7 +107,7 @@ def test_bytes_per_device_counts_the_shards():
 def test_candidates_cover_batches_meshes_and_policies():
     candidates = search.candidates(config_lib.load("configs/digits.py"), 16)
     assert {c.train.batch for c in candidates} == {64, 128, 256}
-    assert {c.model.remat for c in candidates} == {"none", "dots", "full"}
+    assert {c.model.remat for c in candidates} == {"none", "dots", "operands", "full"}
     meshes = {(c.mesh.data, c.mesh.fsdp, c.mesh.tensor) for c in candidates}
     assert meshes == {(1, 16, 1), (4, 4, 1), (16, 1, 1), (1, 8, 2), (2, 4, 2), (8, 1, 2)}
 

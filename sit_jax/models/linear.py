@@ -18,7 +18,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from sit_jax.precision import precision
 
 _TRANSPOSE_ROWS = 2048  # from which on transposing W is estimated to pay (not timed)
-OUTPUT = "linear output"  # the name under which a remat policy may save the outputs
+# Names under which a remat policy may save outputs of linear layers, and operands of them and norms
+OUTPUT = "linear output"
+OPERAND = "operand"
 
 
 class Linear(nn.Module):
@@ -75,14 +77,14 @@ class SplitLinear(nn.Module):
 
 
 @jax.custom_jvp
-def _in_place_of(x: jax.Array, equal: jax.Array) -> jax.Array:
+def in_place_of(x: jax.Array, equal: jax.Array) -> jax.Array:
     """Return `equal`, with the derivatives of x."""
     return equal
 
 
-@_in_place_of.defjvp
+@in_place_of.defjvp
 def _in_place_of_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    return _in_place_of(*primals), tangents[0]
+    return in_place_of(*primals), tangents[0]
 
 
 def affine(
@@ -121,7 +123,7 @@ def affine(
         return jnp.zeros_like(x_ni), kernel_gradient, bias_gradient
 
     zero.defvjp(forward, backward)
-    in_product_ni = x_ni if equal_ni is None else _in_place_of(x_ni, equal_ni)
+    in_product_ni = x_ni if equal_ni is None else in_place_of(x_ni, equal_ni)
     y_no = product(in_product_ni, *lax.stop_gradient((kernel, bias)))
     return y_no + zero(lax.stop_gradient(x_ni), kernel, bias)
 

@@ -27,7 +27,7 @@ from sit_jax.models.embeddings import (
     time_features,
     unpatchify,
 )
-from sit_jax.models.linear import OUTPUT, Linear, SplitLinear
+from sit_jax.models.linear import OPERAND, OUTPUT, Linear, SplitLinear, in_place_of
 from sit_jax.models.sizes import Size, tokens
 
 
@@ -47,6 +47,8 @@ REMAT_POLICIES = {
     # Outputs of the linear layers, and a mean and a deviation of each token; `remat_policy` adds
     # those of attention. The outputs include the bias, so that no kernel has to add it again.
     "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT, STATISTICS),
+    # These, and operands of linear layers and norms: only derivatives compute something again.
+    "operands": jax.checkpoint_policies.save_only_these_names(OUTPUT, STATISTICS, OPERAND),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 _normal = nn.initializers.normal(0.02)
@@ -61,7 +63,7 @@ def remat_policy(name: str, kernel: str) -> Callable:
     if name not in REMAT_POLICIES:
         raise unknown_name("remat policy", name, REMAT_POLICIES)
     policy = REMAT_POLICIES[name]
-    if name != "dots":
+    if name not in ("dots", "operands"):
         return policy
     return jax.checkpoint_policies.save_from_both_policies(policy, KEPT[kernel])
 
@@ -118,6 +120,7 @@ class Mlp(nn.Module):
 
     ratio: int
     dtype: Any
+    keep_activated: bool = False
 
     @nn.compact
     def __call__(self, x_btd: jax.Array) -> jax.Array:
@@ -126,7 +129,11 @@ class Mlp(nn.Module):
         fc2 = Linear(d, self.dtype, name="fc2")
         hidden = fc1(x_btd.reshape(b * t, d))
         activated = gelu(checkpoint_name(hidden, OUTPUT))
-        return fc2(activated, gelu_of_product(hidden, activated)).reshape(b, t, d)
+        in_product = gelu_of_product(hidden, activated)
+        if self.keep_activated:
+            activated = in_place_of(activated, checkpoint_name(in_product, OPERAND))
+            return fc2(activated).reshape(b, t, d)
+        return fc2(activated, in_product).reshape(b, t, d)
 
 
 class Block(nn.Module):
@@ -143,6 +150,7 @@ class Block(nn.Module):
     attend: Callable
     shard: Callable
     split: Callable
+    keep_activated: bool = False
     keep_output: bool = False
 
     @nn.compact
@@ -156,9 +164,11 @@ class Block(nn.Module):
         ada_bd = self.split(ada(embedding_bd))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(ada_bd, 6, axis=-1)
         attention = Attention(self.heads, self.qk_norm, self.dtype, self.attend, name="attn")
-        x_btd = x_btd + gate1[:, None] * attention(modulated_norm(x_btd, shift1, scale1))
-        mlp = Mlp(self.mlp_ratio, self.dtype, name="mlp")
-        x_btd = x_btd + gate2[:, None] * mlp(modulated_norm(x_btd, shift2, scale2))
+        y_btd = checkpoint_name(modulated_norm(x_btd, shift1, scale1), OPERAND)
+        x_btd = checkpoint_name(x_btd + gate1[:, None] * attention(y_btd), OPERAND)
+        mlp = Mlp(self.mlp_ratio, self.dtype, self.keep_activated, name="mlp")
+        y_btd = checkpoint_name(modulated_norm(x_btd, shift2, scale2), OPERAND)
+        x_btd = x_btd + gate2[:, None] * mlp(y_btd)
         x_btd = self.shard(x_btd)
         return x_btd, x_btd if self.keep_output else None
 
@@ -313,6 +323,7 @@ class SiT(nn.Module):
             attend=self.attend,
             shard=self.shard,
             split=self.split,
+            keep_activated=self.remat == "operands",
             keep_output=keep_outputs,
             name="blocks",
         )

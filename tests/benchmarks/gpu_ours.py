@@ -32,7 +32,7 @@ def prepare(task: Task) -> Callable[[], float]:
     """Return the program of a task."""
     setup = set_up(
         Config(
-            model=Model(name=task.model),
+            model=Model(name=task.model, remat=task.remat),
             data=Data(image_size=INPUT, channels=CHANNELS, classes=CLASSES),
             train=Train(batch=task.batch),
             sample=Sample(

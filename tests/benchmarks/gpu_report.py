@@ -61,8 +61,9 @@ def speed_table(results: dict, part: str) -> str:
         ratio = quartiles(ratios(row, ours), 2) if ours else ""
         if ours and (ours["batch"], ours["format"]) != (row["batch"], row["format"]):
             ratio += f", of {ours['format']} at {ours['batch']}"
+        remat = "" if row["remat"] == "dots" else f", remat {row['remat']}"
         lines.append(
-            f"| {row['side']} {row['format']} | {row['batch']} | {quartiles(row['ms'], 2)} "
+            f"| {row['side']} {row['format']}{remat} | {row['batch']} | {quartiles(row['ms'], 2)} "
             f"| {per_second:,.1f} | {per_second * flops / 1e12:.1f} | {row['compile_s']:.1f} s "
             f"| {row['peak_gib']:.1f} GiB | {ratio} |"
         )

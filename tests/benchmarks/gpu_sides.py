@@ -44,9 +44,11 @@ class Task(NamedTuple):
     format: str
     batch: int
     model: str
+    remat: str = "dots"  # our model.remat, in training
 
     def __str__(self) -> str:
-        return f"{self.side} {self.part} {self.format} batch {self.batch}"
+        remat = "" if self.remat == "dots" else f" remat {self.remat}"
+        return f"{self.side} {self.part} {self.format} batch {self.batch}{remat}"
 
 
 def machine() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/gpu_speed.py                       # SiT-XL/2 on 32x32x4
     python tests/benchmarks/gpu_speed.py --only training --repeats 10
+    python tests/benchmarks/gpu_speed.py --only training --remat operands   # 25 GiB more at 256
     python tests/benchmarks/gpu_speed.py --cpu --model SiT-S/8 --batches 4 2 --budget 300
 
 Takes at most 8 minutes (--budget) and needs PyTorch. What would not fit into the budget is left
@@ -37,6 +38,7 @@ from typing import IO
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from sit_jax.errors import UserError  # noqa: E402
+from sit_jax.models.sit import REMAT_POLICIES  # noqa: E402
 from sit_jax.models.sizes import size_by_name  # noqa: E402
 from tests.benchmarks import gpu_report  # noqa: E402
 from tests.benchmarks.gpu_sides import FORMATS, Child, ChildEnded, Task  # noqa: E402
@@ -189,6 +191,8 @@ def largest(run: Run, sides: Sequence[str], repeats: int, profile: bool) -> list
         well = []
         for side in sides:
             task = Task(side, "training", FORMATS[side][0], batch, run.options.model)
+            if side == "ours":
+                task = task._replace(remat=run.options.remat)
             outcome = visit(run, task, repeats, profile)
             if outcome == "memory":
                 run.say(f"{task}: does not fit; the next smaller batch is taken")
@@ -323,6 +327,12 @@ def main() -> None:
         nargs="+",
         default=[64, 128, 256],
         help="batches of training to choose from (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--remat",
+        choices=REMAT_POLICIES,
+        default="dots",
+        help="our model.remat in training (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats", type=_positive, default=3, help="calls in each round (default: %(default)s)"

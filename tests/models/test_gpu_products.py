@@ -29,10 +29,12 @@ def compiled(program, **settings):
     return run_python("-c", COMPILE_FOR_A_GPU, program, *flags, devices=1)
 
 
+@pytest.mark.parametrize("remat", ["dots", "operands"])
 @pytest.mark.parametrize(("unroll", "times"), [("none", 2), ("1", 1)])
-def test_cublas_applies_gelu_in_the_training_step(unroll, times):
+def test_cublas_applies_gelu_in_the_training_step(unroll, times, remat):
     """Once for each layer, or in the body of a loop over layers; it also gives the product."""
-    text = compiled("_train_step", **{"model.unroll": unroll, "train.batch": 8})
+    settings = {"model.unroll": unroll, "model.remat": remat, "train.batch": 8}
+    text = compiled("_train_step", **settings)
     assert text.count('"epilogue":"BIAS_GELU_AUX"') == times
     assert " tanh(" not in text
 

@@ -24,7 +24,8 @@ DTYPES = [(jnp.float32, 3e-6), (jnp.bfloat16, 3e-2)]
 
 def ours(dtype, remat="dots"):
     """Return the MLP as a function of (parameters, x), recomputed as in a layer."""
-    apply = jax.checkpoint(Mlp(4, dtype).apply, policy=REMAT_POLICIES[remat])
+    mlp = Mlp(4, dtype, keep_activated=remat == "operands")
+    apply = jax.checkpoint(mlp.apply, policy=REMAT_POLICIES[remat])
     return lambda params, x: apply(params, x.astype(dtype)).astype(jnp.float32)
 
 
@@ -62,12 +63,13 @@ def test_second_derivatives_are_those_of_the_plain_form():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_of_the_hidden_values_only_fc1s_output_is_kept(dtype):
+def test_of_the_hidden_values_fc1s_output_is_kept_and_under_operands_its_gelu(dtype):
     def hidden(remat):
         kept = saved_residuals(ours(dtype, remat), PARAMS, X)
         return [(aval.shape, aval.dtype) for aval, _ in kept if aval.size == ROWS * HIDDEN]
 
     assert hidden("dots") == [((ROWS, HIDDEN), dtype)]
+    assert hidden("operands") == 2 * [((ROWS, HIDDEN), dtype)]
     assert hidden("full") == []
 
 

@@ -77,12 +77,15 @@ def test_each_policy_recomputes_its_products():
     assert recomputed("dots", "einsum") == 1  # the logits
     assert recomputed("full", "cudnn") == 7
     assert recomputed("dots", "cudnn") == 0
-    assert kept("full", "einsum") < kept("dots", "einsum") < kept("none", "einsum")
+    assert recomputed("operands", "einsum") == 1
+    assert recomputed("operands", "cudnn") == 0
+    amounts = [kept(remat, "einsum") for remat in ("full", "dots", "operands", "none")]
+    assert amounts == sorted(set(amounts))
 
 
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_cudnns_forward_kernel_runs_again_only_under_full(on_mesh):
-    for remat, runs in (("none", 1), ("dots", 1), ("full", 2)):
+    for remat, runs in (("none", 1), ("operands", 1), ("dots", 1), ("full", 2)):
         case = (remat, "cudnn", on_mesh)
         assert count("dot_product_attention_fwd_wrapper", *case) == runs, remat
         assert count("dot_product_attention_bwd_wrapper", *case) == 1, remat
@@ -92,6 +95,13 @@ def test_cudnns_output_is_kept_once_with_the_statistics():
     statistics = len(X) * SIZE.heads * TOKENS
     for on_mesh in (False, True):
         assert kept("dots", "cudnn", on_mesh) == kept("dots", "einsum") + statistics
+
+
+def test_operands_also_keeps_what_products_and_norms_take():
+    """Both normalised inputs, the tokens between the branches, and GELU of four times the width."""
+    tokens = len(X) * TOKENS * SIZE.width
+    for kernel in ("einsum", "cudnn"):
+        assert kept("operands", kernel) == kept("dots", kernel) + (3 + 4) * tokens
 
 
 def test_every_kernel_says_what_is_kept_of_it():

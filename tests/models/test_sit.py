@@ -252,7 +252,7 @@ def test_patches_round_trip():
     np.testing.assert_array_equal(embeddings.unpatchify(embeddings.patchify(x, 2), 2, 3), x)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "operands", "full"])
 def test_remat_changes_no_gradient(remat):
     model, params = goldens.bare()
 

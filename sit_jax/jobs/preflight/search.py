@@ -14,7 +14,7 @@ from sit_jax.jobs.preflight.report import Preflight, bytes_per_device, examine, 
 from sit_jax.jobs.setup import Setup, check_train_batch, set_up
 from sit_jax.settings import Config
 
-_BY_MEMORY = ("full", "dots", "none")  # remat policies, by the activations that they keep
+_BY_MEMORY = ("full", "dots", "operands", "none")  # remat policies, by the activations that they keep
 
 
 def find_fastest(
@@ -44,7 +44,8 @@ def candidates(config: Config, device_count: int) -> list[Config]:
     """
     configs = []
     batches = (config.train.batch, config.train.batch * 2, config.train.batch // 2)
-    for batch, remat, tensor in itertools.product(batches, ("dots", "none", "full"), (1, 2)):
+    remats = ("dots", "operands", "none", "full")
+    for batch, remat, tensor in itertools.product(batches, remats, (1, 2)):
         shards = device_count // tensor  # data x fsdp
         middle = max(size for size in sharding.divisors(shards) if size * size <= shards)
         for fsdp in sorted({shards, shards // middle, 1}, reverse=True):
