@@ -130,7 +130,7 @@ def test_the_report_has_rates_ratios_and_notes():
 
 def _run(tmp_path, **options):
     defaults = {"budget": 100, "out": tmp_path, "model": "SiT-XL/2", "batches": [64, 128, 256]}
-    defaults["remat"] = "dots"
+    defaults |= {"format": "bfloat16", "remat": "dots"}
     return gpu_speed.Run(argparse.Namespace(**defaults | options), str(tmp_path), io.StringIO())
 
 
@@ -148,7 +148,7 @@ def test_only_our_training_takes_the_remat_policy(tmp_path, monkeypatch):
     run = _run(tmp_path, remat="operands")
     run.results["card"] = {"memory_gib": None}
     monkeypatch.setattr(gpu_speed, "visit", lambda *_: "ok")
-    ours, theirs = gpu_speed.largest(run, ["ours", "torch.compile"], 1, False)
+    ours, theirs = gpu_speed.largest(run, ["ours", "torch.compile"], "bfloat16", 1, False)
     assert str(ours) == "ours training bfloat16 batch 256 remat operands"
     assert str(theirs) == "torch.compile training bfloat16 batch 256"
     row = ours._asdict() | {"ms": [1.0], "visits_s": [], "compile_s": 1.0, "peak_gib": 1.0}
@@ -165,7 +165,7 @@ def test_the_next_smaller_batch_is_taken(tmp_path, monkeypatch):
         return "memory" if task.batch == 256 and task.side == "torch.compile" else "ok"
 
     monkeypatch.setattr(gpu_speed, "visit", visit)
-    tasks = gpu_speed.largest(run, ["ours", "torch.compile"], 1, False)
+    tasks = gpu_speed.largest(run, ["ours", "torch.compile"], "bfloat16", 1, False)
     assert [(task.side, task.batch) for task in tasks] == [("ours", 128), ("torch.compile", 128)]
     assert tried[:2] == [("ours", 256), ("torch.compile", 256)]
     assert "does not fit; the next smaller batch is taken" in run.results["notes"][0]
@@ -236,6 +236,13 @@ def test_training_takes_turns(faked):
         ("torch eager", "TF32", 256): 3,
     }
     assert all("profile" in row for row in run.results["rows"])
+
+
+def test_training_in_tf32_is_compared_with_eager_pytorch(faked):
+    run = faked()
+    run.options.format = "TF32"
+    gpu_speed.training(run, repeats=1, rounds=2, profile=False)
+    assert _times(run) == {("ours", "TF32", 256): 2, ("torch eager", "TF32", 256): 2}
 
 
 def test_training_goes_on_after_a_side_failed(faked):

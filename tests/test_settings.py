@@ -21,7 +21,10 @@ BAD = [
     ({"model__heads": "-1"}, "model.heads is -1; expected 1 to 4,096"),
     ({"model__heads": "3"}, "model width 128 is not divisible by its 3 heads; choose a multiple"),
     ({"model__width": "6", "model__heads": "2"}, "model width 6 is not divisible by 4"),
-    ({"model__remat": "half"}, "unknown model.remat 'half'; known: 'none', 'dots', 'operands', 'full'"),
+    (
+        {"model__remat": "half"},
+        "unknown model.remat 'half'; known: 'none', 'dots', 'operands', 'full'",
+    ),
     ({"transport__path": "Liner"}, "unknown transport.path 'Liner'; did you mean 'Linear'?"),
     (
         {"transport__prediction": "velocty"},

@@ -11,7 +11,8 @@ is lost if the machine is taken away.
 
 - Training: ours with its defaults in bfloat16; PyTorch in bfloat16 autocast with torch.compile and
   fused AdamW; and eager in TF32, as published. All with AdamW and an EMA in float32, at the largest
-  of --batches that fits ours and torch.compile, each by itself on the card.
+  of --batches that fits ours and torch.compile, each by itself on the card. With --format TF32
+  only ours in TF32 and eager.
 - Sampling: Euler with guidance, in bfloat16 (PyTorch: compiled) and in TF32 (PyTorch: eager).
 - Profile: the time by kind of kernel (gpu_kernels.py), and the largest kernels in the JSON.
 
@@ -185,12 +186,12 @@ def possible_batches(run: Run, side: str) -> list[int]:
     return result
 
 
-def largest(run: Run, sides: Sequence[str], repeats: int, profile: bool) -> list[Task]:
+def largest(run: Run, sides: Sequence[str], form: str, repeats: int, profile: bool) -> list[Task]:
     """Train at the largest batch that fits all sides; return the tasks that went well."""
     for batch in possible_batches(run, sides[-1]):
         well = []
         for side in sides:
-            task = Task(side, "training", FORMATS[side][0], batch, run.options.model)
+            task = Task(side, "training", form, batch, run.options.model)
             if side == "ours":
                 task = task._replace(remat=run.options.remat)
             outcome = visit(run, task, repeats, profile)
@@ -206,9 +207,12 @@ def largest(run: Run, sides: Sequence[str], repeats: int, profile: bool) -> list
 
 
 def training(run: Run, repeats: int, rounds: int, profile: bool) -> None:
-    """Time training in alternating rounds, and PyTorch without a compiler in the first."""
-    pair = largest(run, ["ours", "torch.compile"], repeats, profile and rounds == 1)
-    largest(run, ["torch eager"], repeats, profile)
+    """Time training in alternating rounds; in the first, also PyTorch as published."""
+    form = run.options.format
+    rival = "torch.compile" if form in FORMATS["torch.compile"] else "torch eager"
+    pair = largest(run, ["ours", rival], form, repeats, profile and rounds == 1)
+    if rival == "torch.compile":
+        largest(run, ["torch eager"], FORMATS["torch eager"][0], repeats, profile)
     for number in range(2, rounds + 1):
         pair.reverse()  # a, b, b, a: a drift affects both sides
         for task in pair:
@@ -327,6 +331,12 @@ def main() -> None:
         nargs="+",
         default=[64, 128, 256],
         help="batches of training to choose from (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS["ours"],
+        default="bfloat16",
+        help="ours in training (default: %(default)s)",
     )
     parser.add_argument(
         "--remat",
