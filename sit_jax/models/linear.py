@@ -18,7 +18,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from sit_jax.precision import precision
 
 _TRANSPOSE_ROWS = 2048  # from which on W is transposed; timed with 4,096 and 32,768
-# Names under which a remat policy may save outputs of linear layers, and operands of them and norms
+# The names under which a remat policy may save what linear layers return, and what they and norms
+# take.
 OUTPUT = "linear output"
 OPERAND = "operand"
 

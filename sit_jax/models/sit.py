@@ -47,7 +47,7 @@ REMAT_POLICIES = {
     # Outputs of the linear layers, and a mean and a deviation of each token; `remat_policy` adds
     # those of attention. The outputs include the bias, so that no kernel has to add it again.
     "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT, STATISTICS),
-    # These, and operands of linear layers and norms: only derivatives compute something again.
+    # Also what linear layers and norms take: the backward pass computes only derivatives again.
     "operands": jax.checkpoint_policies.save_only_these_names(OUTPUT, STATISTICS, OPERAND),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -116,7 +116,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them: [b, t, d] -> [b, t, d]."""
+    """Two linear layers with a GELU between them: [b, t, d] -> [b, t, d].
+
+    With `keep_activated` a remat policy may save the GELU.
+    """
 
     ratio: int
     dtype: Any
@@ -131,6 +134,8 @@ class Mlp(nn.Module):
         activated = gelu(checkpoint_name(hidden, OUTPUT))
         in_product = gelu_of_product(hidden, activated)
         if self.keep_activated:
+            # One value for the product and for fc2's gradient. Under a policy that does not save
+            # it, the backward pass would compute fc1's product again.
             activated = in_place_of(activated, checkpoint_name(in_product, OPERAND))
             return fc2(activated).reshape(b, t, d)
         return fc2(activated, in_product).reshape(b, t, d)

@@ -14,12 +14,8 @@ from sit_jax.jobs.preflight.report import Preflight, bytes_per_device, examine, 
 from sit_jax.jobs.setup import Setup, check_train_batch, set_up
 from sit_jax.settings import Config
 
-_BY_MEMORY = (
-    "full",
-    "dots",
-    "operands",
-    "none",
-)  # remat policies, by the activations that they keep
+# Remat policies, by the activations that they keep
+_BY_MEMORY = ("full", "dots", "operands", "none")
 
 
 def find_fastest(
