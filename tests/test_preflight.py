@@ -112,6 +112,13 @@ def test_candidates_cover_batches_meshes_and_policies():
     assert meshes == {(1, 16, 1), (4, 4, 1), (16, 1, 1), (1, 8, 2), (2, 4, 2), (8, 1, 2)}
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_odd_number_of_devices_is_not_split_in_two(count):
+    for candidate in search.candidates(config_lib.load("configs/digits.py"), count):
+        mesh = candidate.mesh
+        assert (mesh.data * mesh.fsdp, mesh.tensor) == (count, 1)
+
+
 def tried(batch=128, remat="full", fits=False, images_per_second=0.0):
     """Return the report of a candidate that the search has compiled."""
     return report.Preflight(
@@ -185,10 +192,15 @@ def test_the_table_of_kernels_has_a_line_for_each(monkeypatch):
 
 def test_the_search_skips_candidates_that_cannot_fit_or_cannot_win():
     config = config_lib.load("configs/digits.py", [("model.remat", "dots")])
-    setup = set_up(config, jax.devices()[:1])
+    devices = jax.devices()[:1]
+    setup = set_up(config, devices)
     assert not search._needs_more(setup, V5E, [])
     assert search._needs_more(setup, V5E, [tried(batch=64, remat="full")])
     assert not search._needs_more(setup, V5E, [tried(batch=64, remat="none"), tried(batch=256)])
+    assert not search._needs_more(setup, V5E, [tried(batch=64, remat="operands")])
+    unsaving = set_up(config_lib.load("configs/digits.py", [("model.remat", "none")]), devices)
+    assert search._needs_more(unsaving, V5E, [tried(batch=64, remat="dots")])
+    assert not search._needs_more(unsaving, V5E, [tried(batch=64, remat="operands")])
     peak = V5E.peak_flops / setup.train_flops
     assert search._cannot_win(setup, V5E, [tried(fits=True, images_per_second=0.995 * peak)])
     assert not search._cannot_win(setup, V5E, [tried(fits=True, images_per_second=0.98 * peak)])
@@ -350,7 +362,7 @@ def test_the_train_step_compiles_for_gpus(name, tmp_path):
 def test_the_sampler_compiles_for_gpus():
     status, printed = run("--topology", "h200:1", "--sampler", "--kernels", **{"model.depth": "1"})
     assert status == 0, printed
-    assert "sampler on h200:1, 1 devices" in printed and "the longest kernels" in printed
+    assert "sampler on h200:1, 1 device\n" in printed and "the longest kernels" in printed
 
 
 @needs_cuda

@@ -226,8 +226,12 @@ def table(report: Preflight) -> str:
         )
         rows.append(("note", note))
     rows.append(("compiled in", f"{report.compile_seconds:.1f} s"))
-    title = f"{report.program} on {report.topology}, {report.devices} devices"
+    title = f"{report.program} on {report.topology}, {_counted(report.devices, 'device')}"
     return "\n".join([title, *(f"  {name:<20}{text}" for name, text in rows)])
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _cost_rows(report: Preflight) -> list[tuple[str, str]]:
@@ -261,9 +265,9 @@ def _estimate_rows(report: Preflight) -> list[tuple[str, str]]:
         total += f", {_speed(report.images_per_second_estimate, report.mfu_estimate)}"
     rows = [("estimate", f"{total}; kernels' rates: {estimated.source}")]
     for kind, cost in estimated.kinds.items():
-        unit = {"loops": "iterations", "links": "transfers"}.get(kind, "kernels")
+        unit = {"loops": "iteration", "links": "transfer"}.get(kind, "kernel")
         share = cost.seconds / estimated.seconds
-        row = f"{1e3 * cost.seconds:8.1f} ms {share:6.1%}  {cost.count:,} {unit}"
+        row = f"{1e3 * cost.seconds:8.1f} ms {share:6.1%}  {_counted(cost.count, unit)}"
         rows.append((f"  {kind}", row))
     return rows
 

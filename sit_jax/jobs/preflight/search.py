@@ -14,8 +14,8 @@ from sit_jax.jobs.preflight.report import Preflight, bytes_per_device, examine, 
 from sit_jax.jobs.setup import Setup, check_train_batch, set_up
 from sit_jax.settings import Config
 
-# Remat policies, by the activations that they keep
-_BY_MEMORY = ("full", "dots", "operands", "none")
+# For each remat policy those that keep less. On a GPU "operands" and "none" keep about as much.
+_LESS = {"full": (), "dots": ("full",), "operands": ("full", "dots"), "none": ("full", "dots")}
 
 
 def find_fastest(
@@ -41,12 +41,13 @@ def candidates(config: Config, device_count: int) -> list[Config]:
     """Return configs for a search, likely winners first, so that more of the others are skipped.
 
     They have the config's batch, twice and half of it, meshes from all fsdp to all data, with
-    tensor 1 or 2, and every remat policy.
+    tensor 1 or, for an even number of devices, 2, and every remat policy.
     """
     configs = []
     batches = (config.train.batch, config.train.batch * 2, config.train.batch // 2)
+    tensors = [tensor for tensor in (1, 2) if device_count % tensor == 0]
     remats = ("dots", "operands", "none", "full")
-    for batch, remat, tensor in itertools.product(batches, remats, (1, 2)):
+    for batch, remat, tensor in itertools.product(batches, remats, tensors):
         shards = device_count // tensor  # data x fsdp
         middle = max(size for size in sharding.divisors(shards) if size * size <= shards)
         for fsdp in sorted({shards, shards // middle, 1}, reverse=True):
@@ -75,12 +76,12 @@ def _needs_more(setup: Setup, chip: Chip, tried: Sequence[Preflight]) -> bool:
     """Return True if the state by itself does not fit, or a smaller candidate did not."""
     if bytes_per_device(setup.abstract_state) > chip.hbm_bytes:
         return True
-    policy = _BY_MEMORY.index(setup.config.model.remat)
+    remat = setup.config.model.remat
     return any(
         report.outcome == "does not fit"
         and report.mesh == dict(setup.mesh.shape)
         and report.batch <= setup.config.train.batch
-        and _BY_MEMORY.index(report.remat) <= policy
+        and report.remat in (remat, *_LESS[remat])
         for report in tried
     )
 
@@ -97,7 +98,7 @@ def _cannot_win(setup: Setup, chip: Chip, tried: Sequence[Preflight]) -> bool:
 
 def _line(report: Preflight) -> str:
     mesh = " x ".join(map(str, report.mesh.values()))
-    candidate = f"batch {report.batch:5d}  mesh {mesh:12}  remat {report.remat:4}"
+    candidate = f"batch {report.batch:5d}  mesh {mesh:12}  remat {report.remat:8}"
     if not report.fits:
         return f"{candidate}  {report.outcome}: {report.verdict}"
     estimated = report.estimate is not None
