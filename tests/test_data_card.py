@@ -70,6 +70,7 @@ def test_training_describes_its_data(trained):
     np.testing.assert_array_equal(pixels[2:26:3, 28:52:3], digits.images[1][..., 0])
 
 
+@pytest.mark.slow
 def test_a_card_is_written_again_only_if_the_data_have_changed(tmp_path):
     data, run = tmp_path / "data", tmp_path / "run"
     write_images(data, "cat/1.png", "cat/2.png", "dog/1.png")

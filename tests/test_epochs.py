@@ -114,6 +114,7 @@ def test_config_and_checkpoint_keep_the_epochs(run):
     assert snapshot(workdir) == before
 
 
+@pytest.mark.slow
 def test_the_workdir_is_enough_to_continue_with_more_epochs_or_with_steps(run, run_copy, tmp_path):
     """The run of epochs continues as the run of steps does, and says the same rates."""
     workdir = tmp_path / "epochs"

@@ -431,6 +431,7 @@ def test_a_class_of_one_image_is_a_warning(capsys, flip):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_images_of_a_folder(tmp_path):
     data = tmp_path / "data"
     write_images(data, "a/0.png", "a/1.png", "b/0.png")

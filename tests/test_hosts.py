@@ -383,6 +383,7 @@ with hosts.only_first_prints():
 """
 
 
+@pytest.mark.slow
 def test_batches_are_the_same_in_one_two_and_four_processes(tmp_path):
     """Of stored latents, mirror images included, each process reading its rows."""
     caches.write(tmp_path / "latents", caches.make_plan())

@@ -319,6 +319,7 @@ def test_main_accepts_every_flag_of_a_sampler(solver, expected):
     assert config.latents.repo == "stabilityai/sd-vae-ft-mse"
 
 
+@pytest.mark.slow
 def test_a_complete_run_on_a_small_model_in_the_published_format(tmp_path):
     machine = Machine(tmp_path)
     autoencoder = tmp_path / "vae"

@@ -253,6 +253,7 @@ def test_the_output_says_that_log_p_is_the_density_of_latents(half_latents, tmp_
     assert words in refusal("--workdir", run, "--mode", "likelihood", flag)
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_and_may_be_left_out(tmp_path):
     data = tmp_path / "data"
     workdir = tmp_path / "run"

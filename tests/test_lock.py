@@ -167,6 +167,7 @@ sys.exit(main.main())
 """
 
 
+@pytest.mark.slow
 def test_a_second_training_run_is_refused_and_the_first_goes_on(tmp_path):
     workdir = tmp_path / "run"
     arguments = [*TINY, "--workdir", workdir, "--config.log.sheet_every=0"]

@@ -223,6 +223,7 @@ def test_a_sweep_writes_a_table_and_a_plot_and_resumes(run_copy):
     assert len((folder / "table.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_checkpoints_weights_and_guidance_intervals(run_copy):
     settings = {
         "sweep__solvers": "heun",

@@ -158,7 +158,12 @@ def test_the_network_sees_normalised_latents(run):
 
 
 @pytest.mark.parametrize(
-    ("side", "channels", "factor", "patch"), [(2, 32, 32, 1), (4, 16, 8, 2), (4, 1, 8, 2)]
+    ("side", "channels", "factor", "patch"),
+    [
+        (4, 16, 8, 2),
+        pytest.param(2, 32, 32, 1, marks=pytest.mark.slow),
+        pytest.param(4, 1, 8, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_latents_of_other_shapes_train(tmp_path, side, channels, factor, patch):
     """The shapes of DC-AE f32c32 and of Stable Diffusion 3's 16 channels, and a single channel."""

@@ -127,6 +127,7 @@ def test_changed_images_have_a_sweep_of_their_own(run_and_data):
     assert drawn[0] == drawn[1] == {"drawn": 12, "of": 12, "read": 12}
 
 
+@pytest.mark.slow
 def test_inverted_images_are_a_draw_and_redone_when_they_change(run_and_data):
     run, data, arguments = run_and_data
     arguments = [*arguments, "--mode", "invert", *flags(sample__count=4, sample__batch=4)]

@@ -65,6 +65,7 @@ def test_scores_are_those_of_evaluate(scored, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_has_the_scores_of_an_undisturbed_one(scored, tmp_path):
     workdir = tmp_path / "run"
     # As if it had been stopped between two scores, and once at a step that was due.
@@ -117,6 +118,7 @@ def test_a_best_checkpoint_outlives_training_without_scores(scored, tmp_path):
     assert steps == {best["step"], 16}
 
 
+@pytest.mark.slow
 def test_scores_of_another_sampler_are_not_compared(scored, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(scored[0], workdir)

@@ -53,6 +53,7 @@ def stepped(unroll):
     return state.params, scalars
 
 
+@pytest.mark.slow
 def test_unrolled_layers_compute_the_same():
     params, scalars = stepped("1")
     for unroll in ("2", "4"):
@@ -130,6 +131,7 @@ def test_unrolled_layers_are_still_recomputed():
     assert barriers(4) >= 1  # in the function of a layer
 
 
+@pytest.mark.slow
 def test_parameters_converted_once_give_the_same_output():
     config = load(**BFLOAT16, **{"model.qk_norm": "true"})
     setup = set_up(config, jax.devices()[:1])
