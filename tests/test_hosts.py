@@ -43,7 +43,7 @@ def losses(workdir):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of compiled programs, shared by all processes here."""
+    """Return a cache of compiled programs, shared by all processes here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -51,14 +51,14 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The workdir of 20 steps on 2 processes x 4 devices, and the output of process 0."""
+    """Return the workdir of 20 steps on 2 processes x 4 devices, and the output of process 0."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     return workdir, train(workdir).succeed()
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The workdir of 20 steps on the 8 devices of one process."""
+    """Return the workdir of 20 steps on the 8 devices of one process."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     train(workdir, count=1, devices=8).succeed()
     return workdir

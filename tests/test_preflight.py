@@ -198,9 +198,9 @@ def test_the_search_skips_candidates_that_cannot_fit_or_cannot_win():
     assert search._needs_more(setup, V5E, [tried(batch=64, remat="full")])
     assert not search._needs_more(setup, V5E, [tried(batch=64, remat="none"), tried(batch=256)])
     assert not search._needs_more(setup, V5E, [tried(batch=64, remat="operands")])
-    unsaving = set_up(config_lib.load("configs/digits.py", [("model.remat", "none")]), devices)
-    assert search._needs_more(unsaving, V5E, [tried(batch=64, remat="dots")])
-    assert not search._needs_more(unsaving, V5E, [tried(batch=64, remat="operands")])
+    without_remat = set_up(config_lib.load("configs/digits.py", [("model.remat", "none")]), devices)
+    assert search._needs_more(without_remat, V5E, [tried(batch=64, remat="dots")])
+    assert not search._needs_more(without_remat, V5E, [tried(batch=64, remat="operands")])
     peak = V5E.peak_flops / setup.train_flops
     assert search._cannot_win(setup, V5E, [tried(fits=True, images_per_second=0.995 * peak)])
     assert not search._cannot_win(setup, V5E, [tried(fits=True, images_per_second=0.98 * peak)])

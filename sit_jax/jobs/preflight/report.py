@@ -246,7 +246,7 @@ def _cost_rows(report: Preflight) -> list[tuple[str, str]]:
     ]
     for kind, sent in report.collectives.items():
         text = f"{sent['in_loop'] / 1e6:.2f} MB in loops, {sent['outside'] / 1e6:.2f} MB outside"
-        rows.append((kind, f"{text}, {sent['count']} transfers"))
+        rows.append((kind, f"{text}, {_counted(sent['count'], 'transfer')}"))
     if report.collectives:
         rows.append(("in the background", f"{report.background:.0%} of the bytes sent"))
     slowest = max(report.roofline, key=lambda unit: report.roofline[unit])
